@@ -1,0 +1,116 @@
+"""Builds the C++ kernels of `csrc/` on first use and loads them.
+
+One source file becomes one shared library with a plain C interface, compiled for this machine's instruction set in a
+few seconds (only ATen's thread pool is included) and kept in a cache. The cache key holds everything the binary
+depends on: torch's version, the compiler, the flags and the text of the sources. A lock lets many processes start at once.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+
+# The instruction set is chosen at run time, on the machine that will run the code: x86-64-v4 is AVX-512 (F, BW, CD,
+# DQ, VL), v3 is AVX2 with FMA.
+ISA_FLAGS = {
+    "AVX512": ("-march=x86-64-v4", "-mprefer-vector-width=512"),
+    "AVX2": ("-march=x86-64-v3",),
+    "DEFAULT": (),
+}
+BASE_FLAGS = ("-O3", "-std=c++20", "-fPIC", "-shared", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-Wall")
+
+
+class BuildError(RuntimeError):
+    """The C++ kernels cannot be built here; the text says why."""
+
+
+def isa() -> str:
+    """The instruction set of this processor: AVX512, AVX2 or DEFAULT (whatever the compiler assumes)."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    return capability if capability in ISA_FLAGS and platform.machine() in ("x86_64", "AMD64") else "DEFAULT"
+
+
+def source_folder() -> Path:
+    """Where the C++ sources are: `csrc/` of a checkout, or the copy inside the installed package."""
+    here = Path(__file__).resolve()
+    for folder in (here.parents[2] / "csrc", here.parent / "csrc"):
+        if folder.is_dir():
+            return folder
+    raise BuildError("the folder csrc with the C++ sources is missing; reinstall speed-engine")
+
+
+def cache_folder() -> Path:
+    """`$XDG_CACHE_HOME/speed_kernels`, or `~/.cache/speed_kernels`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "speed_kernels"
+
+
+@functools.cache
+def compiler() -> tuple[str, str]:
+    """Path and version line of the C++ compiler: `$CXX`, g++ or clang++. Raises BuildError where there is none."""
+    for name in filter(None, (os.environ.get("CXX"), "g++", "clang++")):
+        path = shutil.which(name)
+        if path:
+            answer = subprocess.run([path, "--version"], capture_output=True, text=True)
+            if answer.returncode == 0:
+                return path, answer.stdout.splitlines()[0]
+    raise BuildError("no C++ compiler: install g++ or clang++, or set CXX")
+
+
+def unavailable() -> str | None:
+    """Why C++ kernels cannot be built here, or None."""
+    try:
+        compiler()
+        source_folder()
+    except BuildError as error:
+        return str(error)
+    return None
+
+
+@functools.cache
+def load(source: str, isa_name: str | None = None) -> ctypes.CDLL:
+    """The library built from `csrc/<source>`, from the cache or compiled now.
+
+    `isa_name` (AVX512, AVX2, DEFAULT) overrides the processor's own, for tests. Raises BuildError with the
+    compiler's message.
+    """
+    path, version = compiler()
+    folder = source_folder()
+    flags = BASE_FLAGS + ISA_FLAGS[isa_name or isa()]
+    digest = hashlib.sha256(repr((torch.__version__, version, flags, platform.machine())).encode())
+    for file in sorted((folder / source, *folder.glob("*.h"))):
+        digest.update(file.name.encode() + b"\0" + file.read_bytes())
+    cache = cache_folder()
+    target = cache / f"{Path(source).stem}-{digest.hexdigest()[:20]}.so"
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with open(cache / f"{target.stem}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not target.exists():
+                _compile(path, flags, folder / source, target)
+    except OSError as error:
+        raise BuildError(f"cannot write the kernel cache {cache}: {error}; set XDG_CACHE_HOME") from error
+    return ctypes.CDLL(str(target))
+
+
+def _compile(path: str, flags: tuple[str, ...], source: Path, target: Path) -> None:
+    """Compile to a temporary file, then rename: a killed build leaves nothing that could be loaded."""
+    torch_folder = Path(torch.__file__).parent
+    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        output = Path(scratch) / target.name
+        command = [path, *flags, f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
+        command += [f"-I{torch_folder / 'include'}", str(source), "-o", str(output)]
+        command += [f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-lc10"]
+        answer = subprocess.run(command, capture_output=True, text=True)
+        if answer.returncode != 0:
+            raise BuildError(f"{source.name} does not compile with {path}:\n{answer.stderr.strip()}")
+        os.replace(output, target)
