@@ -27,7 +27,16 @@ ISA_FLAGS = {
     "AVX2": ("-march=x86-64-v3",),
     "DEFAULT": (),
 }
-BASE_FLAGS = ("-O3", "-std=c++20", "-fPIC", "-shared", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-Wall")
+BASE_FLAGS = (
+    "-O3",
+    "-std=c++20",
+    "-fPIC",
+    "-shared",
+    "-fopenmp",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-Wall",
+)
 
 
 class BuildError(RuntimeError):
@@ -37,7 +46,11 @@ class BuildError(RuntimeError):
 def isa() -> str:
     """The instruction set of this processor: AVX512, AVX2 or DEFAULT (whatever the compiler assumes)."""
     capability = torch.backends.cpu.get_cpu_capability()
-    return capability if capability in ISA_FLAGS and platform.machine() in ("x86_64", "AMD64") else "DEFAULT"
+    return (
+        capability
+        if capability in ISA_FLAGS and platform.machine() in ("x86_64", "AMD64")
+        else "DEFAULT"
+    )
 
 
 def source_folder() -> Path:
@@ -98,7 +111,9 @@ def load(source: str, isa_name: str | None = None) -> ctypes.CDLL:
             if not target.exists():
                 _compile(path, flags, folder / source, target)
     except OSError as error:
-        raise BuildError(f"cannot write the kernel cache {cache}: {error}; set XDG_CACHE_HOME") from error
+        raise BuildError(
+            f"cannot write the kernel cache {cache}: {error}; set XDG_CACHE_HOME"
+        ) from error
     return ctypes.CDLL(str(target))
 
 
@@ -112,5 +127,7 @@ def _compile(path: str, flags: tuple[str, ...], source: Path, target: Path) -> N
         command += [f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-lc10"]
         answer = subprocess.run(command, capture_output=True, text=True)
         if answer.returncode != 0:
-            raise BuildError(f"{source.name} does not compile with {path}:\n{answer.stderr.strip()}")
+            raise BuildError(
+                f"{source.name} does not compile with {path}:\n{answer.stderr.strip()}"
+            )
         os.replace(output, target)

@@ -47,7 +47,9 @@ def backends(op: str) -> list[str]:
 def implementation(op: str, backend: str) -> ModuleType:
     """The module that implements `op` on `backend`. Raises BackendError where there is none."""
     if backend not in FILES or backend not in backends(op):
-        raise BackendError(f"op {op!r} has no backend {backend!r}; it has: {', '.join(backends(op))}")
+        raise BackendError(
+            f"op {op!r} has no backend {backend!r}; it has: {', '.join(backends(op))}"
+        )
     return importlib.import_module(f"speed_kernels.{op}.{FILES[backend]}")
 
 
@@ -61,7 +63,9 @@ def unavailable(op: str, backend: str, device: torch.device | str) -> str | None
     return implementation(op, backend).unavailable()
 
 
-def choose(op: str, device: torch.device | str, requested: str = "auto", strict: bool = False) -> Choice:
+def choose(
+    op: str, device: torch.device | str, requested: str = "auto", strict: bool = False
+) -> Choice:
     """Decide the backend of `op` on `device`.
 
     `requested` is `auto` or a backend's name; a backend named explicitly must be able to run. With `strict`, `auto`
