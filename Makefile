@@ -1,0 +1,44 @@
+# Two commands matter: `make demo` and `make test`. Both make .venv first.
+TORCH  := torch==2.13.0
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+RUN    := runs/demo
+# Bytecode and kernels are built for this machine; nothing is written outside the checkout but ~/.cache/speed_kernels.
+
+.PHONY: install demo test lint bench clean
+.DELETE_ON_ERROR:
+
+install: $(VENV)/installed
+
+# torch comes first and by name: a plain dependency on torch could bring a build for another device.
+# DeepSpeed is built without its own compiled ops, which nothing here uses.
+$(VENV)/installed: pyproject.toml Makefile
+	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check $(TORCH)
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install -q --disable-pip-version-check -e '.[demo,test,lint]'
+	@touch $@
+
+demo: install
+	$(BIN)/python -m speed_engine encode --images digits --out data/digits
+	rm -rf $(RUN)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/deepspeed --num_accelerators 1 speed_engine/train.py --config digits_dit_tiny run_dir=$(RUN)
+	$(BIN)/python -m speed_engine sample --run $(RUN) --num 500 --sampler ddpm --steps 250 --guidance 1.5 --out $(RUN)/samples
+	$(BIN)/python -m speed_engine score --samples $(RUN)/samples --reference digits
+	$(BIN)/python -m speed_engine plot --run $(RUN)
+	$(BIN)/python -m speed_engine summary --run $(RUN)
+
+test: install
+	$(BIN)/python -m pytest tests
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+bench: install
+	$(BIN)/python -m pytest benchmarks --benchmark-columns=median,iqr,rounds
+
+clean:
+	rm -rf $(VENV) runs data .pytest_cache .ruff_cache

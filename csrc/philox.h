@@ -1,0 +1,166 @@
+// Addressed random numbers, as kernels/speed_kernels/philox.py defines them: Philox4x32-10 words, normals by
+// Box-Muller, and the integer draw of a row. Bits are equal to the reference, normals within a few units in the last
+// place: the logarithm, sine and cosine are short polynomials over the ranges that occur, so that every loop is
+// straight-line code that the compiler turns into vectors of any width.
+#pragma once
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <cstdint>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace speed {
+
+enum Stream : uint32_t { kStreamT = 0, kStreamEps = 1 };
+
+struct Key {
+  uint32_t k0, k1;
+  explicit Key(int64_t seed)
+      : k0(static_cast<uint32_t>(seed)), k1(static_cast<uint32_t>(static_cast<uint64_t>(seed) >> 32)) {}
+};
+
+// Elements are handled in tiles that stay in the first-level cache. A tile is a whole number of blocks of four.
+constexpr int64_t kTile = 512;
+constexpr int64_t kTileBlocks = kTile / 4;
+
+// Words are read through this type where they were written as pairs.
+typedef uint32_t __attribute__((may_alias)) word_t;
+
+// As many 64-bit integers as one vector register of the target holds, and their 32 x 32 -> 64 bit product. The
+// compiler does not find this instruction by itself: it would multiply all 64 bits.
+#if defined(__AVX512F__)
+typedef uint64_t lanes_t __attribute__((vector_size(64)));
+inline lanes_t multiply(lanes_t a, lanes_t b) {
+  return reinterpret_cast<lanes_t>(_mm512_mul_epu32(reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b)));
+}
+#elif defined(__AVX2__)
+typedef uint64_t lanes_t __attribute__((vector_size(32)));
+inline lanes_t multiply(lanes_t a, lanes_t b) {
+  return reinterpret_cast<lanes_t>(_mm256_mul_epu32(reinterpret_cast<__m256i>(a), reinterpret_cast<__m256i>(b)));
+}
+#else
+typedef uint64_t lanes_t __attribute__((vector_size(16)));
+inline lanes_t multiply(lanes_t a, lanes_t b) { return (a & 0xffffffffu) * b; }
+#endif
+inline uint64_t multiply(uint64_t a, uint64_t b) { return (a & 0xffffffffu) * b; }
+constexpr int64_t kLanes = sizeof(lanes_t) / sizeof(uint64_t);
+
+// Philox4x32-10 of one block (Word = uint64_t) or of one block a lane (Word = lanes_t). Words live in the low halves
+// of 64-bit integers: the multiplier reads only those, so the high halves may hold anything and nothing is shuffled.
+template <class Word>
+inline void philox(Word& c0, Word& c1, Word& c2, Word& c3, Key key) {
+  uint32_t k0 = key.k0, k1 = key.k1;
+#pragma GCC unroll 10
+  for (int round = 0; round < 10; ++round) {
+    const Word p0 = multiply(c0, Word{} + uint64_t{0xD2511F53u});
+    const Word p1 = multiply(c2, Word{} + uint64_t{0xCD9E8D57u});
+    c0 = (p1 >> 32) ^ c1 ^ uint64_t{k0};
+    c1 = p1;
+    c2 = (p0 >> 32) ^ c3 ^ uint64_t{k1};
+    c3 = p0;
+    k0 += 0x9E3779B9u;
+    k1 += 0xBB67AE85u;
+  }
+}
+
+// ln((word + 1/2) 2^-32) / -1, relative error below 2^-22. A word near 2^32 is taken by its distance to it, which
+// is exact, so the result does not cancel where u is close to 1.
+inline float minus_log_uniform(uint32_t word) {
+  const float above = static_cast<float>(word) + 0.5f;
+  const float below = static_cast<float>(~word) + 0.5f;
+  // above = 2^k m with m in [sqrt(1/2), sqrt(2))
+  const uint32_t bits = std::bit_cast<uint32_t>(above) + (0x3f800000u - 0x3f3504f3u);
+  const int32_t k = static_cast<int32_t>(bits >> 23) - 127;
+  const float m = std::bit_cast<float>((bits & 0x007fffffu) + 0x3f3504f3u);
+  const float z = k == 32 ? -0x1p-32f * below : m - 1.0f;
+  float p = 0.08734750747680664f;
+  p = p * z - 0.14307482540607452f;
+  p = p * z + 0.14917989075183868f;
+  p = p * z - 0.165705144405365f;
+  p = p * z + 0.19962070882320404f;
+  p = p * z - 0.25001755356788635f;
+  p = p * z + 0.33333951234817505f;
+  p = p * z - 0.49999991059303284f;
+  const float log_m = z + z * z * p;
+  return static_cast<float>(32 - k) * 0.6931471805599453f - log_m;
+}
+
+// The two normals of a pair of words.
+inline void box_muller(uint32_t radius_word, uint32_t angle_word, float& even, float& odd) {
+  const float radius = std::sqrt(2.0f * minus_log_uniform(radius_word));
+  // f = (2 l - 2^30 + 1) 2^-31 for the thirty low bits l
+  const int32_t l = (static_cast<int32_t>((angle_word << 2) ^ 0x80000000u) >> 1) | 1;
+  const float f = static_cast<float>(l) * 0x1p-31f;
+  const float g = f * f;
+  float s = -0.004601657390594482f;
+  s = s * g + 0.07968003302812576f;
+  s = s * g - 0.6459634900093079f;
+  s = s * g + 1.5707963705062866f;
+  s *= f;
+  float c = 0.0009037664858624339f;
+  c = c * g - 0.02086016535758972f;
+  c = c * g + 0.25366923213005066f;
+  c = c * g - 1.2337005138397217f;
+  c = c * g + 1.0f;
+  const bool swap = (angle_word & 0x40000000u) != 0;  // odd quadrant
+  const uint32_t even_sign = (angle_word + 0x40000000u) & 0x80000000u;
+  const uint32_t odd_sign = angle_word & 0x80000000u;
+  const float x = radius * (swap ? s : c);
+  const float y = radius * (swap ? c : s);
+  even = std::bit_cast<float>(std::bit_cast<uint32_t>(x) ^ even_sign);
+  odd = std::bit_cast<float>(std::bit_cast<uint32_t>(y) ^ odd_sign);
+}
+
+// Normals of a whole tile from `first_block` on.
+inline void normals_tile(Key key, uint32_t first_block, uint32_t slot, uint32_t step, uint32_t stream,
+                         float* __restrict__ out) {
+  alignas(64) lanes_t radius_pairs[kTileBlocks / kLanes];
+  alignas(64) lanes_t angle_pairs[kTileBlocks / kLanes];
+  lanes_t block = lanes_t{} + uint64_t{first_block};
+  for (int64_t lane = 0; lane < kLanes; ++lane) block[lane] += static_cast<uint64_t>(lane);
+  for (int64_t i = 0; i < kTileBlocks / kLanes; ++i) {
+    lanes_t c0 = block, c1 = lanes_t{} + uint64_t{slot}, c2 = lanes_t{} + uint64_t{step}, c3 = lanes_t{} + uint64_t{stream};
+    philox(c0, c1, c2, c3, key);
+    radius_pairs[i] = (c0 & 0xffffffffu) | (c2 << 32);
+    angle_pairs[i] = (c1 & 0xffffffffu) | (c3 << 32);
+    block += uint64_t{kLanes};
+  }
+  static_assert(std::endian::native == std::endian::little);
+  const word_t* radius = reinterpret_cast<const word_t*>(radius_pairs);
+  const word_t* angle = reinterpret_cast<const word_t*>(angle_pairs);
+  for (int64_t i = 0; i < kTile / 2; ++i) {
+    box_muller(radius[i], angle[i], out[2 * i], out[2 * i + 1]);
+  }
+}
+
+// The row that a sample trains on.
+struct RowDraw {
+  Key key;
+  uint32_t step;
+  const int64_t* cdf;
+  int64_t num_rows;
+  int64_t num_slots;
+  int64_t stride;  // 0: independent draws; else the stride between strata
+  int64_t shift = 0;
+
+  RowDraw(Key key_, uint32_t step_, const int64_t* cdf_, int64_t num_rows_, int64_t num_slots_, int64_t stride_)
+      : key(key_), step(step_), cdf(cdf_), num_rows(num_rows_), num_slots(num_slots_), stride(stride_) {
+    uint64_t c0 = 1, c1 = 0, c2 = step, c3 = kStreamT;
+    philox(c0, c1, c2, c3, key);
+    shift = static_cast<int64_t>(c1 & 0xffffffffu) % num_slots;
+  }
+
+  int64_t operator()(int64_t slot) const {
+    uint64_t c0 = 0, c1 = static_cast<uint32_t>(slot), c2 = step, c3 = kStreamT;
+    philox(c0, c1, c2, c3, key);
+    int64_t u = static_cast<int64_t>(c0 & 0xffffffffu);
+    if (stride != 0) u = ((((slot * stride + shift) % num_slots) << 32) + u) / num_slots;
+    return std::upper_bound(cdf, cdf + num_rows, u) - cdf;
+  }
+};
+
+}  // namespace speed

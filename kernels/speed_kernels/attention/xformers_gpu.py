@@ -1,0 +1,43 @@
+"""Attention by xformers' memory_efficient_attention.
+
+The only file that imports xformers, and only when it is asked for.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+from torch import Tensor
+
+
+def unavailable() -> str | None:
+    """Why xformers cannot be used here, or None."""
+    if importlib.util.find_spec("xformers") is None:
+        return "xformers is not installed; pip install 'speed-engine[xformers]'"
+    if not torch.cuda.is_available():
+        return "xformers needs a CUDA device, and there is none"
+    try:
+        import xformers.ops  # pyright: ignore[reportMissingImports] # noqa: F401
+    except (ImportError, OSError) as error:  # built for another torch, or a library is missing
+        return f"xformers is installed but cannot be imported: {error}"
+    return None
+
+
+def unsupported(device: torch.device, head_dim: int) -> str | None:
+    """Why it cannot run on this device with heads of this size, or None."""
+    if device.type != "cuda":
+        return f"xformers runs on CUDA devices, not on {device.type}"
+    if head_dim % 8 != 0:
+        return f"xformers needs a head size that is a multiple of 8, not {head_dim}"
+    return None
+
+
+def attend(qkv_BT3NK: Tensor) -> Tensor:
+    """[B, T, 3, N, K] -> [B, T, N, K]; xformers takes strided q, k, v in this order of axes."""
+    from xformers.ops import (  # pyright: ignore[reportMissingImports]
+        memory_efficient_attention,
+    )
+
+    q_BTNK, k_BTNK, v_BTNK = qkv_BT3NK.unbind(2)
+    return memory_efficient_attention(q_BTNK, k_BTNK, v_BTNK)

@@ -1,0 +1,24 @@
+"""A user's mistake is told in one sentence, with exit code 2 and no traceback."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+
+BAD_INPUT = 2
+
+
+def told_in_one_sentence(action: Callable[[], int]) -> int:
+    """Run `action`; ValueError and OSError are what a user can mend, everything else is our bug and
+    keeps its traceback. Of many processes the first one speaks plainly."""
+    from speed_kernels.build import BuildError
+    from speed_kernels.contract import BackendError
+
+    try:
+        return action()
+    except (ValueError, OSError, BackendError, BuildError) as error:
+        rank = os.environ.get("RANK", "0")
+        who = "error" if rank == "0" else f"error (process {rank})"
+        print(f"{who}: {error}", file=sys.stderr, flush=True)
+        return BAD_INPUT

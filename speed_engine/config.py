@@ -1,0 +1,351 @@
+"""The typed, frozen configuration: presets, files and dotted overrides become one checked tree.
+
+Sections with a `kind` (model, data, schedule, objective, timesteps, engine) are typed by the file of that name:
+`timesteps.kind: speed` is checked by `speed_engine/timesteps/speed.py`'s `Config`. A dotted path (`my_lab.methods`)
+reaches a module outside the repository. Every mistake becomes one sentence with the key, the line and the cure.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.util
+import pkgutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializeAsAny,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+PRESETS = Path(__file__).parent / "presets"
+# Section -> the package whose files are its kinds.
+KINDS = {
+    "model": "speed_engine.models",
+    "data": "speed_engine.data",
+    "schedule": "speed_engine.schedules",
+    "objective": "speed_engine.objectives",
+    "timesteps": "speed_engine.timesteps",
+    "engine": "speed_engine.engines",
+}
+
+
+class ConfigError(ValueError):
+    """A mistake in a configuration, told in one sentence."""
+
+
+class Section(BaseModel):
+    """Base of all sections: nothing can be changed later, nothing unknown is accepted."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Train(Section):
+    """Length and batch of the run. global_batch = micro_batch x accumulation x processes."""
+
+    steps: int = Field(1000, ge=0, description="optimizer steps of the whole run")
+    global_batch: int = Field(
+        256, ge=1, description="samples per optimizer step, over all processes"
+    )
+    micro_batch: int | None = Field(
+        None, ge=1, description="samples per forward pass and process; default: no accumulation"
+    )
+    stratified: bool = Field(
+        True, description="draw time steps stratified over the global batch; false: independently"
+    )
+    vb_scale: float = Field(
+        1.0, ge=0, description="factor of the variational term (learned variance only)"
+    )
+    max_bad_steps: int = Field(
+        20, ge=1, description="consecutive non-finite (skipped) steps after which the run stops"
+    )
+
+
+class Kernels(Section):
+    """Which implementation of the fused ops runs."""
+
+    backend: Literal["auto", "reference", "cpp", "triton"] = Field(
+        "auto", description="auto takes the fastest that runs on the device"
+    )
+    strict: bool = Field(False, description="a fallback to a slower backend is an error")
+
+
+class Checkpoint(Section):
+    """What is kept on disk to continue the run."""
+
+    every: int = Field(5000, ge=1, description="steps between two checkpoints")
+    keep: int = Field(2, ge=1, description="newest checkpoints kept")
+    resume: Literal["auto", "must", "never"] = Field(
+        "auto", description="auto continues if the run folder holds a checkpoint"
+    )
+
+
+class Log(Section):
+    """What is written while training."""
+
+    every: int = Field(50, ge=1, description="steps between two lines of metrics.jsonl")
+    tensorboard: bool = False
+    wandb: bool = False
+
+
+class RunConfig(Section):
+    """The whole run."""
+
+    run_dir: str = Field("runs/default", description="everything the run writes goes here")
+    seed: int = Field(0, ge=0, lt=2**63, description="the one seed of all randomness")
+    model: SerializeAsAny[BaseModel]
+    data: SerializeAsAny[BaseModel]
+    schedule: SerializeAsAny[BaseModel]
+    objective: SerializeAsAny[BaseModel]
+    timesteps: SerializeAsAny[BaseModel]
+    engine: SerializeAsAny[BaseModel]
+    optim: SerializeAsAny[BaseModel]
+    learned_variance: bool = Field(
+        True, description="the network also predicts the variance (2C output channels)"
+    )
+    train: Train = Train()
+    kernels: Kernels = Kernels()
+    checkpoint: Checkpoint = Checkpoint()
+    log: Log = Log()
+
+    @field_validator(*KINDS, mode="before")
+    @classmethod
+    def _typed_by_kind(cls, value: Any, info: Any) -> Any:
+        """Replace a raw mapping by the `Config` of the file its `kind` names."""
+        if isinstance(value, BaseModel):
+            return value
+        return kind_config(info.field_name, value)
+
+    @field_validator("optim", mode="before")
+    @classmethod
+    def _typed_optim(cls, value: Any) -> Any:
+        if isinstance(value, BaseModel):
+            return value
+        return importlib.import_module("speed_engine.optim").Config.model_validate(value or {})
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_sections(cls, value: Any) -> Any:
+        """Absent sections get the plainest member of their folder; `data` and `model` have no default."""
+        if isinstance(value, dict):
+            defaults = {"schedule": "linear", "objective": "epsilon", "timesteps": "uniform"}
+            value = {**{k: {"kind": v} for k, v in defaults.items()}, **value}
+            value.setdefault("engine", {"kind": "deepspeed"})
+            value.setdefault("optim", {})
+        return value
+
+
+def kinds(section: str) -> list[str]:
+    """The names a section's `kind` may have: the modules in its folder."""
+    package = importlib.import_module(KINDS[section])
+    return sorted(
+        m.name for m in pkgutil.iter_modules(package.__path__) if _is_kind(package, m.name)
+    )
+
+
+def _is_kind(package: Any, name: str) -> bool:
+    """A kind's file defines a class `Config`; other files of the folder are parts of kinds."""
+    path = Path(package.__path__[0]) / f"{name}.py"
+    return path.exists() and "\nclass Config(" in path.read_text(encoding="utf-8")
+
+
+def kind_module(section: str, kind: str) -> Any:
+    """The module that implements `kind`. Raises ConfigError with the closest names."""
+    if "." in kind:
+        try:
+            return importlib.import_module(kind)
+        except ModuleNotFoundError as error:
+            raise ConfigError(f"{section}.kind: cannot import {kind!r}: {error}") from error
+    known = kinds(section)
+    if kind not in known:
+        raise ConfigError(
+            f"{section}.kind: there is no {kind!r}{_suggest(kind, known)}; "
+            f"there are: {', '.join(known)}"
+        )
+    return importlib.import_module(f"{KINDS[section]}.{kind}")
+
+
+def kind_config(section: str, value: Any) -> BaseModel:
+    """Validate one section against the `Config` of its kind. `value`: a mapping, or the bare kind."""
+    if isinstance(value, str):
+        value = {"kind": value}
+    if not isinstance(value, dict) or not isinstance(value.get("kind"), str):
+        raise ConfigError(f"{section}.kind is missing; choose one of: {', '.join(kinds(section))}")
+    module = kind_module(section, value["kind"])
+    if "." in value["kind"]:  # an outside module need not know the path it is reached by
+        value = {**value, "kind": module.Config.model_fields["kind"].default}
+    return module.Config.model_validate(value)
+
+
+# ---------------------------------------------------------------------------------------------- reading
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML that refuses duplicate keys (PyYAML keeps the last one silently)."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key_node, _ in node.value:
+            if key_node.value in seen:
+                line = key_node.start_mark.line + 1
+                raise ConfigError(
+                    f"{self.name}, line {line}: the key {key_node.value!r} appears twice; remove one"
+                )
+            seen.add(key_node.value)
+        return super().construct_mapping(node, deep)
+
+
+def presets() -> list[str]:
+    """Names of the presets that ship with the package."""
+    return sorted(path.stem for path in PRESETS.glob("*.yaml"))
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """One YAML file as a mapping, with at most one `base:` (a preset or a path) merged beneath."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            loader = _Loader(file)
+            loader.name = str(path)
+            tree = loader.get_single_data() or {}
+    except yaml.YAMLError as error:
+        text = " ".join(str(error).split())
+        raise ConfigError(f"{path} is not valid YAML: {text}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read the configuration {path}: {error}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} must be a mapping of keys to values")
+    base = tree.pop("base", None)
+    return merge(read_yaml(find(str(base))), tree) if base else tree
+
+
+def find(name: str) -> Path:
+    """A preset's name or a path to a YAML file -> the file. Raises ConfigError with the list."""
+    if (PRESETS / f"{name}.yaml").exists():
+        return PRESETS / f"{name}.yaml"
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml") and path.exists():
+        return path
+    hint = _suggest(name, presets())
+    raise ConfigError(
+        f"no configuration {name!r}{hint}; presets are: {', '.join(presets())}; "
+        "or give the path of a .yaml file"
+    )
+
+
+def merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
+    """`top` over `base`. A section that changes its `kind` starts afresh: the other kind's keys do
+    not apply to it."""
+    merged = dict(base)
+    for key, value in top.items():
+        old = merged.get(key)
+        if key in KINDS:
+            old = {"kind": old} if isinstance(old, str) else old
+            value = {"kind": value} if isinstance(value, str) else value
+        if isinstance(old, dict) and isinstance(value, dict):
+            if "kind" in value and value["kind"] != old.get("kind"):
+                old = {}
+            merged[key] = merge(old, value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
+    """`["optim.lr=2e-4", "engine=torch"]` -> a nested mapping. Values are YAML."""
+    tree: dict[str, Any] = {}
+    seen: set[str] = set()
+    for text in overrides:
+        key, equals, raw = text.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"cannot read the override {text!r}; write it as section.key=value")
+        if key in seen:
+            raise ConfigError(f"the override {key} is given twice; remove one")
+        seen.add(key)
+        try:
+            value = yaml.safe_load(raw)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"cannot read the value of the override {text!r}") from error
+        *sections, last = key.split(".")
+        node = tree
+        for section in sections:
+            if isinstance(node.get(section), str) and section in KINDS:  # `engine=torch engine.x=1`
+                node[section] = {"kind": node[section]}
+            node = node.setdefault(section, {})
+            if not isinstance(node, dict):
+                raise ConfigError(f"the override {text!r} goes below a value that is not a section")
+        if isinstance(node.get(last), dict) and isinstance(value, str) and key in KINDS:
+            node[last]["kind"] = value
+        else:
+            node[last] = value
+    return tree
+
+
+def load(name: str, overrides: Sequence[str] = ()) -> RunConfig:
+    """A preset or file with dotted overrides, checked. Raises ConfigError."""
+    return build(merge(read_yaml(find(name)), parse_overrides(overrides)))
+
+
+def build(tree: dict[str, Any]) -> RunConfig:
+    """Check a nested mapping. Raises ConfigError: one sentence for each mistake."""
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(explain(error, tree)) from error
+
+
+# ---------------------------------------------------------------------------------------------- errors
+
+
+def explain(error: ValidationError, tree: dict[str, Any]) -> str:
+    """pydantic's report in the words of the configuration file."""
+    sentences = []
+    for item in error.errors():
+        path = ".".join(str(part) for part in item["loc"])
+        if item["type"] == "extra_forbidden":
+            known = _keys_at(item["loc"][:-1], tree)
+            sentences.append(
+                f"unknown key {path}{_suggest(str(item['loc'][-1]), known)}; "
+                f"known here: {', '.join(known)}"
+            )
+        elif item["type"] == "missing":
+            sentences.append(f"the key {path} is missing")
+        else:
+            message = item["msg"].removeprefix("Value error, ")
+            plain = (
+                isinstance(item["input"], (str, int, float, list)) and item["type"] != "value_error"
+            )
+            given = f" (given: {item['input']!r})" if plain else ""
+            named = not path or message.startswith(path)
+            sentences.append(f"{message}{given}" if named else f"{path}: {message}{given}")
+    return "; ".join(dict.fromkeys(sentences))
+
+
+def _keys_at(location: Sequence[Any], tree: dict[str, Any]) -> list[str]:
+    """The keys that the section at `location` knows."""
+    model: Any = RunConfig
+    for part in location:
+        if part in KINDS:
+            value = tree.get(part)
+            kind = value if isinstance(value, str) else (value or {}).get("kind", "")
+            model = kind_module(str(part), kind).Config
+        elif part == "optim":
+            model = importlib.import_module("speed_engine.optim").Config
+        else:
+            field = model.model_fields.get(str(part))
+            model = field.annotation if field is not None else None
+        if not (isinstance(model, type) and issubclass(model, BaseModel)):
+            return []
+    return sorted(model.model_fields)
+
+
+def _suggest(word: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""

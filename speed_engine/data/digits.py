@@ -1,0 +1,75 @@
+"""Kind `digits`: the 1,797 handwritten digits of scikit-learn, 1 x 8 x 8 pixels, 10 classes.
+
+Small enough for a laptop and for tests, and real. They are written once as ordinary pixel shards,
+so that this kind takes the same path as every other; any number of processes may start at once.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+
+from . import DataError
+from .shards import Shards
+from .storage.index import INDEX, Index
+from .storage.writer import SetWriter
+
+NUM_DIGITS = 1797
+SHARD_SIZE = 1000
+PLAN = {"images": "digits", "mode": "pixels", "size": 8, "channels": 1, "shard_size": SHARD_SIZE}
+
+
+class Config(BaseModel):
+    """The digits, in `path`. The first part is for training, the last `held_out` of them (other
+    writers) for scoring.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    kind: Literal["digits"] = "digits"
+    path: str = Field("data/digits", description="folder of the shards; made when it is missing")
+    part: Literal["train", "held_out"] = Field("train", description="which part to read")
+    held_out: float = Field(
+        0.0, ge=0, lt=1, description="share of the samples that training never sees"
+    )
+
+
+def build(config: Config) -> Shards:
+    """The digits' shards, written first if they are not there. Raises DataError."""
+    folder = Path(config.path)
+    if not (folder / INDEX).exists():
+        write(folder, wait=True)
+    num_held_out = round(config.held_out * NUM_DIGITS)
+    num_train = NUM_DIGITS - num_held_out
+    if config.part == "held_out":
+        if not num_held_out:
+            raise DataError("data.part=held_out needs a data.held_out above 0")
+        source = Shards(folder, first=num_train, count=num_held_out)
+    else:
+        source = Shards(folder, count=num_train)
+    if source.shape != (1, 8, 8) or source.num_stored != NUM_DIGITS:
+        raise DataError(f"{folder} holds something else than the digits; give another data.path")
+    return source
+
+
+def write(folder: Path, *, wait: bool = False) -> Index:
+    """Write the digits into `folder`; nothing happens if they are there. wait: for another process
+    that does so.
+    """
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError:
+        raise DataError(
+            "the digits come with scikit-learn; run `pip install scikit-learn`"
+        ) from None
+
+    with SetWriter(folder, PLAN, shard_size=SHARD_SIZE, wait=wait) as writer:
+        if writer.finished is not None:
+            return writer.finished
+        values, labels = load_digits(return_X_y=True)  # values 0 to 16, [1797, 64]
+        pixels = np.round(values * (255 / 16)).astype(np.uint8).reshape(-1, 1, 8, 8)
+        for position in range(writer.position, len(pixels)):
+            writer.write(position + 1, pixels[position], int(labels[position]))
+        return writer.finish(class_names=[str(name) for name in range(10)])

@@ -1,0 +1,239 @@
+"""Kind `shards`: pixels or latents in WebDataset tars, read in any order through our index.
+
+A sample is read by its byte position (`preadv`, straight into the batch), not by walking the tar:
+nothing is extracted, nothing is unpickled, and a file that shrinks under a running job is an error
+text and not a bus error. The first time a sample is touched its CRC32 is checked; afterwards a
+batch costs one read per sample and one conversion.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from . import DataError
+from .storage import index as index_file
+
+TORCH_DTYPES = {"uint8": torch.uint8, "float16": torch.float16, "float32": torch.float32}
+# Root mean square of scaled latents: 1 is right, 0.18 is "scaled twice", 5.5 is "never scaled".
+RMS_RANGE = (0.3, 3.0)
+
+
+class Config(BaseModel):
+    """A folder with `index.json` and its shards (`python -m speed_engine encode` makes one)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    kind: Literal["shards"] = "shards"
+    path: str = Field(description="folder with index.json and the shards")
+    check_scale: bool = Field(
+        True, description="refuse latents whose measured size is far from 1 in model space"
+    )
+    retries: int = Field(3, ge=0, le=20, description="how often a failed read is tried again")
+
+
+def build(config: Config) -> Shards:
+    """Open the set. Raises DataError."""
+    return Shards(Path(config.path), check_scale=config.check_scale, retries=config.retries)
+
+
+class Shards:
+    """The samples first, first + 1, ... first + count - 1 of the set in `folder` (default: all).
+    See data.Source.
+
+    Further attributes: index (all of index.json), kind, mean and std (measured, per channel, in
+    model space).
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        first: int = 0,
+        count: int | None = None,
+        check_scale: bool = True,
+        retries: int = 3,
+    ):
+        self.folder, self.retries = folder, retries
+        self.index = index = index_file.load(folder)
+        if check_scale:
+            _check_scale(index, folder)
+        self.num_stored = index.count
+        self.first = first
+        self.count = index.count - first if count is None else count
+        if first < 0 or not (0 < self.count <= index.count - first):
+            raise DataError(
+                f"samples {first} to {first + self.count} do not exist: {folder} has {index.count}"
+            )
+        self.shape, self.num_classes, self.kind = index.shape, index.num_classes, index.kind
+        self.mean, self.std = index.mean, index.std
+        self.has_posterior = index.posterior
+        self.can_flip = index.kind == "pixels" or index.flipped
+        whole = self.count == index.count
+        self.fingerprint = (
+            index.fingerprint if whole else f"{index.fingerprint}[{first}+{self.count}]"
+        )
+        tables = [index_file.load_entries(folder, index, shard) for shard in index.shards]
+        entries = np.concatenate(tables)
+        self._shard = np.repeat(np.arange(len(tables)), [len(table) for table in tables])
+        self._base = np.cumsum([0] + [len(table) for table in tables])
+        self._entries = entries
+        self._offset = entries["offset"].copy()
+        self._flipped = entries["flipped"].copy() if index.flipped else None
+        self._label = np.maximum(entries["label"], 0).astype(np.int64)
+        self._checked = np.zeros(len(entries), bool)
+        try:
+            self._files = [
+                open(folder / shard.name, "rb", buffering=0)  # noqa: SIM115  open as long as the source
+                for shard in index.shards
+            ]
+        except OSError as error:
+            raise DataError(
+                f"{error.filename} cannot be opened ({error.strerror}); with many shards raise "
+                "`ulimit -n` or write larger ones"
+            ) from None
+        self._descriptor = np.array([file.fileno() for file in self._files])[self._shard]
+
+    def __len__(self) -> int:
+        return self.count
+
+    def batch(
+        self,
+        indices: Sequence[int] | np.ndarray | Tensor,
+        flips: Sequence[bool] | np.ndarray | Tensor | None = None,
+        normals: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """`decode(read(...))`: (x float32 [B, C, H, W] in model space, labels int64 [B]). See
+        data.Source.
+        """
+        stored, labels = self.read(indices, flips)
+        return self.decode(stored, normals), labels
+
+    def read(
+        self,
+        indices: Sequence[int] | np.ndarray | Tensor,
+        flips: Sequence[bool] | np.ndarray | Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """(stored [B, C', H, W] in the stored dtype, labels int64 [B]) on the CPU. C' = 2C with a
+        posterior.
+
+        Useful where the conversion should happen on the device: move `stored` there, then `decode`
+        it.
+        """
+        chosen = np.asarray(indices, np.int64) if len(indices) else np.zeros(0, np.int64)
+        if chosen.ndim != 1 or (len(chosen) and not 0 <= chosen.min() <= chosen.max() < self.count):
+            raise DataError(f"sample indices must lie in [0, {self.count}) of {self.folder}")
+        chosen = chosen + self.first
+        flipped = None if flips is None else np.asarray(flips, bool)
+        if flipped is not None and flipped.shape != chosen.shape:
+            raise DataError(f"{len(chosen)} samples need as many flips, not {flipped.shape}")
+        offset = self._offset[chosen]
+        if flipped is not None and self.kind == "latents":
+            if self._flipped is None:
+                raise DataError(
+                    f"{self.folder} holds no flipped latents; encode it again with --flip or turn "
+                    "flips off"
+                )
+            offset = np.where(flipped, self._flipped[chosen], offset)
+        for sample in chosen[~self._checked[chosen]].tolist():
+            self._region(sample)
+        stored = torch.empty(
+            len(chosen), *self.index.stored_shape, dtype=TORCH_DTYPES[self.index.dtype]
+        )
+        self._fill(stored, chosen, offset)
+        if flipped is not None and self.kind == "pixels":
+            rows = torch.from_numpy(flipped)
+            stored[rows] = stored[rows].flip(-1)
+        return stored, torch.from_numpy(self._label[chosen])
+
+    def decode(self, stored: Tensor, normals: Tensor | None = None) -> Tensor:
+        """Stored values to model space, float32, on the device of `stored`: (value - shift) *
+        scale.
+
+        With a posterior the value is mean + std * normals, or the mean without normals.
+        """
+        if normals is not None and not self.has_posterior:
+            raise DataError(
+                f"{self.folder} stores no posterior; encode it with the posterior or draw no "
+                "normals"
+            )
+        if self.kind == "pixels":
+            return stored.to(torch.float32).div_(127.5).sub_(1)
+        values = stored.to(torch.float32, copy=True)
+        if self.has_posterior:
+            values, std = values.chunk(2, 1)
+            values = (
+                values.clone() if normals is None else torch.addcmul(values, std, normals.float())
+            )
+        if self.index.shift:
+            values.sub_(self.index.shift)
+        return values.mul_(self.index.scale)
+
+    def _fill(self, stored: Tensor, chosen: np.ndarray, offset: np.ndarray) -> None:
+        """One read per sample into its row. Anything odd goes through the slow and careful path."""
+        if not len(chosen):
+            return
+        size, stop = self.index.array_bytes, 0
+        target = memoryview(stored.numpy().data).cast("B")
+        preadv = os.preadv
+        for sample, descriptor, place in zip(
+            chosen.tolist(), self._descriptor[chosen].tolist(), offset.tolist(), strict=True
+        ):
+            row = target[stop : stop + size]
+            stop += size
+            try:
+                complete = preadv(descriptor, [row], place) == size
+            except OSError:
+                complete = False
+            if not complete:
+                begin = place - int(self._entries["start"][sample])
+                row[:] = self._region(sample)[begin : begin + size]
+
+    def _region(self, sample: int) -> bytes:
+        """All bytes of a sample, CRC32 checked; a failed read is tried again. Raises DataError."""
+        entry = self._entries[sample]
+        start, length = int(entry["start"]), int(entry["length"])
+        reason = ""
+        for attempt in range(self.retries + 1):
+            if attempt:
+                time.sleep(min(0.1 * 2 ** (attempt - 1), 5.0))
+            try:
+                region = os.pread(self._descriptor[sample], length, start)
+            except OSError as error:
+                reason = f"cannot be read ({error.strerror})"
+                continue
+            if len(region) < length:
+                reason = "the file ends before it (truncated)"
+            elif zlib.crc32(region) != entry["crc32"]:
+                reason = "damaged, its CRC32 does not fit"
+            else:
+                self._checked[sample] = True
+                return region
+        shard = int(self._shard[sample])
+        raise DataError(
+            f"{self.folder / self.index.shards[shard].name}, sample {sample - self._base[shard]}: "
+            f"{reason}; restore the "
+            "shard (`python -m speed_engine encode --verify DIR` lists every fault)"
+        )
+
+
+def _check_scale(index: index_file.Index, folder: Path) -> None:
+    if index.kind != "latents":
+        return
+    rms = float(np.sqrt(np.mean(np.square(index.mean) + np.square(index.std))))
+    if not RMS_RANGE[0] <= rms <= RMS_RANGE[1]:
+        raise DataError(
+            f"the latents of {folder} have a root mean square of {rms:.3g} in model space instead "
+            "of about 1, so their "
+            f"scale {index.scale:.6g} is probably wrong; correct it with `{index_file.REINDEX} "
+            "--scale S`, or set "
+            "data.check_scale=false"
+        )

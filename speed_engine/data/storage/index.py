@@ -1,0 +1,352 @@
+"""`index.json`: what a set of shards holds, and the checks that it still holds exactly that.
+
+The index carries sizes, SHA-256 sums and a fingerprint over all of itself; the small `.idx.npy`
+files carry the place and the CRC32 of every sample. Opening a set costs little (sizes and the small
+files); `verify` reads every byte. `reindex` writes both from plain WebDataset tars, also from those
+of somebody else, and only when asked to.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import math
+import os
+import re
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from .. import DataError
+from .scan import ENTRY, Scanned, Shard, entries_path, scan
+
+INDEX = "index.json"
+REINDEX = "python -m speed_engine encode --reindex DIR"
+PIXEL_SCALE, PIXEL_SHIFT = 1 / 127.5, 127.5  # x = stored / 127.5 - 1
+
+
+class Index(BaseModel):
+    """The whole `index.json`. x = (stored - shift) * scale is model space; mean and std are
+    measured there, per channel.
+
+    shape: (C, H, W) in model space; stored arrays have twice the channels when `posterior` (mean,
+    standard deviation).
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    format: Literal["speed-engine shards"] = "speed-engine shards"
+    version: Literal[1] = 1
+    kind: Literal["pixels", "latents"]
+    count: int
+    shape: tuple[int, int, int]
+    dtype: Literal["uint8", "float16", "float32"]
+    posterior: bool
+    flipped: bool
+    scale: float
+    shift: float
+    num_classes: int
+    class_names: list[str]
+    mean: list[float]
+    std: list[float]
+    shards: list[Shard]
+    fingerprint: str = ""
+
+    def sealed(self) -> Index:
+        """The same index with its fingerprint: SHA-256 over everything else."""
+        text = json.dumps(self.model_dump(exclude={"fingerprint"}), sort_keys=True)
+        return self.model_copy(update={"fingerprint": hashlib.sha256(text.encode()).hexdigest()})
+
+    @property
+    def stored_shape(self) -> tuple[int, int, int]:
+        channels, height, width = self.shape
+        return (2 * channels if self.posterior else channels, height, width)
+
+    @property
+    def array_bytes(self) -> int:
+        return math.prod(self.stored_shape) * np.dtype(self.dtype).itemsize
+
+
+def compose(
+    scanned: Sequence[Scanned],
+    *,
+    scale: float | None = None,
+    shift: float | None = None,
+    posterior: bool = False,
+    num_classes: int | None = None,
+    class_names: Sequence[str] = (),
+) -> Index:
+    """The index of the scanned shards, which must agree with each other. Raises DataError.
+
+    num_classes: default is the largest label + 1, or the number of class names. scale and shift: of
+    latents.
+    """
+    first = scanned[0]
+    for other in scanned[1:]:
+        for what in ("dtype", "stored_shape", "flipped"):
+            if getattr(other, what) != getattr(first, what):
+                raise DataError(
+                    f"{other.shard.name} has {what} {getattr(other, what)}, but {first.shard.name} "
+                    "has "
+                    f"{getattr(first, what)}; put them into folders of their own"
+                )
+        if bool(other.num_labels) != bool(first.num_labels):
+            raise DataError(
+                f"one of {first.shard.name} and {other.shard.name} has labels and the other has "
+                "none; "
+                "put them into folders of their own"
+            )
+    labelled = bool(first.num_labels)
+    worst = max(scanned, key=lambda s: s.max_label)
+    if num_classes is None:
+        num_classes = len(class_names) or worst.max_label + 1
+    if labelled and worst.max_label >= num_classes:
+        raise DataError(
+            f"{worst.shard.name} holds the label {worst.max_label}, but there are {num_classes} "
+            "classes; "
+            "correct the labels or give --num-classes"
+        )
+    if not labelled and num_classes:
+        raise DataError(
+            f"{num_classes} classes are announced, but the samples of {first.shard.name} have no "
+            ".cls member"
+        )
+    if class_names and len(class_names) != num_classes:
+        raise DataError(f"there are {len(class_names)} class names for {num_classes} classes")
+    pixels = first.dtype == "uint8"
+    if pixels:
+        if scale is not None or shift is not None:
+            raise DataError(
+                "--scale and --shift belong to latents, but these shards hold uint8 pixels"
+            )
+        scale, shift = PIXEL_SCALE, PIXEL_SHIFT
+    if scale is None or not math.isfinite(scale) or scale <= 0:
+        raise DataError(
+            "the scale of these latents is unknown; give --scale (0.18215 for Stable Diffusion's "
+            "VAE, 1 for latents "
+            "that are scaled already)"
+        )
+    shift = shift or 0.0
+    channels, height, width = first.stored_shape
+    count = sum(s.shard.count for s in scanned)
+    values = count * height * width
+    mean = np.sum([s.sums for s in scanned], 0) / values
+    var = np.maximum(np.sum([s.square_sums for s in scanned], 0) / values - mean**2, 0)
+    return Index(
+        kind="pixels" if pixels else "latents",
+        count=count,
+        shape=(channels // 2 if posterior else channels, height, width),
+        dtype=first.dtype,  # pyright: ignore[reportArgumentType]  checked by pydantic
+        posterior=posterior,
+        flipped=first.flipped,
+        scale=scale,
+        shift=shift,
+        num_classes=num_classes,
+        class_names=list(class_names),
+        mean=((mean - shift) * scale).tolist(),
+        std=(np.sqrt(var) * scale).tolist(),
+        shards=[s.shard for s in scanned],
+    ).sealed()
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write and fsync a temporary file, then rename it to `path`."""
+    scratch = path.with_name(path.name + ".tmp")
+    with open(scratch, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(scratch, path)
+
+
+def save(index: Index, folder: Path) -> None:
+    """Write `index.json`."""
+    write_file(folder / INDEX, (json.dumps(index.model_dump(), indent=1) + "\n").encode())
+
+
+def index_shard(path: Path, posterior: bool = False) -> Scanned:
+    """Scan a shard and write its `.idx.npy` file."""
+    scanned, entries = scan(path, posterior)
+    content = io.BytesIO()
+    np.save(content, entries, allow_pickle=False)
+    write_file(entries_path(path), content.getvalue())
+    digest = hashlib.sha256(content.getvalue()).hexdigest()
+    return scanned.model_copy(
+        update={"shard": scanned.shard.model_copy(update={"entries_sha256": digest})}
+    )
+
+
+def load(folder: Path) -> Index:
+    """The checked `index.json` of `folder`. Raises DataError."""
+    path = folder / INDEX
+    try:
+        text = path.read_bytes()
+    except FileNotFoundError:
+        if any(folder.glob("*.tar")):
+            raise DataError(
+                f"{folder} has shards but no {INDEX}; make one with `{REINDEX}`"
+            ) from None
+        raise DataError(
+            f"{folder} holds no data set; make one with `python -m speed_engine encode --images "
+            "DIR --out DIR`"
+        ) from None
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror}); check data.path") from None
+    try:
+        index = Index.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the file"
+        raise DataError(
+            f"{path} is damaged or of another version ({where}: {first['msg']}); rebuild it with "
+            f"`{REINDEX}`"
+        ) from None
+    if index.sealed().fingerprint != index.fingerprint:
+        raise DataError(
+            f"{path} does not fit its own fingerprint (edited or damaged); rebuild it with "
+            f"`{REINDEX}`"
+        )
+    names = [shard.name for shard in index.shards]
+    if len(set(names)) != len(names) or not all(
+        re.fullmatch(r"[\w-][\w.-]*\.tar", name) for name in names
+    ):
+        raise DataError(
+            f"{path} names a shard twice or one outside of its folder; rebuild it with `{REINDEX}`"
+        )
+    if index.count != sum(shard.count for shard in index.shards) or not index.count:
+        raise DataError(f"{path} holds no sample or miscounts them; rebuild it with `{REINDEX}`")
+    return index
+
+
+def load_entries(folder: Path, index: Index, shard: Shard) -> np.ndarray:
+    """The ENTRY rows of one shard, checked against the index and the size of the shard. Raises
+    DataError.
+    """
+    path = folder / shard.name
+    idx = entries_path(path)
+    try:
+        content = idx.read_bytes()
+        size = path.stat().st_size
+    except OSError as error:
+        raise DataError(
+            f"{error.filename} cannot be read ({error.strerror}); restore it, or rebuild the index "
+            f"with `{REINDEX}`"
+        ) from None
+    if hashlib.sha256(content).hexdigest() != shard.entries_sha256:
+        raise DataError(
+            f"{idx} is damaged or belongs to another shard; rebuild the index with `{REINDEX}`"
+        )
+    try:
+        entries = np.load(io.BytesIO(content), allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise DataError(
+            f"{idx} is no index ({error}); rebuild the index with `{REINDEX}`"
+        ) from None
+    if entries.dtype != ENTRY or entries.shape != (shard.count,):
+        raise DataError(
+            f"{idx} does not list {shard.count} samples; rebuild the index with `{REINDEX}`"
+        )
+    stop = entries["start"] + entries["length"]
+    if size != shard.bytes:
+        lost = np.flatnonzero(stop > size)
+        which = (
+            f"sample {lost[0]} and all after it are lost"
+            if len(lost)
+            else "all samples are within it"
+        )
+        raise DataError(
+            f"{path} has {size} bytes instead of {shard.bytes} ({which}); restore it, or, if it "
+            "was changed on "
+            f"purpose, rebuild the index with `{REINDEX}`"
+        )
+    columns = [entries["offset"]] + ([entries["flipped"]] if index.flipped else [])
+    inside = (entries["start"] >= 0) & (stop <= size)
+    for column in columns:
+        inside &= (column >= entries["start"]) & (column + index.array_bytes <= stop)
+    low = 0 if index.num_classes else -1
+    inside &= (entries["label"] >= low) & (entries["label"] < max(index.num_classes, low + 1))
+    if not inside.all():
+        raise DataError(
+            f"{shard.name}, sample {np.flatnonzero(~inside)[0]}: its index entry points outside of "
+            "the shard or its "
+            f"label is not below {index.num_classes}; rebuild the index with `{REINDEX}`"
+        )
+    return entries
+
+
+def verify(folder: Path) -> list[str]:
+    """Read every byte of the set; a sentence for each fault, naming shard and sample. Empty = all
+    is well.
+    """
+    try:
+        index = load(folder)
+    except DataError as error:
+        return [str(error)]
+    problems: list[str] = []
+    for shard in index.shards:
+        try:
+            entries = load_entries(folder, index, shard)
+        except DataError as error:
+            problems.append(str(error))
+            continue
+        digest, faults = hashlib.sha256(), []
+        with open(folder / shard.name, "rb") as file:
+            for sample, entry in enumerate(entries):
+                digest.update(file.read(int(entry["start"]) - file.tell()))
+                region = file.read(int(entry["length"]))
+                digest.update(region)
+                if zlib.crc32(region) != entry["crc32"]:
+                    faults.append(
+                        f"{shard.name}, sample {sample}: damaged (its CRC32 does not fit); restore "
+                        "the shard"
+                    )
+            digest.update(file.read())
+        if not faults and digest.hexdigest() != shard.sha256:
+            faults.append(f"{shard.name}: damaged outside of its samples; restore the shard")
+        problems += faults
+    return problems
+
+
+def reindex(
+    folder: Path,
+    *,
+    scale: float | None = None,
+    shift: float | None = None,
+    posterior: bool | None = None,
+    num_classes: int | None = None,
+) -> Index:
+    """Write the index of all `*.tar` in `folder`, ours or any plain WebDataset shards. Raises
+    DataError.
+
+    What is not given is taken from the index that is there, if it can be read.
+    """
+    tars = sorted(folder.glob("*.tar"))
+    if not tars:
+        raise DataError(f"{folder} holds no *.tar; give the folder with the shards")
+    try:
+        old = load(folder)
+    except DataError:
+        old = None
+    if posterior is None:
+        posterior = old.posterior if old else False
+    if old and old.kind == "latents":
+        scale = old.scale if scale is None else scale
+        shift = old.shift if shift is None else shift
+    class_names: list[str] = []
+    if old and num_classes in (None, old.num_classes):
+        num_classes, class_names = old.num_classes, old.class_names
+    scanned = [index_shard(path, posterior) for path in tars]
+    index = compose(
+        scanned,
+        scale=scale,
+        shift=shift,
+        posterior=posterior,
+        num_classes=num_classes,
+        class_names=class_names,
+    )
+    save(index, folder)
+    return index

@@ -1,0 +1,240 @@
+"""Reads one shard from end to end and turns it into index entries.
+
+A sample is a run of adjacent members with one key: `<key>.npy`, the array (C, H, W); `<key>.cls`,
+its class as ASCII digits; and, for latents, optionally `<key>.flipped.npy`, the latent of the
+mirrored image. Everything is checked here, once: names, array headers (by a parser of our own, so
+that no pickle can run), shapes, labels, NaN and infinity.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import mmap
+import re
+import zlib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict
+
+from .. import DataError
+from .tar import Member, MemberError, members
+
+# offset, flipped: bytes of the arrays behind their npy headers (flipped = -1 without one). start,
+# length: all bytes of the sample, headers and padding included; crc32 (zlib's) is over these. label
+# = -1 without one.
+ENTRY = np.dtype(
+    [
+        ("offset", "<i8"),
+        ("flipped", "<i8"),
+        ("start", "<i8"),
+        ("length", "<i4"),
+        ("crc32", "<u4"),
+        ("label", "<i4"),
+    ]
+)
+DTYPES = {"|u1": "uint8", "<f2": "float16", "<f4": "float32"}
+NPY_HEADER = re.compile(
+    rb"\{'descr': '([|<>=]?[A-Za-z0-9]+)', 'fortran_order': (True|False), "
+    rb"'shape': \((\d{1,6}), (\d{1,6}), (\d{1,6})\), \} *\n"
+)
+MAX_LABEL = 2**31 - 2
+
+
+class Shard(BaseModel):
+    """What `index.json` says about one shard."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    name: str
+    count: int
+    bytes: int
+    sha256: str
+    entries_sha256: str
+
+
+class Scanned(BaseModel):
+    """A shard and what its samples have in common. sums, square_sums: per channel, in stored units."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    shard: Shard
+    dtype: str
+    stored_shape: tuple[int, int, int]
+    flipped: bool
+    num_labels: int
+    max_label: int
+    sums: list[float]
+    square_sums: list[float]
+
+
+@dataclass
+class _Sample:
+    key: str
+    parts: dict[str, Member] = field(default_factory=dict)
+
+
+def entries_path(shard: Path) -> Path:
+    """`shard-000000.tar` -> `shard-000000.idx.npy`."""
+    return shard.with_suffix(".idx.npy")
+
+
+def scan(path: Path, posterior: bool = False) -> tuple[Scanned, np.ndarray]:
+    """Everything about the shard at `path`: its summary and one ENTRY per sample. Raises DataError
+    at the first fault.
+
+    posterior: the arrays are mean and standard deviation, stacked over channels.
+    """
+    if path.is_symlink() and not path.exists():
+        raise DataError(f"{path} is a link to nothing; restore the shard")
+    with open(path, "rb") as file:
+        if not file.seek(0, 2):
+            raise DataError(f"{path.name} is empty; write the shard again or remove it")
+        view = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+    scanner = _Scanner(path.name, view, posterior)
+    try:
+        return scanner.run()
+    except MemberError as error:
+        raise DataError(
+            f"{path.name}, sample {len(scanner.rows)}: {error}; write the shard again"
+        ) from None
+
+
+class _Scanner:
+    def __init__(self, name: str, view: memoryview, posterior: bool):
+        self.name, self.view, self.posterior = name, view, posterior
+        self.rows: list[tuple[int, int, int, int, int, int]] = []
+        self.layout: tuple[str, tuple[int, int, int]] | None = None
+        self.flipped = False
+        self.sums = np.zeros(0)
+        self.square_sums = np.zeros(0)
+
+    def run(self) -> tuple[Scanned, np.ndarray]:
+        seen: set[str] = set()
+        sample: _Sample | None = None
+        for member in members(self.view):
+            key, _, part = member.name.partition(".")
+            if part not in ("npy", "cls", "flipped.npy"):
+                raise MemberError(
+                    f"the member {member.name!r} is not allowed; a shard holds .npy, .cls and "
+                    ".flipped.npy only"
+                )
+            if sample is None or sample.key != key:
+                if sample is not None:
+                    self._add(sample)
+                if key in seen:
+                    raise MemberError(f"the key {key!r} comes twice")
+                seen.add(key)
+                sample = _Sample(key)
+            if part in sample.parts:
+                raise MemberError(f"the member {member.name!r} comes twice")
+            sample.parts[part] = member
+        if sample is not None:
+            self._add(sample)
+        if self.layout is None:
+            raise DataError(f"{self.name} holds no sample; remove it or write it again")
+        entries = np.array(self.rows, ENTRY)
+        labels = entries["label"]
+        shard = Shard(
+            name=self.name,
+            count=len(entries),
+            bytes=len(self.view),
+            sha256=hashlib.sha256(self.view).hexdigest(),
+            entries_sha256="",
+        )
+        scanned = Scanned(
+            shard=shard,
+            dtype=self.layout[0],
+            stored_shape=self.layout[1],
+            flipped=self.flipped,
+            num_labels=int((labels >= 0).sum()),
+            max_label=int(labels.max()),
+            sums=self.sums.tolist(),
+            square_sums=self.square_sums.tolist(),
+        )
+        return scanned, entries
+
+    def _add(self, sample: _Sample) -> None:
+        if "npy" not in sample.parts:
+            raise MemberError(f"the sample {sample.key!r} has no .npy member")
+        offset = self._array(sample.parts["npy"], measure=True)
+        flipped = self._array(sample.parts["flipped.npy"]) if "flipped.npy" in sample.parts else -1
+        if self.rows and (flipped >= 0) != self.flipped:
+            raise MemberError("some samples have a .flipped.npy member and some do not")
+        self.flipped = flipped >= 0
+        label = self._label(sample.parts["cls"]) if "cls" in sample.parts else -1
+        if self.rows and (label >= 0) != (self.rows[0][5] >= 0):
+            raise MemberError("some samples have a .cls member and some do not")
+        start = min(member.start for member in sample.parts.values())
+        stop = max(member.stop for member in sample.parts.values())
+        crc = zlib.crc32(self.view[start:stop])
+        self.rows.append((offset, flipped, start, stop - start, crc, label))
+
+    def _label(self, member: Member) -> int:
+        text = bytes(self.view[member.data : member.data + min(member.size, 40)])
+        if not re.fullmatch(rb"-?[0-9]{1,10}\n?", text):
+            raise MemberError(f"the label {text!r} is not an integer")
+        label = int(text)
+        if not 0 <= label <= MAX_LABEL:
+            raise MemberError(f"the label {label} is out of range")
+        return label
+
+    def _array(self, member: Member, measure: bool = False) -> int:
+        """Check the array of one member; the position of its first byte."""
+        dtype, shape, header = npy_layout(
+            bytes(self.view[member.data : member.data + min(member.size, 1024)])
+        )
+        if self.layout is None:
+            if self.posterior and (shape[0] % 2 or dtype == "uint8"):
+                raise MemberError(
+                    f"an array of {dtype} {shape} cannot be mean and standard deviation over "
+                    "channels"
+                )
+            self.layout = dtype, shape
+            channels = shape[0] // 2 if self.posterior else shape[0]
+            self.sums, self.square_sums = np.zeros(channels), np.zeros(channels)
+        if (dtype, shape) != self.layout:
+            raise MemberError(
+                f"its array is {dtype} {shape}, but the first of the shard is {self.layout[0]} "
+                f"{self.layout[1]}"
+            )
+        count = int(np.prod(shape))
+        if member.size != header + count * np.dtype(dtype).itemsize:
+            raise MemberError(
+                f"its array has {member.size - header} bytes, which does not fit its shape {shape}"
+            )
+        offset = member.data + header
+        values = np.frombuffer(self.view, dtype, count, offset).reshape(shape).astype(np.float64)
+        if not np.isfinite(values).all():
+            raise MemberError("its array holds NaN or infinity")
+        means, stds = np.split(values, 2) if self.posterior else (values, np.zeros(1))
+        if (stds < 0).any():
+            raise MemberError("its array holds a negative standard deviation")
+        if measure:
+            self.sums += means.sum((1, 2))
+            self.square_sums += (means**2 + stds**2).sum((1, 2))
+        return offset
+
+
+def npy_layout(head: bytes) -> tuple[str, tuple[int, int, int], int]:
+    """(dtype, shape, header length) of a npy file that begins with `head`. Raises MemberError;
+    never evaluates it.
+    """
+    if head[:6] != b"\x93NUMPY" or head[6:8] not in (b"\1\0", b"\2\0", b"\3\0"):
+        raise MemberError("its .npy member is not a npy file")
+    width = 2 if head[6] == 1 else 4
+    length = 8 + width + int.from_bytes(head[8 : 8 + width], "little")
+    match = NPY_HEADER.fullmatch(head[8 + width : length]) if length <= len(head) else None
+    if match is None:
+        raise MemberError("its array is not of the form (C, H, W) or has a damaged header")
+    descr, fortran, *sides = match.groups()
+    if descr.decode() not in DTYPES:
+        raise MemberError(
+            f"its array has dtype {descr.decode()!r}; only uint8, float16 and float32 "
+            "(little-endian) may be"
+        )
+    if fortran == b"True":
+        raise MemberError("its array is in Fortran order")
+    shape = (int(sides[0]), int(sides[1]), int(sides[2]))
+    if not all(shape):
+        raise MemberError(f"its array has the empty shape {shape}")
+    return DTYPES[descr.decode()], shape, length

@@ -1,0 +1,257 @@
+"""Builds a set of shards so that a killed process leaves either nothing, or something it continues
+from.
+
+All work happens in `.<name>.partial` beside the final folder. A shard is written to a temporary
+name, fsynced, scanned by the same code that checks foreign shards, renamed, and only then noted in
+`progress.json`. At the end the index is written and the whole folder is renamed. The tars are
+bit-identical from run to run: fixed time stamps, fixed owners, sorted members. This is the only
+file that imports webdataset.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from .. import DataError
+from . import index as index_file
+from .index import Index, compose, index_shard, write_file
+from .scan import Scanned
+
+PLAN, PROGRESS, SKIPPED = "encode.json", "progress.json", "skipped.json"
+
+
+class Skipped(BaseModel):
+    """One source file that did not become a sample."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    file: str
+    reason: str
+
+
+class _Progress(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    position: int = 0
+    shards: list[Scanned] = []
+    skipped: list[Skipped] = []
+
+
+class SetWriter:
+    """Writes one set into `out`. Use it as a context manager; it holds a lock against a second
+    writer.
+
+    plan: JSON values that say what the set is made from; they are kept in `encode.json`, and only a
+    set or an interrupted set of the same plan is taken for the same. Raises DataError where `out`
+    holds something else. After entering: `finished` is the index of a set that is there already, or
+    None; `position` is the number of source items that an interrupted run has dealt with; `room` is
+    the number of samples until the shard is full.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        plan: dict[str, Any],
+        *,
+        shard_size: int,
+        posterior: bool = False,
+        wait: bool = False,
+    ):
+        if shard_size < 1:
+            raise DataError("--shard-size must be at least 1")
+        self.out = Path(os.path.realpath(out))
+        self.partial = self.out.with_name(f".{self.out.name}.partial")
+        self.plan = json.loads(json.dumps(plan))
+        self.shard_size, self.posterior, self.wait = shard_size, posterior, wait
+        self.finished: Index | None = None
+        self.position = 0
+        self.shards: list[Scanned] = []
+        self.skipped: list[Skipped] = []
+        self._lock: IO[str] | None = None
+        self._file: IO[bytes] | None = None
+        self._tar: Any = None
+        self._in_shard = 0
+
+    def __enter__(self) -> SetWriter:
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        self._lock = open(self.out.with_name(f".{self.out.name}.lock"), "w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX if self.wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._lock.close()
+            raise DataError(f"another process is writing {self.out}; wait for it") from None
+        try:
+            self._open()
+        except BaseException:
+            self._lock.close()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._file is not None:
+            self._file.close()
+        assert self._lock is not None
+        self._lock.close()
+
+    @property
+    def room(self) -> int:
+        return self.shard_size - self._in_shard
+
+    @property
+    def num_written(self) -> int:
+        return sum(s.shard.count for s in self.shards) + self._in_shard
+
+    def write(
+        self, position: int, array: np.ndarray, label: int | None, flipped: np.ndarray | None = None
+    ) -> None:
+        """Add one sample, array (C, H, W). position: source items dealt with, this one included."""
+        if self._tar is None:
+            self._start_shard()
+        sample: dict[str, Any] = {
+            "__key__": f"{self.num_written:09d}",
+            "npy": np.ascontiguousarray(array),
+        }
+        if label is not None:
+            sample["cls"] = label
+        if flipped is not None:
+            sample["flipped.npy"] = np.ascontiguousarray(flipped)
+        self._tar.write(sample)
+        self._in_shard += 1
+        self.position = position
+        if not self.room:
+            self._end_shard()
+
+    def skip(self, position: int, file: str, reason: str) -> None:
+        """Note a source item that gives no sample."""
+        self.skipped.append(Skipped(file=file, reason=reason))
+        self.position = position
+
+    def finish(
+        self,
+        class_names: Sequence[str] = (),
+        scale: float | None = None,
+        shift: float | None = None,
+    ) -> Index:
+        """Write the index and give the set its name. Raises DataError when there is no sample."""
+        if self._tar is not None:
+            self._end_shard()
+        if not self.shards:
+            reasons = (
+                (
+                    f"; the first of {len(self.skipped)} skipped: {self.skipped[0].file}: "
+                    f"{self.skipped[0].reason}"
+                )
+                if self.skipped
+                else ""
+            )
+            shutil.rmtree(self.partial)
+            raise DataError(f"there is no image to write{reasons}")
+        index = compose(
+            self.shards, scale=scale, shift=shift, posterior=self.posterior, class_names=class_names
+        )
+        skipped = [item.model_dump() for item in self.skipped]
+        write_file(self.partial / SKIPPED, (json.dumps(skipped, indent=1) + "\n").encode())
+        index_file.save(index, self.partial)
+        self._publish()
+        return index
+
+    def _open(self) -> None:
+        if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
+            if self._same_plan(self.out):
+                self.finished = index_file.load(self.out)
+                shutil.rmtree(self.partial, ignore_errors=True)
+                return
+            raise DataError(
+                f"{self.out} is not empty and is not the same set; give another --out or remove it"
+            )
+        if not (self.partial / PLAN).exists():  # killed before it could even begin, or never begun
+            shutil.rmtree(self.partial, ignore_errors=True)
+            self.partial.mkdir()
+            write_file(self.partial / PLAN, (json.dumps(self.plan, indent=1) + "\n").encode())
+        elif not self._same_plan(self.partial):
+            raise DataError(
+                f"{self.partial} holds an interrupted run with other images or settings; repeat "
+                "that command to "
+                "finish it, or remove the folder"
+            )
+        elif (self.partial / index_file.INDEX).exists():  # killed between the index and the rename
+            self.finished = index_file.load(self.partial)
+            self._publish()
+            return
+        self._resume()
+
+    def _same_plan(self, folder: Path) -> bool:
+        try:
+            return json.loads((folder / PLAN).read_text()) == self.plan
+        except (OSError, ValueError):
+            return False
+
+    def _resume(self) -> None:
+        path = self.partial / PROGRESS
+        try:
+            progress = (
+                _Progress.model_validate_json(path.read_bytes()) if path.exists() else _Progress()
+            )
+        except ValidationError:
+            raise DataError(f"{path} is damaged; remove {self.partial} and start again") from None
+        self.position, self.shards = progress.position, list(progress.shards)
+        self.skipped = list(progress.skipped)
+        known = {PLAN, PROGRESS}
+        for scanned in self.shards:
+            tar = Path(scanned.shard.name)
+            known |= {tar.name, index_file.entries_path(tar).name}
+            if (self.partial / tar).stat().st_size != scanned.shard.bytes:
+                raise DataError(
+                    f"{self.partial / tar} has changed; remove {self.partial} and start again"
+                )
+        for stray in self.partial.iterdir():
+            if stray.name not in known:
+                stray.unlink()
+
+    def _start_shard(self) -> None:
+        from webdataset.writer import TarWriter
+
+        self._file = open(self.partial / "shard.tar.tmp", "wb")  # noqa: SIM115  closed in _end_shard
+        self._tar = TarWriter(self._file, mtime=0, user="", group="")
+        self._in_shard = 0
+
+    def _end_shard(self) -> None:
+        assert self._file is not None
+        self._tar.close()
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        self._tar = self._file = None
+        self._in_shard = 0
+        path = self.partial / f"shard-{len(self.shards):06d}.tar"
+        os.replace(self.partial / "shard.tar.tmp", path)
+        self.shards.append(index_shard(path, self.posterior))
+        progress = _Progress(position=self.position, shards=self.shards, skipped=self.skipped)
+        write_file(self.partial / PROGRESS, progress.model_dump_json().encode())
+
+    def _publish(self) -> None:
+        (self.partial / PROGRESS).unlink(missing_ok=True)
+        _sync_folder(self.partial)
+        os.rename(self.partial, self.out)  # an empty folder may be in the way, nothing else
+        _sync_folder(self.out.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

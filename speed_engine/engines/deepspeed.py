@@ -1,0 +1,148 @@
+"""`engine: deepspeed`: DeepSpeed does the distribution (ZeRO 0 to 3, many nodes); we write none.
+
+The only file that imports DeepSpeed. The EMA is part of the optimizer's state, so ZeRO shards, saves and restores it
+with the rest; full weights are assembled only to be exported.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import nn
+
+from speed_engine import optim
+from speed_engine.engines import frozen_weights
+from speed_engine.engines.deepspeed_json import merged_with
+from speed_engine.processes import Processes
+
+TAG = "zero"
+
+
+class Config(BaseModel):
+    """Settings of the DeepSpeed engine."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["deepspeed"] = "deepspeed"
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="auto: a GPU if there is one"
+    )
+    precision: Literal["fp32", "bf16"] = Field(
+        "fp32", description="bf16: bf16 weights and compute, float32 master weights"
+    )
+    zero: Literal[0, 1, 2, 3] = Field(1, description="ZeRO stage")
+    json_file: str | None = Field(
+        None, description="a DeepSpeed JSON to merge (buckets, offload ...); may not contradict us"
+    )
+
+
+class DeepSpeedEngine:
+    """See `speed_engine.engines.Engine`."""
+
+    def __init__(
+        self,
+        config: Config,
+        model: nn.Module,
+        optim_config: optim.Config,
+        processes: Processes,
+        micro_batch: int,
+        accumulation: int,
+        backend: str,
+    ) -> None:
+        import deepspeed
+        import deepspeed.ops
+
+        # On CPUs DeepSpeed would first compile a shared-memory all-reduce for most of a minute;
+        # gloo does the same sums.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        settings = {
+            "train_micro_batch_size_per_gpu": micro_batch,
+            "gradient_accumulation_steps": accumulation,
+            "train_batch_size": micro_batch * accumulation * processes.world,
+            # DeepSpeed's own default is 1.0; DiT trains without clipping.
+            "gradient_clipping": optim_config.clip,
+            "zero_optimization": {"stage": config.zero},
+            "bf16": {"enabled": config.precision == "bf16"},
+            "zero_allow_untested_optimizer": True,
+            "steps_per_print": 2**31,
+        }
+        settings = merged_with(config.json_file, settings)
+        self.config = config
+        self.settings = settings
+        self.processes = processes
+        self.compute_dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+        model = model.to(processes.device)
+        self.frozen = frozen_weights(model)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = optim.build(optim_config, trained, backend)
+        self.engine, *_ = deepspeed.initialize(
+            model=model, optimizer=self.optimizer, config=settings, dist_init_required=False
+        )
+
+    def forward(self, *inputs: Any) -> torch.Tensor:
+        return self.engine(*inputs)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        self.engine.backward(loss, scale_wrt_gas=False)
+
+    def step(self, lr: float) -> None:
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = lr
+        self.engine.step()
+
+    def num_skipped(self) -> int:
+        # DeepSpeed's own guard (all but ZeRO 0 in float32) and the optimizer's.
+        return int(self.engine.skipped_steps) + optim.num_skipped(self.optimizer)
+
+    def save(self, folder: Path) -> None:
+        self.engine.save_checkpoint(str(folder), tag=TAG, save_latest=False)
+
+    def load(self, folder: Path) -> None:
+        path, _ = self.engine.load_checkpoint(str(folder), tag=TAG)
+        if path is None:  # DeepSpeed only logs this
+            raise ValueError(f"DeepSpeed found nothing to load in {folder}")
+
+    def weights(self, ema: bool) -> dict[str, torch.Tensor] | None:
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        result = dict(self.frozen)
+        for name, parameter in self.engine.module.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            if ema:
+                full = safe_get_full_optimizer_state(parameter, "ema")
+            else:
+                full = safe_get_full_fp32_param(parameter)
+            if full is None:
+                full = parameter
+            result[name] = full.detach().float().cpu().clone()
+        return result if self.processes.first else None
+
+    def facts(self) -> dict[str, Any]:
+        import deepspeed
+
+        return {
+            "engine": f"DeepSpeed {deepspeed.__version__}",
+            "distribution": f"ZeRO stage {self.config.zero}",
+            "optimizer": type(self.optimizer).__name__,
+            "deepspeed_config": self.settings,
+        }
+
+
+def open_engine(
+    config: Config,
+    model: nn.Module,
+    optim_config: optim.Config,
+    processes: Processes,
+    *,
+    micro_batch: int,
+    accumulation: int,
+    backend: str,
+) -> DeepSpeedEngine:
+    """The engine around `model`. Raises ValueError where a DeepSpeed JSON contradicts us."""
+    return DeepSpeedEngine(
+        config, model, optim_config, processes, micro_batch, accumulation, backend
+    )

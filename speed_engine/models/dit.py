@@ -1,0 +1,357 @@
+"""DiT: the diffusion transformer with adaLN-Zero (Peebles and Xie, arXiv 2212.09748).
+
+A latent image is cut into patches, each patch becomes a token, a plain transformer works on the
+tokens, and each token becomes a patch of the output. Time and label enter only through adaLN: they
+give every block a shift, a scale and a gate for each of its two branches, and the gates start at
+zero, so that an untrained block is the identity. Parameter names and shapes are those of the public
+DiT checkpoints. This file knows nothing of noise, losses or data.
+"""
+
+# Shape suffixes: B samples, C channels (C' of the output), H height, W width, T tokens, D hidden
+# size, N heads, K size of a head, F frequencies of the time embedding.
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from speed_kernels.attention.op import choose_attention, implementation
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+
+class Size(NamedTuple):
+    hidden_size: int
+    depth: int
+    num_heads: int
+    patch_size: int
+
+
+# Table 1 of the paper; the patch size is behind the slash. `tiny` is for 8x8 images on a laptop.
+SIZES = {
+    **{f"S/{patch}": Size(384, 12, 6, patch) for patch in (2, 4, 8)},
+    **{f"B/{patch}": Size(768, 12, 12, patch) for patch in (2, 4, 8)},
+    **{f"L/{patch}": Size(1024, 24, 16, patch) for patch in (2, 4, 8)},
+    **{f"XL/{patch}": Size(1152, 28, 16, patch) for patch in (2, 4, 8)},
+    **{f"tiny/{patch}": Size(128, 6, 4, patch) for patch in (1, 2)},
+}
+NUM_FREQUENCIES = 128  # a cosine and a sine of each: 256 numbers tell the network the time
+MAX_PERIOD = 10_000.0
+
+
+class Config(BaseModel):
+    """A DiT of a published size, or of a size of your own."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["dit"] = "dit"
+    size: str = Field("XL/2", description=f"one of {', '.join(SIZES)}")
+    hidden_size: int | None = Field(None, ge=4, description="instead of the named size's")
+    depth: int | None = Field(None, ge=1, description="number of blocks, instead of the named")
+    num_heads: int | None = Field(None, ge=1, description="instead of the named size's")
+    patch_size: int | None = Field(None, ge=1, description="instead of the named size's")
+    mlp_ratio: float = Field(4.0, gt=0, description="width of the MLP over the hidden size")
+    label_dropout: float = Field(
+        0.1, ge=0, lt=1, description="share of labels dropped, for guidance; 0: no null label"
+    )
+    frequency_shift: Literal[0, 1] = Field(
+        0, description="time frequencies: 0 as in the public checkpoints, 1 as in diffusers"
+    )
+    attention: Literal["auto", "sdpa", "xformers"] = Field("auto", description="implementation")
+    activation_checkpointing: bool = Field(
+        False, description="keep only the blocks' inputs for the backward pass: less memory, slower"
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Config:
+        if self.size not in SIZES:
+            raise ValueError(f"model.size {self.size!r} is not one of {', '.join(SIZES)}")
+        hidden, heads = self.resolved().hidden_size, self.resolved().num_heads
+        if hidden % 4 != 0 or hidden % heads != 0:
+            raise ValueError(
+                f"model.hidden_size {hidden} must be a multiple of 4 and of model.num_heads {heads}"
+            )
+        return self
+
+    def resolved(self) -> Size:
+        """The named size with the overrides applied."""
+        named = SIZES[self.size]
+        return Size(*(getattr(self, key) or getattr(named, key) for key in Size._fields))
+
+
+# Everything elementwise between the matrix products: the place where fused kernels go.
+
+
+def modulated_norm(x_BTD: Tensor, shift_BD: Tensor, scale_BD: Tensor) -> Tensor:
+    """LayerNorm without parameters, statistics in fp32 whatever the dtype; then scale and shift."""
+    normed_BTD = F.layer_norm(x_BTD, x_BTD.shape[-1:], eps=1e-6)
+    return normed_BTD * (1 + scale_BD[:, None]) + shift_BD[:, None]
+
+
+def gated_add(x_BTD: Tensor, branch_BTD: Tensor, gate_BD: Tensor) -> Tensor:
+    """The residual stream plus a gated branch."""
+    return x_BTD + gate_BD[:, None] * branch_BTD
+
+
+def position_embedding(hidden_size: int, grid: int) -> Tensor:
+    """The fixed embedding [1, grid * grid, D] of the tokens' places, fp32 (computed in fp64).
+
+    Half of D encodes the column, the other half the row; each half is sines, then cosines, of the
+    coordinate times D/4 frequencies from 1 down to 1/10000.
+    """
+    exponent = torch.arange(hidden_size // 4, dtype=torch.float64) / (hidden_size // 4)
+    angle = torch.outer(torch.arange(grid, dtype=torch.float64), 1 / MAX_PERIOD**exponent)
+    axis = torch.cat([angle.sin(), angle.cos()], dim=1)  # [grid, D/2]
+    columns, rows = axis.expand(grid, grid, -1), axis[:, None].expand(grid, grid, -1)
+    return torch.cat([columns, rows], dim=2).reshape(1, grid * grid, hidden_size).float()
+
+
+class PatchProjection(nn.Conv2d):
+    """Image [B, C, H, W] -> tokens [B, T, D]: a convolution with stride = kernel, which is a matrix
+    product. The product writes the tokens contiguously; a convolution's output, transposed, would
+    leave the whole residual stream strided."""
+
+    def forward(self, input: Tensor) -> Tensor:  # the name that nn.Conv2d gives it
+        size = self.kernel_size[0]
+        tiles = input.unfold(2, size, size).unfold(3, size, size)  # [B, C, H/size, W/size, .., ..]
+        patches = tiles.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
+        return F.linear(patches, self.weight.flatten(1), self.bias)
+
+
+class TimeEmbedder(nn.Module):
+    """Time [B] -> [B, D]: cosines, then sines, of tau times F frequencies from 1 down to 1/10000,
+    in fp32, then an MLP."""
+
+    def __init__(self, hidden_size: int, frequency_shift: int) -> None:
+        super().__init__()
+        self.step = -math.log(MAX_PERIOD) / (NUM_FREQUENCIES - frequency_shift)
+        first = nn.Linear(2 * NUM_FREQUENCIES, hidden_size)
+        self.mlp = nn.Sequential(first, nn.SiLU(), nn.Linear(hidden_size, hidden_size))
+
+    def forward(self, tau_B: Tensor, dtype: torch.dtype) -> Tensor:
+        # Made on the device at each call, with nothing copied from the host; a buffer would be
+        # ruined by casting the module to bf16, where 999 times a frequency is radians off.
+        index_F = torch.arange(NUM_FREQUENCIES, device=tau_B.device, dtype=torch.float32)
+        angle_BF = tau_B.float()[:, None] * torch.exp(index_F * self.step)
+        return self.mlp(torch.cat([angle_BF.cos(), angle_BF.sin()], dim=1).to(dtype))
+
+
+class Attention(nn.Module):
+    """Self-attention over all tokens; q, k and v stay where the one product of `qkv` wrote them."""
+
+    def __init__(self, hidden_size: int, num_heads: int, backend: str) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
+        self.proj = nn.Linear(hidden_size, hidden_size)
+        self.attend = implementation(backend)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        qkv_BT3NK = self.qkv(x_BTD).unflatten(-1, (3, self.num_heads, -1))
+        return self.proj(self.attend(qkv_BT3NK).flatten(2))
+
+
+class Mlp(nn.Module):
+    def __init__(self, hidden_size: int, width: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(hidden_size, width)
+        self.fc2 = nn.Linear(width, hidden_size)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x_BTD), approximate="tanh"))
+
+
+def modulation(hidden_size: int, num_outputs: int) -> nn.Sequential:
+    """Conditioning [B, D] -> shifts, scales, gates. Number 0 is a SiLU in the checkpoints' naming;
+    it would see the same vector in every block, so DiT.forward applies it once for all."""
+    return nn.Sequential(nn.Identity(), nn.Linear(hidden_size, num_outputs * hidden_size))
+
+
+class Block(nn.Module):
+    """A transformer block with adaLN-Zero: attention, then MLP, each normed, modulated, gated."""
+
+    def __init__(self, hidden_size: int, num_heads: int, mlp_width: int, backend: str) -> None:
+        super().__init__()
+        self.attn = Attention(hidden_size, num_heads, backend)
+        self.mlp = Mlp(hidden_size, mlp_width)
+        self.adaLN_modulation = modulation(hidden_size, 6)
+
+    def forward(self, x_BTD: Tensor, c_BD: Tensor) -> Tensor:
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(c_BD).chunk(6, 1)
+        x_BTD = gated_add(x_BTD, self.attn(modulated_norm(x_BTD, shift_a, scale_a)), gate_a)
+        return gated_add(x_BTD, self.mlp(modulated_norm(x_BTD, shift_m, scale_m)), gate_m)
+
+
+class FinalLayer(nn.Module):
+    """Tokens [B, T, D] -> patches [B, T, patch * patch * C']."""
+
+    def __init__(self, hidden_size: int, num_outputs: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(hidden_size, num_outputs)
+        self.adaLN_modulation = modulation(hidden_size, 2)
+
+    def forward(self, x_BTD: Tensor, c_BD: Tensor) -> Tensor:
+        shift_BD, scale_BD = self.adaLN_modulation(c_BD).chunk(2, 1)
+        return self.linear(modulated_norm(x_BTD, shift_BD, scale_BD))
+
+
+class DiT(nn.Module):
+    """The whole network; made and initialised by `build`, whose arguments it keeps as attributes.
+
+    `null_label` is the label that means "no label" (= num_classes), None if the model has none;
+    `attention_choice` says which implementation of attention runs and why.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        channels: int,
+        sample_size: int,
+        num_classes: int,
+        learned_variance: bool,
+        device: torch.device,
+    ) -> None:
+        super().__init__()
+        hidden_size, depth, num_heads, patch_size = config.resolved()
+        head_dim, mlp_width = hidden_size // num_heads, int(hidden_size * config.mlp_ratio)
+        self.grid = sample_size // patch_size
+        self.config, self.channels, self.sample_size = config, channels, sample_size
+        self.num_classes, self.learned_variance = num_classes, learned_variance
+        self.null_label = num_classes if num_classes > 0 and config.label_dropout > 0 else None
+        self.attention_choice = choose_attention(device, config.attention, head_dim=head_dim)
+        projection = PatchProjection(channels, hidden_size, patch_size, stride=patch_size)
+        self.x_embedder = nn.Sequential(OrderedDict(proj=projection))
+        self.t_embedder = TimeEmbedder(hidden_size, config.frequency_shift)
+        self.y_embedder = None
+        if num_classes > 0:
+            table = nn.Embedding(num_classes + (self.null_label is not None), hidden_size)
+            self.y_embedder = nn.Sequential(OrderedDict(embedding_table=table))
+        self.pos_embed = nn.Buffer(torch.empty(1, self.grid**2, hidden_size))
+        sizes = (hidden_size, num_heads, mlp_width, self.attention_choice.backend)
+        self.blocks = nn.ModuleList(Block(*sizes) for _ in range(depth))
+        num_outputs = patch_size**2 * channels * (1 + learned_variance)
+        self.final_layer = FinalLayer(hidden_size, num_outputs)
+
+    @torch.no_grad()
+    def initialise(self, seed: int) -> None:
+        """The paper's recipe, drawn on the host in the order of names: equal on every device.
+
+        Xavier-uniform for matrices (the patch projection is one), normal with deviation 0.02 for
+        the label table and the time MLP, zero for all biases, every adaLN and the last layer.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        for name, weight in self.named_parameters():
+            if name.endswith("bias") or "adaLN" in name or name.startswith("final_layer"):
+                weight.zero_()
+            elif name.startswith(("t_embedder", "y_embedder")):
+                weight.copy_(torch.empty(weight.shape).normal_(0, 0.02, generator=generator))
+            else:
+                drawn = torch.empty(weight.flatten(1).shape)
+                nn.init.xavier_uniform_(drawn, generator=generator)
+                weight.copy_(drawn.view(weight.shape))
+        self.pos_embed.copy_(position_embedding(self.pos_embed.shape[2], self.grid))
+
+    def forward(self, x_BCHW: Tensor, tau_B: Tensor, labels_B: Tensor | None = None) -> Tensor:
+        """Noisy inputs [B, C, H, W] -> output [B, C', H, W], C' = C or 2C (learned variance).
+
+        tau_B: what the network is told of the noise, integer or fp32, of any range. labels_B:
+        int64 in [0, num_classes), or `null_label` where the caller drops it; None if and only if
+        the model is unconditional. Raises ValueError for inputs that do not fit the model.
+        """
+        wanted = (self.channels, self.sample_size, self.sample_size)
+        if tuple(x_BCHW.shape[1:]) != wanted:
+            raise ValueError(f"this model takes samples of {wanted}, not {tuple(x_BCHW.shape[1:])}")
+        if tau_B.dtype in (torch.bfloat16, torch.float16):
+            raise ValueError(f"tau in {tau_B.dtype} would merge time steps; give it in float32")
+        if (labels_B is None) != (self.y_embedder is None):
+            given = "no labels" if labels_B is None else "labels"
+            raise ValueError(f"a model with num_classes {self.num_classes} was given {given}")
+
+        dtype = self.pos_embed.dtype
+        c_BD = self.t_embedder(tau_B, dtype)
+        if self.y_embedder is not None:
+            c_BD = c_BD + self.y_embedder(labels_B)
+        c_BD = F.silu(c_BD)
+        x_BTD = self.x_embedder(x_BCHW.to(dtype)) + self.pos_embed
+        recompute = self.config.activation_checkpointing and torch.is_grad_enabled()
+        for block in self.blocks:
+            if recompute:
+                x_BTD = checkpoint(block, x_BTD, c_BD, use_reentrant=False)
+            else:
+                x_BTD = block(x_BTD, c_BD)
+        out_BTX = self.final_layer(x_BTD, c_BD)
+        patch = self.sample_size // self.grid
+        tiles = out_BTX.unflatten(1, (self.grid, self.grid)).unflatten(3, (patch, patch, -1))
+        return tiles.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
+
+
+def build(
+    config: Config,
+    *,
+    channels: int,
+    sample_size: int,
+    num_classes: int,
+    learned_variance: bool,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+) -> DiT:
+    """An initialised DiT in fp32 on `device`; the same `seed` gives the same weights everywhere.
+
+    num_classes 0: unconditional. On the `meta` device nothing is allocated (to count parameters).
+    Raises ValueError where the sample is not a whole number of patches, and
+    speed_kernels.contract.BackendError where the attention asked for cannot run.
+    """
+    patch = config.resolved().patch_size
+    if sample_size < patch or sample_size % patch != 0:
+        raise ValueError(
+            f"model.patch_size {patch} does not divide the sample size {sample_size}:"
+            " choose another model.size or model.patch_size"
+        )
+    if channels < 1 or num_classes < 0:
+        raise ValueError(f"channels {channels} must be > 0 and num_classes {num_classes} >= 0")
+    device = torch.device(device)
+    with torch.device("meta"):  # no memory, no default initialisation
+        model = DiT(config, channels, sample_size, num_classes, learned_variance, device)
+    if device.type != "meta":
+        model.to_empty(device=device)
+        model.initialise(seed)
+    return model
+
+
+def macs_per_sample(
+    config: Config, *, channels: int, sample_size: int, num_classes: int, learned_variance: bool
+) -> int:
+    """Multiply-adds of one forward pass of one sample: all matrix products, attention included.
+
+    Two FLOP each; a training step is about three forward passes. The paper's "Gflops" are these.
+    """
+    del num_classes  # looking up a label multiplies nothing
+    hidden, depth, _, patch = config.resolved()
+    tokens, pixels = (sample_size // patch) ** 2, patch**2 * channels
+    branches = 4 * hidden + 2 * int(hidden * config.mlp_ratio) + 2 * tokens
+    embedders = 2 * NUM_FREQUENCIES + hidden + tokens * pixels
+    last = 2 * hidden + tokens * pixels * (1 + learned_variance)
+    return hidden * (embedders + depth * (tokens * branches + 6 * hidden) + last)
+
+
+def activation_bytes_per_sample(
+    config: Config, *, sample_size: int, precision: Literal["fp32", "bf16", "autocast"] = "bf16"
+) -> int:
+    """Estimate of what one sample keeps in memory for the backward pass: what the plain code above
+    saves in its blocks (attention never stores its matrix), without the allocator's losses.
+
+    `bf16`: parameters in bf16; `autocast`: fp32 parameters and residual stream, products in bf16.
+    XL/2 with 32x32 latents, 256 samples: 85 GB in bf16, 101 GB under autocast.
+    """
+    hidden, depth, _, patch = config.resolved()
+    product = 4 if precision == "fp32" else 2  # bytes of a matrix product's operand
+    stream = 2 if precision == "bf16" else 4  # bytes of an element of the residual stream
+    # Both branches: the norm's input and output, the branch's input and output. Attention: q, k, v
+    # and the result. MLP: before and after GELU.
+    block = 4 * (stream + product) + product * (4 + 2 * config.mlp_ratio)
+    kept = stream * depth + block if config.activation_checkpointing else block * depth
+    return int(kept * (sample_size // patch) ** 2 * hidden)

@@ -1,0 +1,31 @@
+"""Predict v = alpha eps - sigma x0 (Salimans and Ho 2022): well posed at every SNR of a
+variance-preserving schedule.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict
+
+from speed_engine.objectives import Objective
+from speed_engine.schedules import Schedule
+
+
+class Config(BaseModel):
+    """`objective.kind: v`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    kind: Literal["v"] = "v"
+
+
+def build(config: Config, schedule: Schedule) -> Objective:
+    """C = -sigma, D = alpha. Raises ValueError where alpha^2 + sigma^2 is not 1."""
+    norm = schedule.alpha.square() + schedule.sigma.square()
+    if (norm - 1).abs().max() > 1e-6:
+        raise ValueError(
+            f"objective.kind=v needs alpha^2 + sigma^2 = 1, which schedule {schedule.kind} does not "
+            "keep; use objective.kind=flow or edm"
+        )
+    return Objective("v", -schedule.sigma, schedule.alpha, torch.ones_like(schedule.alpha))

@@ -1,0 +1,24 @@
+"""Predict the clean sample: target = x0."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict
+
+from speed_engine.objectives import Objective
+from speed_engine.schedules import Schedule
+
+
+class Config(BaseModel):
+    """`objective.kind: x0`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    kind: Literal["x0"] = "x0"
+
+
+def build(config: Config, schedule: Schedule) -> Objective:
+    """C = 1, D = 0."""
+    one = torch.ones_like(schedule.alpha)
+    return Objective("x0", target_x0=one, target_eps=0 * one, input_scale=one)

@@ -1,0 +1,100 @@
+"""The processes of a run: who this one is, on which device, and how all of them agree.
+
+Two channels: the training engine's own (NCCL on GPUs), and a gloo group on the host for decisions (stop, errors,
+barriers), which never makes the GPU wait.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+TIMEOUT = datetime.timedelta(minutes=30)  # the first step compiles kernels and may load large files
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process's place among all of them."""
+
+    rank: int
+    world: int
+    local_rank: int
+    device: torch.device
+    host_group: Any = field(default=None, repr=False)
+
+    @property
+    def first(self) -> bool:
+        """True on the one process that writes files and speaks."""
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Wait until every process is here."""
+        if self.world > 1:
+            dist.barrier(group=self.host_group)
+
+    def any(self, flag: bool) -> bool:
+        """True on all processes if it is true on one. Host only; does not touch the device."""
+        if self.world == 1:
+            return flag
+        tensor = torch.tensor([int(flag)])
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.host_group)
+        return bool(tensor.item())
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sum of a small host tensor over all processes."""
+        if self.world > 1:
+            dist.all_reduce(tensor, group=self.host_group)
+        return tensor
+
+    def from_first(self, value: Any) -> Any:
+        """The first process's `value` (any picklable object of our own making) on all of them."""
+        if self.world == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.host_group)
+        return box[0]
+
+
+def start(device: str) -> Processes:
+    """Join the other processes. `device`: auto, cpu or cuda. Raises ValueError if it is not there.
+
+    The launcher's environment (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT) is used where it is set;
+    without it this is a run of one process, which needs no port.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("engine.device=cuda, but torch sees no CUDA device; use engine.device=cpu")
+    use_cuda = device != "cpu" and torch.cuda.is_available()
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if use_cuda:
+        if local_rank >= torch.cuda.device_count():
+            raise ValueError(
+                f"process {local_rank} of this machine has no GPU of its own: torch sees "
+                f"{torch.cuda.device_count()}; start fewer processes"
+            )
+        torch.cuda.set_device(local_rank)
+    elif "OMP_NUM_THREADS" not in os.environ:  # processes of one machine share its cores
+        neighbours = int(
+            os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world
+        )
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // max(1, neighbours)))
+    if not dist.is_initialized():
+        backend = "nccl" if use_cuda else "gloo"
+        place: dict[str, Any] = {}
+        if "MASTER_ADDR" not in os.environ:
+            place = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        dist.init_process_group(backend, timeout=TIMEOUT, **place)
+    host_group = dist.new_group(backend="gloo", timeout=TIMEOUT) if use_cuda else dist.group.WORLD
+    name = f"cuda:{local_rank}" if use_cuda else "cpu"
+    return Processes(rank, world, local_rank, torch.device(name), host_group)
+
+
+def stop() -> None:
+    """Leave the group, so that a process which ends early does not look like a crash."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,218 @@
+"""Noise schedules: one file a family, all of them become one `Schedule`.
+
+A schedule is a table of the forward process x = alpha * x0 + sigma * eps, one row a time step, from
+clean (row 0) to noisy (last row), in float64. A discrete schedule has its betas; a continuous one
+has a `curve` (coordinate -> alpha, sigma, tau) and its rows are the middles of cells of the
+training coordinate, so that everything downstream sees rows only. The word `schedule.kind` of a
+configuration is the name of a file of this folder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+# Rows of a continuous schedule: enough that a cell is far narrower than anything a network
+# resolves.
+NUM_CELLS = 16384
+
+Curve = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
+
+
+def names() -> list[str]:
+    """Every `schedule.kind` that exists: the files of this folder."""
+    return sorted(path.stem for path in Path(__file__).parent.glob("*.py") if path.stem[0] != "_")
+
+
+class DiscreteConfig(BaseModel):
+    """What every schedule made of betas can be told."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    num_steps: int = Field(1000, ge=2, description="T, the number of time steps")
+    zero_terminal_snr: bool = Field(
+        False,
+        description="rescale so that the last step is pure noise (Lin et al. 2024, algorithm 1)",
+    )
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """One forward process as float64 columns of T rows, ordered by rising noise.
+
+    `coordinate` is the variable that training draws uniformly by default (the step's index; t; ln
+    sigma), `measure` the width of each row's cell in it, `tau` what the network is told.
+    `sigma_data` is the standard deviation of x0 that SNR counts with (1 for the DDPM family, 0.5
+    for EDM).
+    """
+
+    kind: str
+    alpha: Tensor
+    sigma: Tensor
+    coordinate: Tensor
+    measure: Tensor
+    tau: Tensor
+    betas: Tensor | None = None
+    sigma_data: float = 1.0
+    curve: Curve | None = None
+
+    @property
+    def num_rows(self) -> int:
+        """T, or the number of cells of a continuous schedule."""
+        return self.alpha.numel()
+
+    @property
+    def continuous(self) -> bool:
+        """Whether time is continuous: rows are then cells, and can be placed elsewhere on the
+        curve.
+        """
+        return self.curve is not None
+
+    @property
+    def snr(self) -> Tensor:
+        """Signal to noise ratio (sigma_data * alpha / sigma)^2; float64 [T], 0 where alpha is 0."""
+        return (self.sigma_data * self.alpha / self.sigma).square()
+
+    @property
+    def log_snr(self) -> Tensor:
+        """ln SNR; float64 [T], -inf where alpha is 0."""
+        return self.snr.log()
+
+    @property
+    def noise_fraction(self) -> Tensor:
+        """u = sigma^2 / (sigma^2 + (sigma_data * alpha)^2) = 1 / (1 + SNR), in (0, 1]: free of
+        scale.
+        """
+        return self.sigma.square() / (self.sigma.square() + (self.sigma_data * self.alpha).square())
+
+    @property
+    def alpha_bar(self) -> Tensor:
+        """1 - u = SNR / (1 + SNR): DDPM's alpha_bar, and its counterpart on every other schedule."""
+        signal = (self.sigma_data * self.alpha).square()
+        return signal / (self.sigma.square() + signal)
+
+    @property
+    def noise_rate(self) -> Tensor:
+        """du / d coordinate; central differences, one-sided at both ends; float64 [T]."""
+        (rate,) = torch.gradient(self.noise_fraction, spacing=(self.coordinate,))
+        return rate
+
+    @property
+    def uniform(self) -> Tensor:
+        """The density over the rows that is uniform in the coordinate; float64 [T], sums to one."""
+        return self.measure / self.measure.sum()
+
+    def first_row(self, r: float) -> int:
+        """First row with 1 / alpha_bar >= r: where the convergence area of magnitude r begins (r >
+        1).
+
+        Equivalent to SNR <= 1 / (r - 1). Raises ValueError where the schedule never gets there.
+        """
+        if not r > 1:
+            raise ValueError(f"r={r:g} must be above 1: it is the threshold on 1/alpha_bar")
+        alpha_bar = self.alpha_bar
+        reached = torch.nonzero(alpha_bar * r <= 1)
+        if reached.numel() == 0:
+            largest = 1 / alpha_bar[-1].item()
+            raise ValueError(
+                f"schedule {self.kind} never reaches r={r:g}: 1/alpha_bar ends at {largest:.4g}; "
+                "choose a smaller r or give the threshold as tau"
+            )
+        return int(reached[0].item())
+
+    def equal_mass(self, density: Tensor) -> Schedule:
+        """The same curve with its rows moved to the middles of T cells of equal mass of `density`.
+
+        `density` is over the present rows, whose cells must adjoin. Continuous schedules only.
+        """
+        assert self.curve is not None
+        start = self.coordinate[0] - self.measure[0] / 2
+        edges = torch.cat([start[None], start + self.measure.cumsum(0)])
+        mass = torch.cat([torch.zeros(1, dtype=torch.float64), density.double().cumsum(0)])
+        levels = torch.arange(2 * self.num_rows + 1, dtype=torch.float64) / (2 * self.num_rows)
+        points = _interpolate(levels * mass[-1], mass, edges)
+        return on_curve(
+            self.kind, self.curve, points[1::2], points[2::2] - points[:-2:2], self.sigma_data
+        )
+
+
+def from_betas(kind: str, betas: Tensor, zero_terminal_snr: bool = False) -> Schedule:
+    """The discrete variance-preserving schedule of `betas` (float64 [T], each in (0, 1)); tau is
+    the 0-based index.
+    """
+    betas = betas.double()
+    if betas.ndim != 1 or betas.numel() < 2 or not ((betas > 0) & (betas < 1)).all():
+        raise ValueError(
+            f"schedule {kind}: betas must be a list of at least 2 numbers in (0, 1); change "
+            "beta_start, beta_end or num_steps"
+        )
+    alpha_bar = (1 - betas).cumprod(0)
+    if zero_terminal_snr:
+        root = alpha_bar.sqrt()
+        alpha_bar = ((root - root[-1]) * root[0] / (root[0] - root[-1])).square()
+        betas = 1 - alpha_bar / torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar[:-1]])
+    return _discrete(kind, alpha_bar, betas)
+
+
+def from_alphas_cumprod(alphas_cumprod: Tensor, kind: str = "alphas_cumprod") -> Schedule:
+    """The discrete schedule of somebody else's alpha_bar: [T], falling, in [0, 1) with only the
+    last one allowed to be 0.
+    """
+    alpha_bar = torch.as_tensor(alphas_cumprod).detach().cpu().double()
+    falling = alpha_bar.ndim == 1 and alpha_bar.numel() >= 2 and bool((alpha_bar.diff() < 0).all())
+    if not falling or not (alpha_bar[-1] >= 0 and alpha_bar[-2] > 0 and alpha_bar[0] < 1):
+        raise ValueError(
+            "alphas_cumprod must be a one-dimensional falling list in (0, 1), from clean to noisy; "
+            "pass scheduler.alphas_cumprod as it is"
+        )
+    previous = torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar[:-1]])
+    return _discrete(kind, alpha_bar, 1 - alpha_bar / previous)
+
+
+def on_curve(
+    kind: str, curve: Curve, coordinate: Tensor, measure: Tensor, sigma_data: float = 1.0
+) -> Schedule:
+    """A continuous schedule whose rows are the points `coordinate` (float64 [N], rising) of
+    `curve`.
+    """
+    alpha, sigma, tau = curve(coordinate)
+    return Schedule(
+        kind, alpha, sigma, coordinate, measure, tau, sigma_data=sigma_data, curve=curve
+    )
+
+
+def cells(start: float, end: float, num: int = NUM_CELLS) -> tuple[Tensor, Tensor]:
+    """Middles and widths of `num` equal cells of [start, end]; float64 [num] each."""
+    width = (end - start) / num
+    middles = start + (torch.arange(num, dtype=torch.float64) + 0.5) * width
+    return middles, torch.full_like(middles, width)
+
+
+def with_tau(schedule: Schedule, tau: Tensor) -> Schedule:
+    """The same schedule, telling the network `tau` (float [T]) instead."""
+    return replace(schedule, tau=tau.double())
+
+
+def _discrete(kind: str, alpha_bar: Tensor, betas: Tensor) -> Schedule:
+    index = torch.arange(alpha_bar.numel(), dtype=torch.float64)
+    return Schedule(
+        kind,
+        alpha=alpha_bar.sqrt(),
+        sigma=(1 - alpha_bar).sqrt(),
+        coordinate=index,
+        measure=torch.ones_like(index),
+        tau=index,
+        betas=betas,
+    )
+
+
+def _interpolate(x: Tensor, x_known: Tensor, y_known: Tensor) -> Tensor:
+    """Piecewise linear y(x); `x_known` non-decreasing."""
+    right = torch.searchsorted(x_known, x).clamp(1, x_known.numel() - 1)
+    x0, x1 = x_known[right - 1], x_known[right]
+    share = ((x - x0) / (x1 - x0).clamp_min(torch.finfo(torch.float64).tiny)).clamp(0, 1)
+    return y_known[right - 1] + share * (y_known[right] - y_known[right - 1])

@@ -1,0 +1,3 @@
+"""What the SpeeD paper says about process increments, as functions of a schedule, checked against
+the true numbers.
+"""

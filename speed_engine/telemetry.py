@@ -1,0 +1,176 @@
+"""What a run says of itself: sums kept on the device, one line of `metrics.jsonl` an interval, a progress bar.
+
+Nothing here makes the device wait except `Meter.read`, once an interval.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from speed_engine.processes import Processes
+
+BUCKETS = 16  # equal parts of the table's rows for the loss against t
+
+# Dense bf16 TFLOP/s of the datasheets, by a part of the device's name; an unknown device has no MFU.
+PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "A100": 312.0, "B200": 2250.0, "L40S": 362.0}
+
+
+class Meter:
+    """Sums of losses since the last reading, on the device."""
+
+    def __init__(self, device: torch.device, num_rows: int) -> None:
+        self.num_rows = num_rows
+        self.sums = torch.zeros(4, dtype=torch.float64, device=device)  # total, mse, vb, samples
+        self.bucket_sums = torch.zeros(2, BUCKETS, dtype=torch.float64, device=device)
+
+    def add(self, losses_3B: torch.Tensor, row_B: torch.Tensor) -> None:
+        """Add one micro-batch's per-sample losses [total, mse, vb] and table rows."""
+        with torch.no_grad():
+            self.sums[:3] += losses_3B.double().sum(1)
+            self.sums[3] += row_B.numel()
+            bucket_B = row_B * BUCKETS // self.num_rows
+            self.bucket_sums[0].index_add_(0, bucket_B, losses_3B[1].double())
+            self.bucket_sums[1].index_add_(0, bucket_B, torch.ones_like(losses_3B[1]).double())
+
+    def read(self, processes: Processes) -> dict[str, Any]:
+        """Means over all processes since the last reading; then start again. Waits for the device."""
+        both = torch.cat([self.sums, self.bucket_sums.flatten()]).cpu()
+        self.sums.zero_()
+        self.bucket_sums.zero_()
+        both = processes.sum(both)
+        total, mse, vb, samples = both[:4].tolist()
+        sums, counts = both[4:].view(2, BUCKETS).tolist()
+        by_t = [s / c if c else None for s, c in zip(sums, counts, strict=True)]
+        n = max(samples, 1.0)
+        return {"loss": total / n, "mse": mse / n, "vb": vb / n, "loss_by_t": by_t}
+
+
+def mfu(tflops_per_device: float, device: torch.device) -> float | None:
+    """Share of the datasheet's bf16 peak, or None for a device whose peak is not known here."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    peak = next((peak for part, peak in PEAK_TFLOPS.items() if part in name), None)
+    return tflops_per_device / peak if peak else None
+
+
+class Journal:
+    """Writes `metrics.jsonl`, the progress bar and, when asked, TensorBoard and W&B."""
+
+    def __init__(
+        self, run: Path, first_step: int, num_steps: int, tensorboard: bool, wandb: bool
+    ) -> None:
+        from rich.console import Console
+
+        self.path = run / "metrics.jsonl"
+        self.console = Console(stderr=True)
+        _keep_lines_up_to(self.path, first_step)
+        self.file = self.path.open("a", encoding="utf-8")
+        self.num_steps = num_steps
+        self.started, self.first_step = time.monotonic(), first_step
+        self.bar = _bar(self.console, first_step, num_steps)
+        self.boards = _boards(run, tensorboard, wandb)
+
+    def say(self, text: str) -> None:
+        """A line for the person who watches."""
+        self.console.print(text, highlight=False, soft_wrap=True)
+
+    def advance(self, step: int) -> None:
+        """Move the progress bar: `step` steps are done."""
+        if self.bar is not None:
+            self.bar.update(self.bar.task_ids[0], completed=step)
+
+    def write(self, line: dict[str, Any]) -> None:
+        """One line of metrics; `line` holds at least step, loss and images_per_s."""
+        self.file.write(json.dumps(line) + "\n")
+        self.file.flush()
+        for board in self.boards:
+            board({k: v for k, v in line.items() if isinstance(v, (int, float))}, line["step"])
+        text = f"loss {line['loss']:.4f}  {line['images_per_s']:.0f} images/s"
+        if line.get("mfu"):
+            text += f"  MFU {100 * line['mfu']:.1f} %"
+        if self.bar is not None:
+            self.bar.update(self.bar.task_ids[0], status=text)
+        else:
+            done = max(1, line["step"] - self.first_step)
+            left = (time.monotonic() - self.started) / done * (self.num_steps - line["step"])
+            minutes, seconds = divmod(int(left), 60)
+            self.say(f"step {line['step']}/{self.num_steps}  {text}  {minutes}:{seconds:02d} left")
+
+    def close(self) -> None:
+        """Stop the bar and close the files."""
+        if self.bar is not None:
+            self.bar.stop()
+        self.file.close()
+
+
+def _bar(console: Any, first_step: int, num_steps: int) -> Any:
+    """A rich progress bar with time left, or None where nobody watches a terminal."""
+    if not console.is_terminal:
+        return None
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    bar = Progress(
+        TextColumn("train"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[status]}"),
+        console=console,
+    )
+    bar.add_task("train", total=num_steps, completed=first_step, status="")
+    bar.start()
+    return bar
+
+
+def _boards(run: Path, tensorboard: bool, wandb: bool) -> list[Any]:
+    """Functions (scalars, step) for the services asked for. Raises ValueError if one is missing."""
+    boards = []
+    if tensorboard:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ValueError("log.tensorboard=true needs: pip install tensorboard") from error
+        writer = SummaryWriter(str(run / "tensorboard"))
+
+        def to_tensorboard(scalars: dict[str, float], step: int) -> None:
+            for name, value in scalars.items():
+                writer.add_scalar(name, value, step)
+            writer.flush()
+
+        boards.append(to_tensorboard)
+    if wandb:
+        try:
+            import wandb as service
+        except ImportError as error:
+            raise ValueError("log.wandb=true needs: pip install wandb") from error
+        session = service.init(dir=str(run), name=run.name)
+        boards.append(lambda scalars, step: session.log(scalars, step=step))
+    return boards
+
+
+def _keep_lines_up_to(path: Path, step: int) -> None:
+    """After a resume the lines of steps that will be done again are dropped."""
+    if not path.exists():
+        return
+    lines = path.read_text(encoding="utf-8").splitlines()
+    kept = []
+    for line in lines:
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError):  # the last line of a killed run may be half written
+            continue
+    if len(kept) != len(lines):
+        path.write_text("".join(kept), encoding="utf-8")

@@ -1,0 +1,46 @@
+"""What `deepspeed speed_engine/train.py` runs: mend sys.path, read the arguments, train."""
+
+import os
+import sys
+
+# Run as a script, this file's folder is sys.path[0], where its modules would shadow other packages.
+_HERE = os.path.dirname(os.path.realpath(__file__))
+if sys.path and os.path.realpath(sys.path[0]) == _HERE:
+    sys.path[0:1] = [os.path.dirname(_HERE), os.path.join(os.path.dirname(_HERE), "kernels")]
+
+import argparse  # noqa: E402
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of training."""
+    parser.add_argument("--config", required=True, help="a preset's name, or a YAML file")
+    parser.add_argument("--deepspeed_config", metavar="JSON", help="same as engine.json_file=JSON")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher adds it
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Train; a user's mistake becomes one sentence and exit code 2."""
+    from speed_engine.config import load
+    from speed_engine.loop import train
+
+    if arguments.local_rank is not None:
+        os.environ.setdefault("LOCAL_RANK", str(arguments.local_rank))
+    overrides = list(arguments.overrides)
+    if arguments.deepspeed_config:
+        overrides.append(f"engine.json_file={arguments.deepspeed_config}")
+    return train(load(arguments.config, overrides))
+
+
+def main() -> int:
+    """Entry point of the script."""
+    parser = argparse.ArgumentParser(prog="train.py", description="Train a diffusion model.")
+    add_arguments(parser)
+    from speed_engine.complaint import told_in_one_sentence
+
+    arguments = parser.parse_args()
+    return told_in_one_sentence(lambda: run(arguments))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
