@@ -9,7 +9,7 @@
 #include <cmath>
 #include <cstdint>
 
-#if defined(__AVX2__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
@@ -35,7 +35,8 @@ typedef uint32_t __attribute__((may_alias)) word_t;
 #if defined(__AVX512F__)
 typedef uint64_t lanes_t __attribute__((vector_size(64)));
 inline lanes_t multiply(lanes_t a, lanes_t b) {
-  return reinterpret_cast<lanes_t>(_mm512_mul_epu32(reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b)));
+  return reinterpret_cast<lanes_t>(
+      _mm512_maskz_mul_epu32(0xff, reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b)));
 }
 #elif defined(__AVX2__)
 typedef uint64_t lanes_t __attribute__((vector_size(32)));
@@ -44,7 +45,13 @@ inline lanes_t multiply(lanes_t a, lanes_t b) {
 }
 #else
 typedef uint64_t lanes_t __attribute__((vector_size(16)));
+#if defined(__SSE2__)
+inline lanes_t multiply(lanes_t a, lanes_t b) {
+  return reinterpret_cast<lanes_t>(_mm_mul_epu32(reinterpret_cast<__m128i>(a), reinterpret_cast<__m128i>(b)));
+}
+#else
 inline lanes_t multiply(lanes_t a, lanes_t b) { return (a & 0xffffffffu) * b; }
+#endif
 #endif
 inline uint64_t multiply(uint64_t a, uint64_t b) { return (a & 0xffffffffu) * b; }
 constexpr int64_t kLanes = sizeof(lanes_t) / sizeof(uint64_t);
@@ -67,26 +74,36 @@ inline void philox(Word& c0, Word& c1, Word& c2, Word& c3, Key key) {
   }
 }
 
-// ln((word + 1/2) 2^-32) / -1, relative error below 2^-22. A word near 2^32 is taken by its distance to it, which
-// is exact, so the result does not cancel where u is close to 1.
+// ln(1 + z) for 1 + z in [sqrt(1/2), sqrt(2)], relative error 2^-24.
+inline float log1p_short(float z) {
+  float p = 0.08700359612703323f;
+  p = p * z - 0.1426747590303421f;
+  p = p * z + 0.1491478681564331f;
+  p = p * z - 0.165775865316391f;
+  p = p * z + 0.19963061809539795f;
+  p = p * z - 0.2500133812427521f;
+  p = p * z + 0.3333390951156616f;
+  return z + (z * z) * (z * p - 0.5f);
+}
+
+// A positive float is 2^exponent m with m in [sqrt(1/2), sqrt(2)).
+struct Split {
+  int32_t exponent;
+  float m;
+  explicit Split(float x) {
+    const uint32_t bits = std::bit_cast<uint32_t>(x) + (0x3f800000u - 0x3f3504f3u);
+    exponent = static_cast<int32_t>(bits >> 23) - 127;
+    m = std::bit_cast<float>((bits & 0x007fffffu) + 0x3f3504f3u);
+  }
+};
+
+// -ln((word + 1/2) 2^-32). A word near 2^32 is taken by its exact distance to it, so that nothing cancels where the
+// uniform number is close to 1.
 inline float minus_log_uniform(uint32_t word) {
-  const float above = static_cast<float>(word) + 0.5f;
   const float below = static_cast<float>(~word) + 0.5f;
-  // above = 2^k m with m in [sqrt(1/2), sqrt(2))
-  const uint32_t bits = std::bit_cast<uint32_t>(above) + (0x3f800000u - 0x3f3504f3u);
-  const int32_t k = static_cast<int32_t>(bits >> 23) - 127;
-  const float m = std::bit_cast<float>((bits & 0x007fffffu) + 0x3f3504f3u);
-  const float z = k == 32 ? -0x1p-32f * below : m - 1.0f;
-  float p = 0.08734750747680664f;
-  p = p * z - 0.14307482540607452f;
-  p = p * z + 0.14917989075183868f;
-  p = p * z - 0.165705144405365f;
-  p = p * z + 0.19962070882320404f;
-  p = p * z - 0.25001755356788635f;
-  p = p * z + 0.33333951234817505f;
-  p = p * z - 0.49999991059303284f;
-  const float log_m = z + z * z * p;
-  return static_cast<float>(32 - k) * 0.6931471805599453f - log_m;
+  const Split above(static_cast<float>(word) + 0.5f);
+  const float z = above.exponent == 32 ? -0x1p-32f * below : above.m - 1.0f;
+  return static_cast<float>(32 - above.exponent) * 0.6931471805599453f - log1p_short(z);
 }
 
 // The two normals of a pair of words.
@@ -123,7 +140,10 @@ inline void normals_tile(Key key, uint32_t first_block, uint32_t slot, uint32_t 
   lanes_t block = lanes_t{} + uint64_t{first_block};
   for (int64_t lane = 0; lane < kLanes; ++lane) block[lane] += static_cast<uint64_t>(lane);
   for (int64_t i = 0; i < kTileBlocks / kLanes; ++i) {
-    lanes_t c0 = block, c1 = lanes_t{} + uint64_t{slot}, c2 = lanes_t{} + uint64_t{step}, c3 = lanes_t{} + uint64_t{stream};
+    lanes_t c0 = block;
+    lanes_t c1 = lanes_t{} + uint64_t{slot};
+    lanes_t c2 = lanes_t{} + uint64_t{step};
+    lanes_t c3 = lanes_t{} + uint64_t{stream};
     philox(c0, c1, c2, c3, key);
     radius_pairs[i] = (c0 & 0xffffffffu) | (c2 << 32);
     angle_pairs[i] = (c1 & 0xffffffffu) | (c3 << 32);
@@ -159,7 +179,7 @@ struct RowDraw {
     philox(c0, c1, c2, c3, key);
     int64_t u = static_cast<int64_t>(c0 & 0xffffffffu);
     if (stride != 0) u = ((((slot * stride + shift) % num_slots) << 32) + u) / num_slots;
-    return std::upper_bound(cdf, cdf + num_rows, u) - cdf;
+    return std::min<int64_t>(std::upper_bound(cdf, cdf + num_rows, u) - cdf, num_rows - 1);
   }
 };
 

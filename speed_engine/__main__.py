@@ -6,47 +6,11 @@ import argparse
 import sys
 from collections.abc import Callable
 
+from speed_engine import commands
 from speed_engine.complaint import told_in_one_sentence
 
-# Each command: name, one line of help, the function that adds its arguments, the function that runs it. Commands
-# import what they need when they run, so that `--help` and small commands start at once.
-
-
-def _config_arguments(parser: argparse.ArgumentParser, default: str | None = None) -> None:
-    parser.add_argument(
-        "--config", default=default, required=default is None, help="a preset's name or a YAML file"
-    )
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-
-
-def _doctor_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="machine-readable")
-
-
-def _doctor(args: argparse.Namespace) -> int:
-    from speed_engine.doctor import run
-
-    return run(args.json)
-
-
-def _plan(args: argparse.Namespace) -> int:
-    from speed_engine.config import load
-    from speed_engine.plan import run
-
-    return run(load(args.config, args.overrides))
-
-
-def _table_arguments(parser: argparse.ArgumentParser) -> None:
-    from speed_engine.commands_table import add_arguments
-
-    _config_arguments(parser, default="imagenet256_dit_xl2")
-    add_arguments(parser)
-
-
-def _table(args: argparse.Namespace) -> int:
-    from speed_engine.commands_table import run
-
-    return run(args)
+Run = Callable[[argparse.Namespace], int]
+Arguments = Callable[[argparse.ArgumentParser], None]
 
 
 def _train_arguments(parser: argparse.ArgumentParser) -> None:
@@ -73,26 +37,60 @@ def _encode(args: argparse.Namespace) -> int:
     return run(args)
 
 
-COMMANDS: dict[str, tuple[str, Callable[..., None], Callable[[argparse.Namespace], int]]] = {
-    "doctor": ("what is here, which kernel will run, and why", _doctor_arguments, _doctor),
-    "plan": ("resolved configuration, FLOPs, memory; starts nothing", _config_arguments, _plan),
-    "table": ("the step table: density, weight and area of every step", _table_arguments, _table),
+COMMANDS: dict[str, tuple[str, Arguments, Run]] = {
+    "doctor": (
+        "what is here, which kernel will run, and why",
+        commands.doctor_arguments,
+        commands.doctor,
+    ),
+    "plan": (
+        "the resolved configuration, its FLOPs and memory; starts nothing",
+        commands.config_arguments,
+        commands.plan,
+    ),
+    "table": (
+        "the step table: noise, density, weight and area of every step",
+        commands.table_arguments,
+        commands.table,
+    ),
+    "encode": ("images -> WebDataset shards with an index", _encode_arguments, _encode),
     "train": (
-        "train in this process (many: deepspeed speed_engine/train.py)",
+        "train in one process (for many: deepspeed speed_engine/train.py)",
         _train_arguments,
         _train,
     ),
-    "encode": ("images -> WebDataset shards with an index", _encode_arguments, _encode),
+    "sample": (
+        "pictures from a run's averaged weights",
+        commands.sample_arguments,
+        commands.sample,
+    ),
+    "score": ("how good a folder of samples is", commands.score_arguments, commands.score),
+    "plot": ("the pictures of a run", commands.plot_arguments, commands.plot),
+    "summary": (
+        "one page on a run, and summary.json",
+        commands.summary_arguments,
+        commands.summary,
+    ),
+    "export": (
+        "weights as safetensors or as a diffusers folder",
+        commands.export_arguments,
+        commands.export,
+    ),
+    "import": (
+        "a public DiT checkpoint or diffusers folder as our safetensors",
+        commands.import_arguments,
+        commands.import_weights,
+    ),
 }
 
 
 def main() -> int:
     """Parse the command line and run one command."""
-    parser = argparse.ArgumentParser(prog="python -m speed_engine", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    parser = argparse.ArgumentParser(prog="python -m speed_engine")
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (text, add_arguments, _) in COMMANDS.items():
-        add_arguments(commands.add_parser(name, help=text, description=text))
-    args = parser.parse_intermixed_args() if False else parser.parse_args()
+        add_arguments(subparsers.add_parser(name, help=text, description=text))
+    args = commands.parse(parser)
     return told_in_one_sentence(lambda: COMMANDS[args.command][2](args))
 
 

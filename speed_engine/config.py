@@ -13,7 +13,7 @@ import importlib.util
 import pkgutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 from pydantic import (
@@ -26,6 +26,8 @@ from pydantic import (
     model_validator,
 )
 
+# A section whose type is decided by its `kind` at run time.
+Kind = Any if TYPE_CHECKING else SerializeAsAny[BaseModel]
 PRESETS = Path(__file__).parent / "presets"
 # Section -> the package whose files are its kinds.
 KINDS = {
@@ -51,21 +53,26 @@ class Section(BaseModel):
 class Train(Section):
     """Length and batch of the run. global_batch = micro_batch x accumulation x processes."""
 
-    steps: int = Field(1000, ge=0, description="optimizer steps of the whole run")
+    steps: int = Field(default=1000, ge=0, description="optimizer steps of the whole run")
     global_batch: int = Field(
-        256, ge=1, description="samples per optimizer step, over all processes"
+        default=256, ge=1, description="samples per optimizer step, over all processes"
     )
     micro_batch: int | None = Field(
-        None, ge=1, description="samples per forward pass and process; default: no accumulation"
+        default=None,
+        ge=1,
+        description="samples per forward pass and process; default: no accumulation",
     )
     stratified: bool = Field(
-        True, description="draw time steps stratified over the global batch; false: independently"
+        default=True,
+        description="draw time steps stratified over the global batch; false: independently",
     )
     vb_scale: float = Field(
-        1.0, ge=0, description="factor of the variational term (learned variance only)"
+        default=1.0, ge=0, description="factor of the variational term (learned variance only)"
     )
     max_bad_steps: int = Field(
-        20, ge=1, description="consecutive non-finite (skipped) steps after which the run stops"
+        default=20,
+        ge=1,
+        description="consecutive non-finite (skipped) steps after which the run stops",
     )
 
 
@@ -73,25 +80,25 @@ class Kernels(Section):
     """Which implementation of the fused ops runs."""
 
     backend: Literal["auto", "reference", "cpp", "triton"] = Field(
-        "auto", description="auto takes the fastest that runs on the device"
+        default="auto", description="auto takes the fastest that runs on the device"
     )
-    strict: bool = Field(False, description="a fallback to a slower backend is an error")
+    strict: bool = Field(default=False, description="a fallback to a slower backend is an error")
 
 
 class Checkpoint(Section):
     """What is kept on disk to continue the run."""
 
-    every: int = Field(5000, ge=1, description="steps between two checkpoints")
-    keep: int = Field(2, ge=1, description="newest checkpoints kept")
+    every: int = Field(default=5000, ge=1, description="steps between two checkpoints")
+    keep: int = Field(default=2, ge=1, description="newest checkpoints kept")
     resume: Literal["auto", "must", "never"] = Field(
-        "auto", description="auto continues if the run folder holds a checkpoint"
+        default="auto", description="auto continues if the run folder holds a checkpoint"
     )
 
 
 class Log(Section):
     """What is written while training."""
 
-    every: int = Field(50, ge=1, description="steps between two lines of metrics.jsonl")
+    every: int = Field(default=50, ge=1, description="steps between two lines of metrics.jsonl")
     tensorboard: bool = False
     wandb: bool = False
 
@@ -99,17 +106,17 @@ class Log(Section):
 class RunConfig(Section):
     """The whole run."""
 
-    run_dir: str = Field("runs/default", description="everything the run writes goes here")
-    seed: int = Field(0, ge=0, lt=2**63, description="the one seed of all randomness")
-    model: SerializeAsAny[BaseModel]
-    data: SerializeAsAny[BaseModel]
-    schedule: SerializeAsAny[BaseModel]
-    objective: SerializeAsAny[BaseModel]
-    timesteps: SerializeAsAny[BaseModel]
-    engine: SerializeAsAny[BaseModel]
-    optim: SerializeAsAny[BaseModel]
+    run_dir: str = Field(default="runs/default", description="everything the run writes goes here")
+    seed: int = Field(default=0, ge=0, lt=2**63, description="the one seed of all randomness")
+    model: Kind
+    data: Kind
+    schedule: Kind
+    objective: Kind
+    timesteps: Kind
+    engine: Kind
+    optim: Kind
     learned_variance: bool = Field(
-        True, description="the network also predicts the variance (2C output channels)"
+        default=True, description="the network also predicts the variance (2C output channels)"
     )
     train: Train = Train()
     kernels: Kernels = Kernels()

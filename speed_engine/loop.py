@@ -1,43 +1,80 @@
 """The training loop: one readable function. Everything it calls can be read alone.
 
-The step is: a batch by address, `noise` (draws t, mixes the noise in), the network, `loss` (losses and the gradient in
-one pass), the engine's update. Nothing in it waits for the device; once an interval the sums are read.
+The step is: a batch by address, `noise` (draws t, mixes the noise in), the network, `loss` (losses and
+the gradient in one pass), the engine's update. Nothing in it waits for the device; once an interval the
+sums are read.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import logging
-import platform
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from speed_kernels.contract import Choice, choose
 
-from speed_engine import checkpoint, optim, telemetry
+from speed_engine import checkpoint, exchange, optim, setup, telemetry
 from speed_engine.config import RunConfig, kind_module
-from speed_engine.feed import Feed
+from speed_engine.feed import Batch, Feed
 from speed_engine.interrupt import Interrupt
 from speed_engine.processes import Processes, start, stop
-from speed_engine.step_table import build_step_table
+from speed_engine.step_table import StepTable
+from speed_kernels.contract import choose
 
+OPS = ("noise", "loss", "adamw_ema")
 STOP_EVERY = 10  # steps between two agreements of many processes on whether to stop
-# What may differ between a run and its continuation; everything else changes the result.
-FREE_TO_CHANGE = {"run_dir", "log", "checkpoint", "kernels"}
+DONE, NOT_FINITE = 0, 3  # exit codes
 
-DONE, NOT_FINITE = 0, 3
+
+@dataclass(frozen=True)
+class DiffusionStep:
+    """Forward and backward of one micro-batch."""
+
+    config: RunConfig
+    table: StepTable
+    engine: Any
+    backends: dict[str, str]
+    grad_scale: float  # 1 / (micro batch x accumulation): gradients add up to the mean
+
+    def __call__(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """-> (losses_3B: total, mse, vb of each sample; row_B of the table). Never waits."""
+        train = self.config.train
+        x_t, row_B, tau_B = self.table.noise(
+            batch.x0,
+            batch.address,
+            seed=self.config.seed,
+            num_slots=train.global_batch,
+            stratified=train.stratified,
+            dtype=self.engine.compute_dtype,
+            backend=self.backends["noise"],
+        )
+        labels = () if batch.labels is None else (batch.labels,)
+        out = self.engine.forward(x_t, tau_B, *labels)
+        loss, losses_3B = self.table.loss(
+            out,
+            batch.x0,
+            row_B,
+            batch.address,
+            seed=self.config.seed,
+            vb_scale=train.vb_scale,
+            grad_scale=self.grad_scale,
+            unit_upstream=True,  # both engines call backward on this very scalar
+            backend=self.backends["loss"],
+        )
+        self.engine.backward(loss)
+        return losses_3B, row_B
 
 
 def train(config: RunConfig) -> int:
     """Train as `config` says, continuing what its run folder holds. Returns the exit code.
 
-    0: done, or stopped on request with a checkpoint. 3: the loss was not finite for too long.
-    Raises ValueError (a user's mistake, in one sentence) or CheckpointError.
+    0: done, or stopped on request with a checkpoint. 3: gradients were not finite for too long.
+    Raises ValueError (a user's mistake, in one sentence; CheckpointError, DataError are such).
     """
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    processes = start(getattr(config.engine, "device", "auto"))
+    processes = start(config.engine.device)
     try:
         return _train(config, processes)
     finally:
@@ -45,21 +82,28 @@ def train(config: RunConfig) -> int:
 
 
 def _train(config: RunConfig, processes: Processes) -> int:
-    micro_batch, accumulation = split_batch(config, processes.world)
-    choices = [
-        choose(op, processes.device, config.kernels.backend, config.kernels.strict)
-        for op in ("noise", "loss", "adamw_ema")
-    ]
+    # ------------------------------------------------------------------ the parts
+    micro_batch, accumulation = setup.split_batch(config, processes.world)
+    kernels = config.kernels
+    choices = [choose(op, processes.device, kernels.backend, kernels.strict) for op in OPS]
     backends = {choice.op: choice.backend for choice in choices}
+    source = setup.build_source(config)
+    model = setup.build_model(config, source.shape, source.num_classes)
+    blueprint = setup.build_model(config, source.shape, source.num_classes, "meta")
+    table = setup.build_table(config).to(processes.device)
+    feed = Feed(
+        source,
+        config.seed,
+        config.train.global_batch,
+        micro_batch,
+        model.null_label,
+        config.model.label_dropout,
+        processes,
+    )
     run = Path(config.run_dir)
     run.mkdir(parents=True, exist_ok=True)
     held = checkpoint.lock(run) if processes.first else None
-    source = kind_module("data", config.data.kind).build(config.data)  # type: ignore[attr-defined]
-    model = build_model(config, source.shape, source.num_classes)
-    table = build_step_table(
-        config.schedule, config.objective, config.timesteps, config.learned_variance
-    ).to(processes.device)
-    engine = kind_module("engine", config.engine.kind).open_engine(  # type: ignore[attr-defined]
+    engine = kind_module("engine", config.engine.kind).open_engine(
         config.engine,
         model,
         config.optim,
@@ -68,28 +112,16 @@ def _train(config: RunConfig, processes: Processes) -> int:
         accumulation=accumulation,
         backend=backends["adamw_ema"],
     )
-    manifest = describe(config, processes, source, model, choices, engine.facts())
+    manifest = setup.describe(config, processes, source, model, choices, engine.facts())
     first_step = resume(config, run, processes, engine, manifest)
-    feed = Feed(
-        source,
-        config.seed,
-        config.train.global_batch,
-        micro_batch,
-        model.null_label,
-        getattr(config.model, "label_dropout", 0.0),
-        processes,
-    )
-    journal = None
     if processes.first:
         checkpoint.write_json(run / "manifest.json", manifest)
-        journal = telemetry.Journal(
-            run, first_step, config.train.steps, config.log.tensorboard, config.log.wandb
-        )
-        for choice in choices:
-            mark = "WARNING, slower: " if choice.fallback else ""
-            journal.say(f"{mark}{choice.op}: {choice.backend} ({choice.reason})")
-        if first_step >= config.train.steps:
-            journal.say(f"nothing to do: {run} has already made {first_step} steps")
+    journal = telemetry.Journal(run, first_step, config, choices, silent=not processes.first)
+    meter = telemetry.Meter(processes.device, table.num_rows)
+    rate = telemetry.Rate(
+        setup.macs_per_sample(config, source.shape, source.num_classes), processes, first_step
+    )
+    do = DiffusionStep(config, table, engine, backends, 1.0 / (micro_batch * accumulation))
 
     def save(step: int) -> None:
         def write(folder: Path) -> None:
@@ -97,177 +129,51 @@ def _train(config: RunConfig, processes: Processes) -> int:
             for name in ("model", "ema"):
                 weights = engine.weights(ema=name == "ema")
                 if weights is not None:
-                    save_weights(folder / f"{name}.safetensors", weights, manifest, step)
+                    notes = {"step": step, "run": manifest["config"], "data": manifest["data"]}
+                    exchange.save(folder / f"{name}.safetensors", blueprint, weights, notes)
 
         checkpoint.save(run, step, processes, write, manifest, config.checkpoint.keep)
 
-    meter = telemetry.Meter(processes.device, table.num_rows)
-    macs = kind_module("model", config.model.kind).macs_per_sample(  # type: ignore[attr-defined]
-        config.model, **model_facts(config, source.shape, source.num_classes)
-    )
-    step, saved, skipped = first_step, first_step, engine.num_skipped()
-    clock, clock_step = time.monotonic(), step
-    code = DONE
-    with Interrupt() as interrupt:
-        for number, batch in enumerate(feed.batches(first_step, config.train.steps)):
-            x_t, row_B, tau_B = table.noise(
-                batch.x0,
-                batch.address,
-                seed=config.seed,
-                num_slots=config.train.global_batch,
-                stratified=config.train.stratified,
-                dtype=engine.compute_dtype,
-                backend=backends["noise"],
-            )
-            out = engine.forward(x_t, tau_B, batch.labels)
-            loss, losses_3B = table.loss(
-                out,
-                batch.x0,
-                row_B,
-                batch.address,
-                seed=config.seed,
-                vb_scale=config.train.vb_scale,
-                grad_scale=1.0 / (micro_batch * accumulation),
-                unit_upstream=True,
-                backend=backends["loss"],
-            )
-            engine.backward(loss)
-            engine.step(optim.learning_rate(config.optim, step))
+    # ------------------------------------------------------------------ the loop
+    step, saved, skipped, code = first_step, first_step, engine.num_skipped(), DONE
+    steps, log_every = config.train.steps, config.log.every
+    with Interrupt() as interrupt, journal:
+        for number, batch in enumerate(feed.batches(first_step, steps), start=1):
+            losses_3B, row_B = do(batch)
             meter.add(losses_3B, row_B)
-            if (number + 1) % accumulation:
+            engine.step(optim.learning_rate(config.optim, step))
+            if number % accumulation:
                 continue
             step += 1
-            if journal:
-                journal.advance(step)
-            last = step == config.train.steps
-            if step % config.log.every == 0 or last:
-                seconds, clock = time.monotonic() - clock, time.monotonic()
-                line = meter.read(processes)
-                bad, skipped = engine.num_skipped() - skipped, engine.num_skipped()
-                images = (step - clock_step) * config.train.global_batch / seconds
-                clock_step = step
-                tflops = 6e-12 * macs * images / processes.world
-                line |= {
-                    "step": step,
-                    "images": step * config.train.global_batch,
-                    "lr": optim.learning_rate(config.optim, step - 1),
-                    "images_per_s": images,
-                    "tflops_per_device": tflops,
-                    "mfu": telemetry.mfu(tflops, processes.device),
-                    "skipped_steps": skipped,
-                }
-                if journal:
-                    journal.write(line)
-                if bad >= min(config.train.max_bad_steps, config.log.every):
+            journal.advance(step)
+            if step % log_every == 0 or step == steps:
+                newly_skipped, skipped = engine.num_skipped() - skipped, engine.num_skipped()
+                line = {"step": step, "images": step * config.train.global_batch}
+                line |= meter.read(processes)
+                line |= rate.read(step, config.train.global_batch)
+                line |= {"lr": optim.learning_rate(config.optim, step - 1), "skipped": skipped}
+                journal.write(line)
+                if newly_skipped >= min(config.train.max_bad_steps, log_every):
+                    journal.say(
+                        f"stopped at step {step}: {newly_skipped} updates since the last line had "
+                        "gradients that are not finite and were skipped; lower optim.lr or set "
+                        f"optim.clip and start again in another run_dir than {run}"
+                    )
                     code = NOT_FINITE
                     break
-            if last or step % config.checkpoint.every == 0:
+            if step == steps or step % config.checkpoint.every == 0:
                 save(step)
                 saved = step
-            agreed = interrupt.requested
-            if processes.world > 1:
-                agreed = step % STOP_EVERY == 0 and processes.any(interrupt.requested)
-            if agreed:
+            if processes.world == 1 or step % STOP_EVERY == 0:
+                if not processes.any(interrupt.requested):
+                    continue
                 if saved != step:
                     save(step)
-                if journal:
-                    journal.say(f"stopped on request; step {step} is saved in {run}")
+                journal.say(f"stopped on request; step {step} is saved in {run}")
                 break
-    if journal:
-        journal.close()
-        if code == NOT_FINITE:
-            journal.say(
-                f"stopped at step {step}: {bad} of the last {config.log.every} updates had gradients "
-                f"that are not finite; lower optim.lr or set optim.clip, then resume from {run}"
-            )
     if held is not None:
         held.close()
     return code
-
-
-def split_batch(config: RunConfig, world: int) -> tuple[int, int]:
-    """(micro batch, accumulation) of each process. Raises ValueError if the global batch does not
-    divide."""
-    batch, micro = config.train.global_batch, config.train.micro_batch
-    if batch % world:
-        raise ValueError(
-            f"train.global_batch={batch} does not divide over {world} processes; "
-            f"choose a multiple of {world}"
-        )
-    share = batch // world
-    if micro is None:
-        return share, 1
-    if share % micro:
-        raise ValueError(
-            f"train.global_batch={batch} is not micro_batch x accumulation x processes for "
-            f"train.micro_batch={micro} and {world} processes; choose a divisor of {share}"
-        )
-    return micro, share // micro
-
-
-def model_facts(config: RunConfig, shape: tuple[int, int, int], num_classes: int) -> dict[str, Any]:
-    """What a model is told of the data. Raises ValueError for images that are not square."""
-    channels, height, width = shape
-    if height != width:
-        raise ValueError(f"data: images of {height}x{width} are not square; encode them square")
-    return {
-        "channels": channels,
-        "sample_size": height,
-        "num_classes": num_classes,
-        "learned_variance": config.learned_variance,
-    }
-
-
-def build_model(config: RunConfig, shape: tuple[int, int, int], num_classes: int) -> Any:
-    """The freshly initialised network of the configuration, on the host."""
-    module = kind_module("model", config.model.kind)  # type: ignore[attr-defined]
-    return module.build(config.model, **model_facts(config, shape, num_classes), seed=config.seed)
-
-
-def save_weights(
-    path: Path, weights: dict[str, torch.Tensor], manifest: dict[str, Any], step: int
-) -> None:
-    """Weights as safetensors, with everything needed to build the model again in the metadata."""
-    from speed_engine import exchange
-
-    exchange.save_weights(path, weights, {"step": step, **_portable(manifest)})
-
-
-def _portable(manifest: dict[str, Any]) -> dict[str, Any]:
-    return {key: manifest[key] for key in ("config", "data")}
-
-
-def describe(
-    config: RunConfig,
-    processes: Processes,
-    source: Any,
-    model: torch.nn.Module,
-    choices: list[Choice],
-    facts: dict[str, Any],
-) -> dict[str, Any]:
-    """The run's manifest: everything that was decided."""
-    device = processes.device
-    return {
-        "config": config.model_dump(mode="json"),
-        "data": {
-            "shape": list(source.shape),
-            "num_classes": source.num_classes,
-            "num_samples": len(source),
-            "fingerprint": source.fingerprint,
-        },
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "kernels": [dataclasses.asdict(choice) for choice in choices],
-        "attention": dataclasses.asdict(model.attention_choice)
-        if hasattr(model, "attention_choice")
-        else None,
-        "processes": processes.world,
-        "device": torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "versions": {"torch": torch.__version__, "python": platform.python_version()},
-        **facts,
-    }
 
 
 def resume(
@@ -295,7 +201,7 @@ def resume(
             f"checkpoint.resume=never, but {run} holds a run at step {found.step}; "
             "choose another run_dir or remove the folder"
         )
-    changed = checkpoint.differences(comparable(found.manifest), comparable(manifest))
+    changed = checkpoint.differences(setup.comparable(found.manifest), setup.comparable(manifest))
     if changed:
         raise checkpoint.CheckpointError(
             f"{run} holds a run with another configuration ({'; '.join(changed)}); "
@@ -303,14 +209,3 @@ def resume(
         )
     engine.load(found.folder)
     return found.step
-
-
-def comparable(manifest: dict[str, Any]) -> dict[str, Any]:
-    """The part of a manifest that must be equal for a resume to continue the same run."""
-    config = {k: v for k, v in manifest["config"].items() if k not in FREE_TO_CHANGE}
-    config["train"] = {k: v for k, v in config["train"].items() if k != "steps"}
-    config["data"] = manifest["data"]["fingerprint"]  # wherever the files are now
-    result = {"config": config}
-    if manifest["config"]["engine"]["kind"] == "deepspeed":  # ZeRO's shards fit one world size
-        result["processes"] = manifest["processes"]
-    return result

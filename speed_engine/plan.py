@@ -5,12 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
 from speed_engine.config import RunConfig, kind_module
-from speed_engine.loop import model_facts
-from speed_engine.step_table import build_step_table
+from speed_engine.setup import build_model, build_source, build_table, macs_per_sample, model_facts
 
 # What the plan assumes while the data do not exist yet: latents of a 256x256 image, 1000 classes.
 ASSUMED_SHAPE, ASSUMED_CLASSES = (4, 32, 32), 1000
@@ -28,15 +26,11 @@ def state_bytes(parameters: int, zero: int, precision: str, world: int) -> float
 def run(config: RunConfig) -> int:
     """Print the plan. Raises ValueError for a configuration that cannot run."""
     shape, num_classes, source = _data(config)
-    module: Any = kind_module("model", config.model.kind)  # type: ignore[attr-defined]
-    facts = model_facts(config, shape, num_classes)
-    with torch.device("meta"):
-        model = module.build(config.model, **facts, device="meta")
-    parameters = sum(p.numel() for p in model.parameters())
-    macs = module.macs_per_sample(config.model, **facts)
-    table = build_step_table(
-        config.schedule, config.objective, config.timesteps, config.learned_variance
-    )
+    model = build_model(config, shape, num_classes, "meta")
+    # The fixed position embedding is a tensor of the public checkpoints, and counted there.
+    parameters = sum(t.numel() for t in model.state_dict().values())
+    macs = macs_per_sample(config, shape, num_classes)
+    table = build_table(config)
     print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False).rstrip())
     print()
     print(
@@ -46,10 +40,10 @@ def run(config: RunConfig) -> int:
     print(f"forward pass    {macs / 1e9:.1f} GMAC = {2 * macs / 1e9:.0f} GFLOP a sample")
     batch, steps = config.train.global_batch, config.train.steps
     print(f"training        {steps:,} steps of {batch}: {6.0 * macs * batch * steps:.2e} FLOP")
-    _print_memory(config, module, facts, parameters)
+    _print_memory(config, model_facts(config, shape, num_classes), parameters)
     expected = float((table.density * table.weight).sum())
     print(
-        f"time steps      {config.timesteps.kind} on {config.schedule.kind}, {table.num_rows} rows; "  # type: ignore[attr-defined]
+        f"time steps      {config.timesteps.kind} on {config.schedule.kind}, {table.num_rows} rows; "
         f"E[weight] = {expected:.4f}"
     )
     for key, value in table.method.resolved.items():
@@ -61,15 +55,16 @@ def _data(config: RunConfig) -> tuple[tuple[int, int, int], int, str]:
     """(shape, classes, where that comes from). Data that are not there yet are assumed, and said so."""
     path = getattr(config.data, "path", None)
     if path is not None and Path(path).exists():
-        source = kind_module("data", config.data.kind).build(config.data)  # type: ignore[attr-defined]
+        source = build_source(config)
         return source.shape, source.num_classes, str(path)
     if getattr(config.data, "kind", "") == "digits":
         return (1, 8, 8), 10, "digits"
     return ASSUMED_SHAPE, ASSUMED_CLASSES, f"assumed, for {path} does not exist"
 
 
-def _print_memory(config: RunConfig, module: Any, facts: dict[str, Any], parameters: int) -> None:
+def _print_memory(config: RunConfig, facts: dict[str, Any], parameters: int) -> None:
     """One line for each ZeRO stage, on 1, 8 and 64 processes."""
+    module = kind_module("model", config.model.kind)
     precision = getattr(config.engine, "precision", "fp32")
     print(
         f"memory          weights, gradients, optimizer and EMA on a process, {precision} (estimate):"

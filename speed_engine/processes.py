@@ -87,7 +87,8 @@ def start(device: str) -> Processes:
         backend = "nccl" if use_cuda else "gloo"
         place: dict[str, Any] = {}
         if "MASTER_ADDR" not in os.environ:
-            place = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+            store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+            place = {"store": store, "rank": 0, "world_size": 1}
         dist.init_process_group(backend, timeout=TIMEOUT, **place)
     host_group = dist.new_group(backend="gloo", timeout=TIMEOUT) if use_cuda else dist.group.WORLD
     name = f"cuda:{local_rank}" if use_cuda else "cpu"

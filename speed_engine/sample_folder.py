@@ -279,28 +279,27 @@ def _facts(
     """The contents of recipe.json: everything that decides the pictures, then versions."""
     from importlib.metadata import version
 
+    schedule, objective = process.schedule, process.objective
+    columns = hashlib.sha256()
+    for column in (schedule.alpha, schedule.sigma, schedule.tau, *objective.x0_columns(schedule)):
+        columns.update(column.double().numpy().tobytes())
     labels = b"" if labels_N is None else np.asarray(labels_N.cpu(), dtype=np.int64).tobytes()
     return {
         "num": num,
         **asdict(recipe),
-        "objective": process.objective,
+        "schedule": process.schedule.kind,
+        "objective": process.objective.kind,
+        "process_sha256": columns.hexdigest(),
         "learned_variance": process.learned_variance,
         "shape": list(process.shape),
         "num_classes": process.num_classes,
         "labels_sha256": hashlib.sha256(labels).hexdigest() if labels else None,
-        "alpha_bar_sha256": _sha256(process.alpha_bar),
-        "tau_sha256": None if process.tau is None else _sha256(process.tau),
         "dtype": str(dtype).removeprefix("torch."),
         "decoded": decoded,
         "upscale": upscale,
         "source": dict(source or {}),
         "versions": {name: version(name) for name in ("torch", "diffusers", "numpy")},
     }
-
-
-def _sha256(values: Sequence[float]) -> str:
-    """Hash of a table of float64 numbers."""
-    return hashlib.sha256(np.asarray(values, dtype=np.float64).tobytes()).hexdigest()
 
 
 @contextmanager

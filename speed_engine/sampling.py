@@ -4,8 +4,9 @@ The noise of sample i is addressed, not streamed: it depends on (seed, sample nu
 step) alone, so a sample is the same in any batch, on any device and after any interruption.
 Few-step sampling works on a *respaced* process (Nichol and Dhariwal, arXiv 2102.09672, section 4):
 the S kept time steps of the T form a diffusion of their own, on which every step is "t -> t - 1".
-DDIM and DPM-Solver++ are diffusers' schedulers on that process. Pictures on disk are the business
-of sample_folder.py.
+Any schedule x_t = alpha x0 + sigma eps is sampled as a variance-preserving one, x_t / sqrt(alpha^2
++ sigma^2), and any objective through the x0 it predicts. DDIM and DPM-Solver++ are diffusers'
+schedulers on that process. Pictures on disk are the business of sample_folder.py.
 
 Shapes: N samples, B batch, C channels, H height, W width, T training steps, S sampler steps.
 """
@@ -23,50 +24,43 @@ import torch
 from speed_kernels import philox
 from torch import Tensor
 
+from speed_engine.objectives import Objective
+from speed_engine.schedules import Schedule
+
 # (x_BCHW, tau_B, labels_B or None) -> prediction [B, C or 2C, H, W]; an nn.Module in eval mode
 Model = Callable[[Tensor, Tensor, Tensor | None], Tensor]
-Objective = Literal["epsilon", "x0", "v"]
 SamplerName = Literal["ddpm", "ddim", "dpm++"]
 Spacing = Literal["auto", "linspace", "leading", "trailing"]
 
-# diffusers' words for the objectives
-PREDICTION_TYPES = {"epsilon": "epsilon", "x0": "sample", "v": "v_prediction"}
-# An ODE solver that starts where alpha_bar is nearly 0 divides the network's error in epsilon by
-# sqrt(alpha_bar) (a factor 20,000 at the end of the cosine schedule). DPM-Solver's own cure is to
-# start at ln(alpha / sigma) = -5.1.
-SMALLEST_LOG_SNR = 2 * -5.1
+# Where alpha is nearly 0 an epsilon model's error is magnified by sigma / alpha in x0 (20,000 times
+# at the end of the cosine schedule). An ODE solver must not start there; DPM-Solver's own cure is
+# to start at ln(alpha / sigma) = -5.1, which is this magnification.
+LARGEST_MAGNIFICATION = math.exp(5.1)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Process:
-    """What the network was trained on.
+    """What the network was trained on, and for.
 
-    alpha_bar: float64, strictly decreasing in (0, 1), one value for each of the T steps. tau: what
-    the network is told at step t; default t itself. null_label: the label of "no class", None if
-    the network has not learned one.
+    null_label: the label of "no class", None if the network has not learned one.
     """
 
-    alpha_bar: Sequence[float]
+    schedule: Schedule
     objective: Objective
     learned_variance: bool
     shape: tuple[int, int, int]  # C, H, W
     num_classes: int = 0
     null_label: int | None = None
-    tau: Sequence[float] | None = None
 
-    def __post_init__(self) -> None:
-        bar = np.asarray(self.alpha_bar, dtype=np.float64)
-        decreasing = bar.ndim == 1 and len(bar) > 0 and bool(np.all(np.diff(bar) < 0))
-        if not decreasing or not 0 < bar[-1] <= bar[0] < 1:
-            raise ValueError("alpha_bar must fall strictly between 1 and 0; check the schedule")
-        if self.objective not in get_args(Objective):
-            raise ValueError(
-                f"cannot sample objective {self.objective!r}; choose one of {get_args(Objective)}"
-            )
-        if self.tau is not None and len(self.tau) != len(bar):
-            raise ValueError(
-                f"tau has {len(self.tau)} values for {len(bar)} time steps; give one for each"
-            )
+    @property
+    def norm(self) -> np.ndarray:
+        """sqrt(alpha^2 + sigma^2), the scale of x_t against the variance-preserving one; [T]."""
+        return np.hypot(self.schedule.alpha.numpy(), self.schedule.sigma.numpy())
+
+    @property
+    def alpha_bar(self) -> np.ndarray:
+        """alpha_bar of the variance-preserving process that x_t / norm follows; float64 [T]."""
+        return (self.schedule.alpha.numpy() / self.norm) ** 2
 
 
 @dataclass(frozen=True)
@@ -136,13 +130,13 @@ def check(process: Process, recipe: Recipe, labels_N: Tensor | None) -> None:
 def kept_steps(process: Process, recipe: Recipe) -> np.ndarray:
     """The S training steps that the sampler visits, ascending, int64. Raises ValueError for S > T.
 
-    The ODE samplers of an epsilon model skip the steps with a log-SNR under -10.2 (see
-    SMALLEST_LOG_SNR): none of the linear schedule, the last few of the cosine one.
+    Steps from which x0 cannot be told are left out: for ODE samplers where the network's error
+    would be magnified more than LARGEST_MAGNIFICATION times (an epsilon model at the end of the
+    cosine schedule; no step of the linear one), for ddpm only where it is infinite.
     """
-    bar = np.asarray(process.alpha_bar, dtype=np.float64)
-    num, steps = len(bar), recipe.steps
-    if recipe.sampler != "ddpm" and process.objective == "epsilon":
-        num = int(np.sum(np.log(bar) - np.log1p(-bar) >= SMALLEST_LOG_SNR))
+    magnification = process.objective.x0_columns(process.schedule)[0].abs().numpy()
+    limit = np.finfo(np.float64).max if recipe.sampler == "ddpm" else LARGEST_MAGNIFICATION
+    num, steps = int(np.sum(magnification <= limit)), recipe.steps
     if steps > num:
         raise ValueError(f"steps={steps} is more than the {num} time steps there are; give fewer")
     spacing = recipe.spacing
@@ -155,14 +149,6 @@ def kept_steps(process: Process, recipe: Recipe) -> np.ndarray:
     else:
         kept = np.sort(np.round(num - np.arange(steps) * (num / steps)) - 1)
     return kept.astype(np.int64)
-
-
-def predict_x0(objective: Objective, x: Tensor, prediction: Tensor, alpha_bar: float) -> Tensor:
-    """x0 from the network's prediction (v: Salimans and Ho, arXiv 2202.00512, appendix D)."""
-    a, b = math.sqrt(alpha_bar), math.sqrt(1 - alpha_bar)
-    if objective == "epsilon":
-        return (x - b * prediction) / a
-    return prediction if objective == "x0" else a * x - b * prediction
 
 
 def ancestral_step(
@@ -212,24 +198,23 @@ def _predict(
     model: Model,
     process: Process,
     recipe: Recipe,
-    x: Tensor,
+    inputs: Tensor,
     tau: float,
     labels_B: Tensor | None,
-    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor | None]:
-    """The network's (guided) prediction and variance fraction, both in the dtype of `x`."""
-    batch, channels = len(x), process.shape[0]
+    """The network's (guided) prediction, and its variance fraction in float32 or float64."""
+    batch, channels, device = len(inputs), process.shape[0], inputs.device
     if labels_B is None and process.num_classes:
         assert process.null_label is not None
-        labels_B = torch.full((batch,), process.null_label, dtype=torch.int64, device=x.device)
+        labels_B = torch.full((batch,), process.null_label, dtype=torch.int64, device=device)
     doubled = recipe.guidance != 1
-    inputs = x.to(dtype)
     if doubled:  # one call on [x, x] is faster than two calls
         assert labels_B is not None and process.null_label is not None
         inputs = torch.cat([inputs, inputs])
         labels_B = torch.cat([labels_B, torch.full_like(labels_B, process.null_label)])
-    tau_B = torch.full((len(inputs),), tau, dtype=torch.float32, device=x.device)
-    out = model(inputs, tau_B, labels_B).to(x.dtype)
+    tau_B = torch.full((len(inputs),), tau, dtype=torch.float32, device=device)
+    out = model(inputs, tau_B, labels_B)
+    out = out.to(torch.promote_types(out.dtype, torch.float32))
     if out.shape[1] != channels * (2 if process.learned_variance else 1):
         raise ValueError(
             f"the model returns {out.shape[1]} channels for {channels} with learned_variance="
@@ -242,7 +227,7 @@ def _predict(
     return out[:, :channels], fraction
 
 
-def _scheduler(process: Process, recipe: Recipe, bar_S: np.ndarray) -> Any:
+def _scheduler(recipe: Recipe, bar_S: np.ndarray) -> Any:
     """diffusers' DDIM or DPM-Solver++ on the respaced process, its time steps being S-1 ... 0."""
     from diffusers.schedulers.scheduling_ddim import DDIMScheduler
     from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
@@ -251,23 +236,22 @@ def _scheduler(process: Process, recipe: Recipe, bar_S: np.ndarray) -> Any:
     settings: dict[str, Any] = {
         "num_train_timesteps": len(bar_S),
         "trained_betas": betas.tolist(),
-        "prediction_type": PREDICTION_TYPES[process.objective],
+        "prediction_type": "sample",
     }
     if recipe.sampler == "ddim":
         scheduler = DDIMScheduler(
             **settings, clip_sample=recipe.clip_x0, timestep_spacing="leading"
         )
     else:
-        # Dynamic thresholding whose upper end is 1 is plain clipping to [-1, 1].
+        bar_S = bar_S.clip(2.0**-24)  # sigma / alpha must be finite, as in diffusers itself
         scheduler = DPMSolverMultistepScheduler(
             **settings,
             solver_order=2,
-            thresholding=recipe.clip_x0,
+            thresholding=recipe.clip_x0,  # with an upper end of 1 it is plain clipping to [-1, 1]
             sample_max_value=1.0,
             timestep_spacing="trailing",
         )
-    # The schedulers compute this in float32 from the betas; ours is the float64 original (see
-    # ancestral_step).
+    # The schedulers' own is in float32, from the betas; ours is exact (see ancestral_step).
     scheduler.alphas_cumprod = torch.from_numpy(bar_S)
     scheduler.set_timesteps(len(bar_S))
     return scheduler
@@ -285,7 +269,10 @@ def _sample_batch(
 ) -> Tensor:
     """One batch through the whole chain; the state is kept in float32 (float64 if `dtype` is)."""
     kept = kept_steps(process, recipe)
-    bar_S = np.asarray(process.alpha_bar, dtype=np.float64)[kept]
+    bar_S, norm_S = process.alpha_bar[kept], process.norm[kept]
+    scale_S = norm_S * process.objective.input_scale.numpy()[kept]
+    of_out_S, of_x_S = (c.numpy()[kept] for c in process.objective.x0_columns(process.schedule))
+    tau_S = process.schedule.tau.numpy()[kept]
     state = torch.promote_types(dtype, torch.float32)
     slots_B = torch.tensor(list(numbers), dtype=torch.int64, device=device)
 
@@ -294,13 +281,13 @@ def _sample_batch(
         flat = philox.normals(recipe.seed, step, slots_B, philox.STREAM_SAMPLE, num, torch.float32)
         return flat.reshape(-1, *process.shape).to(state)
 
-    scheduler = None if recipe.sampler == "ddpm" else _scheduler(process, recipe, bar_S)
+    scheduler = None if recipe.sampler == "ddpm" else _scheduler(recipe, bar_S)
     x = noise(0)
     for step, t in enumerate(reversed(range(len(kept))), start=1):
-        tau = float(kept[t]) if process.tau is None else float(process.tau[kept[t]])
-        prediction, fraction = _predict(model, process, recipe, x, tau, labels_B, dtype)
+        inputs = (x * float(scale_S[t])).to(dtype)
+        prediction, fraction = _predict(model, process, recipe, inputs, float(tau_S[t]), labels_B)
+        x0 = float(of_out_S[t]) * prediction.to(state) + float(of_x_S[t] * norm_S[t]) * x
         if scheduler is None:
-            x0 = predict_x0(process.objective, x, prediction, bar_S[t])
             x0 = x0.clamp(-1, 1) if recipe.clip_x0 else x0
             previous = float(bar_S[t - 1]) if t else 1.0
             fresh = noise(step) if t else None
@@ -308,7 +295,7 @@ def _sample_batch(
         else:
             # As in ADM, epsilon is derived again from a clipped x0.
             extra = {"use_clipped_model_output": recipe.clip_x0} if recipe.sampler == "ddim" else {}
-            x = scheduler.step(prediction, t, x, **extra).prev_sample
+            x = scheduler.step(x0, t, x, **extra).prev_sample
         progress(len(x))
     return x
 

@@ -1,7 +1,8 @@
 """The step table: a training recipe as columns over time steps, and the two ops that read it.
 
-draw row j from a density     x_t    = A_j x0 + B_j eps tell the network tau_j        target = C_j
-x0 + D_j eps       loss = W_j || f(x_t, tau_j) - target ||^2
+    draw row j from a density      x_t    = A_j x0 + B_j eps
+    tell the network tau_j         target = C_j x0 + D_j eps
+                                   loss   = W_j || f(x_t, tau_j) - target ||^2
 
 The schedule fills A, B and tau, the objective C and D, the time-step method the density and W.
 Everything is computed on the host in float64; `to(device)` makes the packed tensors that the
@@ -89,11 +90,11 @@ class StepTable:
             self.rows_T8,
             self.tau_T,
             address_2,
-            seed,
-            num_slots,
-            stratified,
-            dtype or x0.dtype,
-            _backend("noise", x0, backend),
+            seed=seed,
+            num_slots=num_slots,
+            stratified=stratified,
+            dtype=dtype,
+            backend=_backend("noise", x0, backend),
         )
 
     def loss(
@@ -106,29 +107,31 @@ class StepTable:
         seed: int,
         vb_scale: float = 1.0,
         grad_scale: float | None = None,
+        unit_upstream: bool = False,
         backend: str = "auto",
     ) -> tuple[Tensor, Tensor]:
         """(grad_scale * sum over the samples of the loss, losses_3B float32: total, unweighted MSE,
         variational term in bits).
 
         `grad_scale` defaults to 1 / B, the mean. The noise is regenerated from the address.
+        `unit_upstream` promises that backward is called on this very total: saves a pass.
         """
         from speed_kernels.loss.op import diffusion_loss as op
 
-        total, losses_3B, _ = op(
+        return op(
             out,
             x0,
             row_B,
             self.rows_T8,
             address_2,
-            seed,
-            self.learned_variance,
-            vb_scale,
-            self.timesteps.weight_vb,
-            1 / x0.shape[0] if grad_scale is None else grad_scale,
-            _backend("loss", x0, backend),
+            seed=seed,
+            learned_variance=self.learned_variance,
+            vb_scale=vb_scale,
+            weight_vb=self.timesteps.weight_vb,
+            grad_scale=grad_scale,
+            unit_upstream=unit_upstream,
+            backend=_backend("loss", x0, backend),
         )
-        return total, losses_3B
 
     @staticmethod
     def from_alphas_cumprod(
@@ -195,7 +198,8 @@ def assemble(
         )
     if learned_variance and schedule.betas is None:
         raise ValueError(
-            f"learned_variance needs a discrete schedule, and {schedule.kind} is continuous; turn it off"
+            f"learned_variance needs a discrete schedule and {schedule.kind} is continuous; "
+            "turn it off"
         )
     objective: Objective = _build(objective_config)(objective_config, schedule)
     weight = _own_weight(schedule, objective, method)
@@ -227,7 +231,7 @@ def integer_cdf(density_T: Tensor) -> Tensor:
     cdf = (cumulative.double() / cumulative[-1].double() * 2**32).round().long()
     positive = (density_T > 0).long().cumsum(0)
     # Strictly rising over the positive rows: raise what rounding merged, then make room at the end.
-    cdf = (cdf - positive).cummax(0).values + positive
+    cdf = (cdf - positive).clamp_min(0).cummax(0).values + positive
     return torch.minimum(cdf, 2**32 - (positive[-1] - positive))
 
 

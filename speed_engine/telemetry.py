@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 
+from speed_engine.config import RunConfig
 from speed_engine.processes import Processes
+from speed_kernels.contract import Choice
 
 BUCKETS = 16  # equal parts of the table's rows for the loss against t
 
@@ -50,43 +52,82 @@ class Meter:
         return {"loss": total / n, "mse": mse / n, "vb": vb / n, "loss_by_t": by_t}
 
 
-def mfu(tflops_per_device: float, device: torch.device) -> float | None:
-    """Share of the datasheet's bf16 peak, or None for a device whose peak is not known here."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    peak = next((peak for part, peak in PEAK_TFLOPS.items() if part in name), None)
-    return tflops_per_device / peak if peak else None
+class Rate:
+    """Images a second, and what share of the device that is."""
+
+    def __init__(self, macs_per_sample: int, processes: Processes, first_step: int) -> None:
+        self.flop = 6.0 * macs_per_sample  # forward and backward: three times two a multiply-add
+        self.processes = processes
+        self.step, self.clock = first_step, time.monotonic()
+
+    def read(self, step: int, global_batch: int) -> dict[str, float | None]:
+        """The rate since the last reading; `mfu` is None for a device whose peak is not known."""
+        seconds, images = time.monotonic() - self.clock, (step - self.step) * global_batch
+        self.step, self.clock = step, time.monotonic()
+        tflops = self.flop * images / seconds / self.processes.world * 1e-12
+        peak = None
+        if self.processes.device.type == "cuda":
+            name = torch.cuda.get_device_name(self.processes.device)
+            peak = next((value for part, value in PEAK_TFLOPS.items() if part in name), None)
+        return {
+            "images_per_s": images / seconds,
+            "tflops_per_device": tflops,
+            "mfu": tflops / peak if peak else None,
+        }
 
 
 class Journal:
-    """Writes `metrics.jsonl`, the progress bar and, when asked, TensorBoard and W&B."""
+    """Writes `metrics.jsonl`, the progress bar and, when asked, TensorBoard and W&B.
+
+    A silent one (all processes but the first) does nothing.
+    """
 
     def __init__(
-        self, run: Path, first_step: int, num_steps: int, tensorboard: bool, wandb: bool
+        self, run: Path, first_step: int, config: RunConfig, choices: list[Choice], silent: bool
     ) -> None:
+        self.silent = silent
+        if silent:
+            return
         from rich.console import Console
 
-        self.path = run / "metrics.jsonl"
         self.console = Console(stderr=True)
-        _keep_lines_up_to(self.path, first_step)
-        self.file = self.path.open("a", encoding="utf-8")
-        self.num_steps = num_steps
-        self.started, self.first_step = time.monotonic(), first_step
-        self.bar = _bar(self.console, first_step, num_steps)
-        self.boards = _boards(run, tensorboard, wandb)
+        self.num_steps, self.first_step = config.train.steps, first_step
+        self.boards = _boards(run, config.log.tensorboard, config.log.wandb)
+        path = run / "metrics.jsonl"
+        _keep_lines_up_to(path, first_step)
+        self.file = path.open("a", encoding="utf-8")
+        for choice in choices:
+            mark = "WARNING, slower than could be: " if choice.fallback else ""
+            self.say(f"{mark}{choice.op} runs on {choice.backend} ({choice.reason})")
+        if first_step:
+            done = " nothing to do" if first_step >= self.num_steps else ""
+            self.say(f"{run} is at step {first_step};{done or ' going on from there'}")
+        self.started = time.monotonic()
+        self.bar = _bar(self.console, first_step, self.num_steps)
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if not self.silent:
+            if self.bar is not None:
+                self.bar.stop()
+            self.file.close()
 
     def say(self, text: str) -> None:
         """A line for the person who watches."""
-        self.console.print(text, highlight=False, soft_wrap=True)
+        if not self.silent:
+            self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def advance(self, step: int) -> None:
         """Move the progress bar: `step` steps are done."""
-        if self.bar is not None:
+        if not self.silent and self.bar is not None:
             self.bar.update(self.bar.task_ids[0], completed=step)
 
     def write(self, line: dict[str, Any]) -> None:
         """One line of metrics; `line` holds at least step, loss and images_per_s."""
+        if self.silent:
+            return
         self.file.write(json.dumps(line) + "\n")
         self.file.flush()
         for board in self.boards:
@@ -96,17 +137,10 @@ class Journal:
             text += f"  MFU {100 * line['mfu']:.1f} %"
         if self.bar is not None:
             self.bar.update(self.bar.task_ids[0], status=text)
-        else:
-            done = max(1, line["step"] - self.first_step)
-            left = (time.monotonic() - self.started) / done * (self.num_steps - line["step"])
-            minutes, seconds = divmod(int(left), 60)
-            self.say(f"step {line['step']}/{self.num_steps}  {text}  {minutes}:{seconds:02d} left")
-
-    def close(self) -> None:
-        """Stop the bar and close the files."""
-        if self.bar is not None:
-            self.bar.stop()
-        self.file.close()
+            return
+        per_step = (time.monotonic() - self.started) / max(1, line["step"] - self.first_step)
+        minutes, seconds = divmod(int(per_step * (self.num_steps - line["step"])), 60)
+        self.say(f"step {line['step']}/{self.num_steps}  {text}  {minutes}:{seconds:02d} left")
 
 
 def _bar(console: Any, first_step: int, num_steps: int) -> Any:

@@ -36,9 +36,10 @@ def main() -> int:
     """Entry point of the script."""
     parser = argparse.ArgumentParser(prog="train.py", description="Train a diffusion model.")
     add_arguments(parser)
+    from speed_engine.commands import parse
     from speed_engine.complaint import told_in_one_sentence
 
-    arguments = parser.parse_args()
+    arguments = parse(parser)
     return told_in_one_sentence(lambda: run(arguments))
 
 

@@ -106,7 +106,7 @@ def report(
         if type_name.startswith("*") or name in divisible
     }
     source = ASTSource(fn=kernel, signature=types, constexprs=constexprs, attrs=attributes)
-    options = {"num_warps": num_warps, "num_stages": num_stages}
+    options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
     binary = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     usage, sass = _disassemble(binary.asm["cubin"])
     found = _RESOURCES.search(usage)

@@ -161,7 +161,7 @@ def uniform_draw(
     exactly one sample of the global batch; which one is rotated at random at every step.
     """
     slot_B = torch.as_tensor(slot_B, dtype=torch.int64)
-    v_B = random_bits(seed, step, slot_B, STREAM_T, 1)[:, 0, 0]
+    v_B = random_bits(seed, step, slot_B, STREAM_T, 1)[:, 0, 0].contiguous()
     if not stratified:
         return v_B
     first = torch.zeros(1, dtype=torch.int64, device=slot_B.device)

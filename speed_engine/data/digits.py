@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from . import DataError
 from .shards import Shards
-from .storage.index import INDEX, Index
+from .storage.index import INDEX, Index, load
 from .storage.writer import SetWriter
 
 NUM_DIGITS = 1797
@@ -41,17 +41,16 @@ def build(config: Config) -> Shards:
     folder = Path(config.path)
     if not (folder / INDEX).exists():
         write(folder, wait=True)
+    index = load(folder)
+    if index.shape != (1, 8, 8) or index.count != NUM_DIGITS:
+        raise DataError(f"{folder} holds something else than the digits; give another data.path")
     num_held_out = round(config.held_out * NUM_DIGITS)
     num_train = NUM_DIGITS - num_held_out
-    if config.part == "held_out":
-        if not num_held_out:
-            raise DataError("data.part=held_out needs a data.held_out above 0")
-        source = Shards(folder, first=num_train, count=num_held_out)
-    else:
-        source = Shards(folder, count=num_train)
-    if source.shape != (1, 8, 8) or source.num_stored != NUM_DIGITS:
-        raise DataError(f"{folder} holds something else than the digits; give another data.path")
-    return source
+    if config.part == "train":
+        return Shards(folder, count=num_train)
+    if not num_held_out:
+        raise DataError("data.part=held_out needs a data.held_out above 0")
+    return Shards(folder, first=num_train, count=num_held_out)
 
 
 def write(folder: Path, *, wait: bool = False) -> Index:

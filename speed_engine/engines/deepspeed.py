@@ -78,6 +78,7 @@ class DeepSpeedEngine:
         self.frozen = frozen_weights(model)
         trained = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = optim.build(optim_config, trained, backend)
+        self.engine: Any
         self.engine, *_ = deepspeed.initialize(
             model=model, optimizer=self.optimizer, config=settings, dist_init_required=False
         )

@@ -23,7 +23,7 @@ OURS = {
 SECTIONS = set(
     "activation_checkpointing aio autotuning bf16 comet comms_logger compile compression_training "
     "csv_monitor curriculum_learning data_efficiency elasticity flops_profiler hybrid_engine nebula "
-    "pipeline tensor_parallel tensorboard timers wandb zero_optimization".split()  # noqa: SIM905
+    "pipeline tensor_parallel tensorboard timers wandb zero_optimization".split()
 )
 REFUSED = {
     "optimizer": "the optimizer is set in the section optim",

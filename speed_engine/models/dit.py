@@ -49,21 +49,29 @@ class Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Literal["dit"] = "dit"
-    size: str = Field("XL/2", description=f"one of {', '.join(SIZES)}")
-    hidden_size: int | None = Field(None, ge=4, description="instead of the named size's")
-    depth: int | None = Field(None, ge=1, description="number of blocks, instead of the named")
-    num_heads: int | None = Field(None, ge=1, description="instead of the named size's")
-    patch_size: int | None = Field(None, ge=1, description="instead of the named size's")
-    mlp_ratio: float = Field(4.0, gt=0, description="width of the MLP over the hidden size")
+    size: str = Field(default="XL/2", description=f"one of {', '.join(SIZES)}")
+    hidden_size: int | None = Field(default=None, ge=4, description="instead of the named size's")
+    depth: int | None = Field(
+        default=None, ge=1, description="number of blocks, instead of the named"
+    )
+    num_heads: int | None = Field(default=None, ge=1, description="instead of the named size's")
+    patch_size: int | None = Field(default=None, ge=1, description="instead of the named size's")
+    mlp_ratio: float = Field(default=4.0, gt=0, description="width of the MLP over the hidden size")
     label_dropout: float = Field(
-        0.1, ge=0, lt=1, description="share of labels dropped, for guidance; 0: no null label"
+        default=0.1,
+        ge=0,
+        lt=1,
+        description="share of labels dropped, for guidance; 0: no null label",
     )
     frequency_shift: Literal[0, 1] = Field(
-        0, description="time frequencies: 0 as in the public checkpoints, 1 as in diffusers"
+        default=0, description="time frequencies: 0 as in the public checkpoints, 1 as in diffusers"
     )
-    attention: Literal["auto", "sdpa", "xformers"] = Field("auto", description="implementation")
+    attention: Literal["auto", "sdpa", "xformers"] = Field(
+        default="auto", description="implementation"
+    )
     activation_checkpointing: bool = Field(
-        False, description="keep only the blocks' inputs for the backward pass: less memory, slower"
+        default=False,
+        description="keep only the blocks' inputs for the backward pass: less memory, slower",
     )
 
     @model_validator(mode="after")
@@ -341,8 +349,8 @@ def macs_per_sample(
 def activation_bytes_per_sample(
     config: Config, *, sample_size: int, precision: Literal["fp32", "bf16", "autocast"] = "bf16"
 ) -> int:
-    """Estimate of what one sample keeps in memory for the backward pass: what the plain code above
-    saves in its blocks (attention never stores its matrix), without the allocator's losses.
+    """Estimate of what one sample keeps in memory for the backward pass, in bytes: what the plain
+    code above saves (attention never stores its matrix), without the allocator's losses.
 
     `bf16`: parameters in bf16; `autocast`: fp32 parameters and residual stream, products in bf16.
     XL/2 with 32x32 latents, 256 samples: 85 GB in bf16, 101 GB under autocast.
@@ -354,4 +362,5 @@ def activation_bytes_per_sample(
     # and the result. MLP: before and after GELU.
     block = 4 * (stream + product) + product * (4 + 2 * config.mlp_ratio)
     kept = stream * depth + block if config.activation_checkpointing else block * depth
-    return int(kept * (sample_size // patch) ** 2 * hidden)
+    last = 2 * stream + product
+    return int((kept + last) * (sample_size // patch) ** 2 * hidden)

@@ -25,7 +25,7 @@ def build(config: Config, schedule: Schedule) -> Objective:
     norm = schedule.alpha.square() + schedule.sigma.square()
     if (norm - 1).abs().max() > 1e-6:
         raise ValueError(
-            f"objective.kind=v needs alpha^2 + sigma^2 = 1, which schedule {schedule.kind} does not "
-            "keep; use objective.kind=flow or edm"
+            f"objective.kind=v needs alpha^2 + sigma^2 = 1, but schedule {schedule.kind} breaks "
+            "it; use objective.kind=flow or edm"
         )
     return Objective("v", -schedule.sigma, schedule.alpha, torch.ones_like(schedule.alpha))

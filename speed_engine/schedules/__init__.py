@@ -140,6 +140,11 @@ class Schedule:
         )
 
 
+def scaled_beta(beta: float, num_steps: int) -> float:
+    """A beta chosen for 1000 steps, for a chain of `num_steps` that adds as much noise in all."""
+    return min(beta * 1000 / num_steps, 0.999)
+
+
 def from_betas(kind: str, betas: Tensor, zero_terminal_snr: bool = False) -> Schedule:
     """The discrete variance-preserving schedule of `betas` (float64 [T], each in (0, 1)); tau is
     the 0-based index.

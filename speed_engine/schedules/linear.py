@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from pydantic import Field
 
-from speed_engine.schedules import DiscreteConfig, Schedule, from_betas
+from speed_engine.schedules import DiscreteConfig, Schedule, from_betas, scaled_beta
 
 
 class Config(DiscreteConfig):
@@ -24,7 +24,7 @@ class Config(DiscreteConfig):
 
 def build(config: Config) -> Schedule:
     """beta_t = beta_1 + (t - 1) / (T - 1) * (beta_T - beta_1)."""
-    start = config.beta_start or 1e-4 * 1000 / config.num_steps
-    end = config.beta_end or 0.02 * 1000 / config.num_steps
+    start = config.beta_start or scaled_beta(1e-4, config.num_steps)
+    end = config.beta_end or scaled_beta(0.02, config.num_steps)
     betas = torch.linspace(start, end, config.num_steps, dtype=torch.float64)
     return from_betas("linear", betas, config.zero_terminal_snr)

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from pydantic import Field
 
-from speed_engine.schedules import DiscreteConfig, Schedule, from_betas
+from speed_engine.schedules import DiscreteConfig, Schedule, from_betas, scaled_beta
 
 
 class Config(DiscreteConfig):
@@ -26,7 +26,7 @@ class Config(DiscreteConfig):
 
 def build(config: Config) -> Schedule:
     """sqrt(beta_t) = sqrt(beta_1) + (t - 1) / (T - 1) * (sqrt(beta_T) - sqrt(beta_1))."""
-    start = config.beta_start or 1e-4 * 1000 / config.num_steps
-    end = config.beta_end or 0.02 * 1000 / config.num_steps
+    start = config.beta_start or scaled_beta(1e-4, config.num_steps)
+    end = config.beta_end or scaled_beta(0.02, config.num_steps)
     betas = torch.linspace(start**0.5, end**0.5, config.num_steps, dtype=torch.float64).square()
     return from_betas("quadratic", betas, config.zero_terminal_snr)

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from pydantic import Field
 
-from speed_engine.schedules import DiscreteConfig, Schedule, from_betas
+from speed_engine.schedules import DiscreteConfig, Schedule, from_betas, scaled_beta
 
 
 class Config(DiscreteConfig):
@@ -28,7 +28,7 @@ class Config(DiscreteConfig):
 
 def build(config: Config) -> Schedule:
     """sqrt(beta_t) in equal steps, as latent diffusion's `linear` (diffusers: `scaled_linear`)."""
-    start = config.beta_start or 0.00085 * 1000 / config.num_steps
-    end = config.beta_end or 0.012 * 1000 / config.num_steps
+    start = config.beta_start or scaled_beta(0.00085, config.num_steps)
+    end = config.beta_end or scaled_beta(0.012, config.num_steps)
     betas = torch.linspace(start**0.5, end**0.5, config.num_steps, dtype=torch.float64).square()
     return from_betas("scaled_linear", betas, config.zero_terminal_snr)

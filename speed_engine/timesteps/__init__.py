@@ -60,8 +60,8 @@ def normalised(mass: Tensor, kind: str) -> Tensor:
     total = mass.double().sum()
     if not torch.isfinite(total) or total <= 0 or (mass < 0).any():
         raise ValueError(
-            f"timesteps.kind={kind}: the density over the rows of this schedule is not positive and "
-            "finite; change its location or width"
+            f"timesteps.kind={kind}: the density over the rows of this schedule is not positive "
+            "and finite; change its location or width"
         )
     return mass.double() / total
 

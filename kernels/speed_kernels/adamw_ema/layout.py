@@ -49,7 +49,7 @@ class Ema:
 
     constant: `decay`. warmup: min(decay, t / (9 + t)), that is (1 + n) / (10 + n) after n = t - 1 earlier updates.
     power: (1 - 1/t)^(gamma + 1), whose averaging profile has the relative width `sigma_rel`, a number in (0, 0.28)
-    (Karras et al. 2024, "Analyzing and Improving the Training Dynamics of Diffusion Models", equation 124).
+    (Karras et al. 2024, "Analyzing and Improving the Training Dynamics of Diffusion Models", section 3.1, appendix C).
     """
 
     kind: Literal["constant", "warmup", "power"] = "constant"

@@ -95,7 +95,7 @@ def scan(path: Path, posterior: bool = False) -> tuple[Scanned, np.ndarray]:
         return scanner.run()
     except MemberError as error:
         raise DataError(
-            f"{path.name}, sample {len(scanner.rows)}: {error}; write the shard again"
+            f"{path.name}, sample {scanner.number}: {error}; write the shard again"
         ) from None
 
 
@@ -103,6 +103,7 @@ class _Scanner:
     def __init__(self, name: str, view: memoryview, posterior: bool):
         self.name, self.view, self.posterior = name, view, posterior
         self.rows: list[tuple[int, int, int, int, int, int]] = []
+        self.number = 0  # the sample that a fault found now belongs to
         self.layout: tuple[str, tuple[int, int, int]] | None = None
         self.flipped = False
         self.sums = np.zeros(0)
@@ -113,14 +114,16 @@ class _Scanner:
         sample: _Sample | None = None
         for member in members(self.view):
             key, _, part = member.name.partition(".")
+            if sample is not None and sample.key != key:
+                self._add(sample)
+                sample = None
+            self.number = len(self.rows)
             if part not in ("npy", "cls", "flipped.npy"):
                 raise MemberError(
                     f"the member {member.name!r} is not allowed; a shard holds .npy, .cls and "
                     ".flipped.npy only"
                 )
-            if sample is None or sample.key != key:
-                if sample is not None:
-                    self._add(sample)
+            if sample is None:
                 if key in seen:
                     raise MemberError(f"the key {key!r} comes twice")
                 seen.add(key)
@@ -128,6 +131,8 @@ class _Scanner:
             if part in sample.parts:
                 raise MemberError(f"the member {member.name!r} comes twice")
             sample.parts[part] = member
+            # .npy sorts last, so an unreadable header behind it belongs to the next sample.
+            self.number = len(self.rows) + ("npy" in sample.parts)
         if sample is not None:
             self._add(sample)
         if self.layout is None:
@@ -154,6 +159,7 @@ class _Scanner:
         return scanned, entries
 
     def _add(self, sample: _Sample) -> None:
+        self.number = len(self.rows)
         if "npy" not in sample.parts:
             raise MemberError(f"the sample {sample.key!r} has no .npy member")
         offset = self._array(sample.parts["npy"], measure=True)

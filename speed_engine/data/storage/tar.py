@@ -121,9 +121,8 @@ def _text(field: bytes) -> str:
 def _check_name(name: str) -> None:
     if len(name) > MAX_NAME or not NAME.fullmatch(name):
         raise MemberError(
-            f"the member name {name[:80]!r} is not allowed; use letters, digits, '_', '-', one '.' "
-            "before the ending, "
-            "and no absolute or upward path"
+            f"the member name {name[:80]!r} is not allowed (only letters, digits, '_' and '-', "
+            "folders below, and plain endings)"
         )
 
 
@@ -140,7 +139,7 @@ def _check_pax(body: bytes) -> None:
         if len(record) != int(length) or not equals or not record.endswith(b"\n"):
             raise MemberError("a PAX header is damaged")
         if key.decode("ascii", errors="backslashreplace") not in HARMLESS_PAX:
-            raise MemberError(f"a PAX header overrides {key[:40]!r}; write the shard without it")
+            raise MemberError(f"a PAX header overrides {key[:40]!r}")
 
 
 def _check_end(buffer: memoryview, position: int) -> None:

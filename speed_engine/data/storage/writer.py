@@ -81,17 +81,28 @@ class SetWriter:
         self._in_shard = 0
 
     def __enter__(self) -> SetWriter:
-        self.out.parent.mkdir(parents=True, exist_ok=True)
-        self._lock = open(self.out.with_name(f".{self.out.name}.lock"), "w")
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX if self.wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.out.parent.mkdir(parents=True, exist_ok=True)
+            lock = open(self.out.with_name(f".{self.out.name}.lock"), "w")
+        except OSError as error:
+            raise DataError(
+                f"{self.out.parent} cannot be written ({error.strerror}); choose another folder"
+            ) from None
+        self._lock = lock
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX if self.wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            self._lock.close()
+            lock.close()
             raise DataError(f"another process is writing {self.out}; wait for it") from None
+        except OSError as error:
+            lock.close()
+            raise DataError(
+                f"{self.out.parent} knows no file locks ({error.strerror}); choose another folder"
+            ) from None
         try:
             self._open()
         except BaseException:
-            self._lock.close()
+            lock.close()
             raise
         return self
 
@@ -119,7 +130,7 @@ class SetWriter:
     ) -> None:
         """Add one sample, array (C, H, W). position: source items dealt with, this one included."""
         if self._tar is None:
-            self._start_shard()
+            self._tar = self._start_shard()
         sample: dict[str, Any] = {
             "__key__": f"{self.num_written:09d}",
             "npy": np.ascontiguousarray(array),
@@ -134,10 +145,9 @@ class SetWriter:
         if not self.room:
             self._end_shard()
 
-    def skip(self, position: int, file: str, reason: str) -> None:
-        """Note a source item that gives no sample."""
+    def skip(self, file: str, reason: str) -> None:
+        """Note a source item that gives no sample; it counts as dealt with at the next `write`."""
         self.skipped.append(Skipped(file=file, reason=reason))
-        self.position = position
 
     def finish(
         self,
@@ -149,14 +159,10 @@ class SetWriter:
         if self._tar is not None:
             self._end_shard()
         if not self.shards:
-            reasons = (
-                (
-                    f"; the first of {len(self.skipped)} skipped: {self.skipped[0].file}: "
-                    f"{self.skipped[0].reason}"
-                )
-                if self.skipped
-                else ""
-            )
+            reasons = ""
+            if self.skipped:
+                first = self.skipped[0]
+                reasons = f"; skipped {len(self.skipped)}, the first: {first.file}: {first.reason}"
             shutil.rmtree(self.partial)
             raise DataError(f"there is no image to write{reasons}")
         index = compose(
@@ -221,12 +227,12 @@ class SetWriter:
             if stray.name not in known:
                 stray.unlink()
 
-    def _start_shard(self) -> None:
+    def _start_shard(self) -> Any:
         from webdataset.writer import TarWriter
 
         self._file = open(self.partial / "shard.tar.tmp", "wb")  # noqa: SIM115  closed in _end_shard
-        self._tar = TarWriter(self._file, mtime=0, user="", group="")
         self._in_shard = 0
+        return TarWriter(self._file, mtime=0, user="", group="")
 
     def _end_shard(self) -> None:
         assert self._file is not None

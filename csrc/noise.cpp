@@ -1,0 +1,54 @@
+// The forward process on the CPU: draws every sample's row of the step table, generates its noise from its address and
+// writes x_t = A x0 + B eps. Reads x0 once, writes x_t once, stores no noise. See kernels/speed_kernels/noise/op.py.
+
+#include <ATen/Parallel.h>
+
+#include "elements.h"
+#include "philox.h"
+
+namespace {
+
+// A unit of work: elements of one sample that one thread handles in a row.
+constexpr int64_t kChunk = 16 * speed::kTile;
+
+}  // namespace
+
+// x0 and x_t: [num_samples, num_elements], contiguous. address: (step, global slot of the first sample).
+// stride: 0 for independent draws, else speed_kernels.philox.stratum_stride(num_slots).
+extern "C" void speed_noise(const void* x0, int32_t x0_dtype, void* x_t, int32_t x_t_dtype, const int64_t* cdf,
+                            const float* rows, const float* tau, const int64_t* address, int64_t* row_out,
+                            float* tau_out, int64_t num_samples, int64_t num_elements, int64_t num_rows, int64_t seed,
+                            int64_t num_slots, int64_t stride) {
+  using namespace speed;
+  const Key key(seed);
+  const uint32_t step = static_cast<uint32_t>(address[0]);
+  const RowDraw draw(key, step, cdf, num_rows, num_slots, stride);
+  // A sample without elements still draws its row.
+  const int64_t num_chunks = std::max<int64_t>(1, (num_elements + kChunk - 1) / kChunk);
+  const int64_t grain = std::max<int64_t>(1, 2 * kChunk / std::max<int64_t>(1, std::min(num_elements, kChunk)));
+  at::parallel_for(0, num_samples * num_chunks, grain, [&](int64_t begin, int64_t end) {
+    alignas(64) float eps[kTile];
+    alignas(64) float x[kTile];
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t sample = item / num_chunks;
+      const int64_t start = item % num_chunks * kChunk;
+      const int64_t slot = address[1] + sample;
+      const int64_t row = draw(slot);
+      if (start == 0) {
+        row_out[sample] = row;
+        tau_out[sample] = tau[row];
+      }
+      const float a = rows[row * kColumns + kA];
+      const float b = rows[row * kColumns + kB];
+      const int64_t stop = std::min(start + kChunk, num_elements);
+      for (int64_t first = start; first < stop; first += kTile) {
+        const int64_t n = std::min(kTile, stop - first);
+        const int64_t offset = sample * num_elements + first;
+        normals_tile(key, static_cast<uint32_t>(first / 4), static_cast<uint32_t>(slot), step, kStreamEps, eps);
+        load(x0, x0_dtype, offset, x, n);
+        for (int64_t i = 0; i < n; ++i) x[i] = a * x[i] + b * eps[i];
+        store(x_t, x_t_dtype, offset, x, n);
+      }
+    }
+  });
+}

@@ -1,0 +1,61 @@
+"""Many tensors seen as one flat buffer, without a copy where memory already lies that way.
+
+An optimizer over hundreds of parameters wants one kernel call on one address range. Tensors that follow each other in
+one storage are that range; others stay a list. Dense tensors with permuted strides (channels_last weights) are read in
+storage order, which is all that elementwise work needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether the elements fill one range of memory exactly once, in any order of the axes."""
+    if tensor.is_contiguous():
+        return True
+    expected = 1
+    axes = sorted(zip(tensor.stride(), tensor.shape, strict=True))
+    for stride, size in axes:
+        if size == 1:
+            continue
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def storage_order(tensor: Tensor) -> Tensor:
+    """A dense tensor as a flat view [numel] in the order of its memory."""
+    return tensor.as_strided((tensor.numel(),), (1,), tensor.storage_offset())
+
+
+def like_strides(tensor: Tensor, model: Tensor) -> Tensor:
+    """`tensor` itself if it lies in memory as `model` does, else a copy that does."""
+    if tensor.stride() == model.stride() or (tensor.is_contiguous() and model.is_contiguous()):
+        return tensor
+    return torch.empty_like(model, dtype=tensor.dtype).copy_(tensor)
+
+
+def joined(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """One flat view if the dense `tensors` follow each other in one storage, else one view each."""
+    first = tensors[0]
+    address, storage = first.data_ptr(), first.untyped_storage().data_ptr()
+    for tensor in tensors:
+        if tensor.data_ptr() != address or tensor.untyped_storage().data_ptr() != storage:
+            return [storage_order(each) for each in tensors]
+        address += tensor.numel() * tensor.element_size()
+    total = sum(tensor.numel() for tensor in tensors)
+    return [first.as_strided((total,), (1,), first.storage_offset())]
+
+
+def views(buffer: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """Consecutive parts of a flat buffer with the shapes and strides of `like`."""
+    parts, start = [], buffer.storage_offset()
+    for model in like:
+        parts.append(buffer.as_strided(model.shape, model.stride(), start))
+        start += model.numel()
+    return parts

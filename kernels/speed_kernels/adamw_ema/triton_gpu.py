@@ -1,0 +1,242 @@
+"""AdamW + EMA in Triton for NVIDIA GPUs (A100, H100/H200, B200): one launch per flat buffer.
+
+All addresses are 64-bit, all loads and stores of aligned buffers 128 bits wide. A list of several tensors is a loop of
+launches, capturable in a CUDA graph because only device memory is read; hand over one flat buffer for speed.
+"""
+
+# N elements of a flat buffer, P partial sums.
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from speed_kernels.adamw_ema import layout
+
+# macOS and Windows have no triton: `unavailable` says so, and no kernel is ever launched.
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+if TYPE_CHECKING or HAS_TRITON:
+    import triton
+    import triton.language as tl
+jit: Any = triton.jit if HAS_TRITON else lambda function: function
+
+BLOCK = 1024  # elements per program: 8 per thread, two 128-bit loads of float32
+NUM_WARPS = 4
+MAX_PARTIALS = 2048  # programs of the sum of squares on any device: the order of addition is fixed
+
+
+def unavailable() -> str | None:
+    """Why this backend cannot run here, or None."""
+    if not HAS_TRITON:
+        return "triton is not installed"
+    if not torch.cuda.is_available():
+        return "there is no CUDA device"
+    if torch.cuda.get_device_capability() < (8, 0):
+        return "the Triton kernels need compute capability 8.0 (A100) or newer"
+    return None
+
+
+@jit
+def update_kernel(
+    p_ptr,
+    g_ptr,
+    m_ptr,
+    v_ptr,
+    e1_ptr,
+    e2_ptr,
+    copy_ptr,
+    scalars_ptr,
+    N,
+    SECOND: tl.constexpr,
+    COPY: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """AdamW and EMAs of BLOCK elements; the offsets into scalars are those of layout.py."""
+    if tl.load(scalars_ptr) == 0.0:
+        return
+    scale = tl.load(scalars_ptr + 1)
+    beta2 = tl.load(scalars_ptr + 2)
+    grad_weight = tl.load(scalars_ptr + 3)
+    square_weight = tl.load(scalars_ptr + 4)
+    decay = tl.load(scalars_ptr + 5)
+    step_size = tl.load(scalars_ptr + 6)
+    denom_scale = tl.load(scalars_ptr + 7)
+    eps = tl.load(scalars_ptr + 8)
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = i < N
+    g = tl.load(g_ptr + i, mask=mask).to(tl.float32) * scale
+    m = tl.load(m_ptr + i, mask=mask)
+    v = tl.load(v_ptr + i, mask=mask)
+    p = tl.load(p_ptr + i, mask=mask)
+    e1 = tl.load(e1_ptr + i, mask=mask)
+    m += grad_weight * (g - m)
+    v = beta2 * v + square_weight * (g * g)
+    p = decay * p - step_size * (m / (tl.sqrt(v) * denom_scale + eps))
+    tl.store(m_ptr + i, m, mask=mask)
+    tl.store(v_ptr + i, v, mask=mask)
+    tl.store(p_ptr + i, p, mask=mask)
+    tl.store(e1_ptr + i, e1 + tl.load(scalars_ptr + 9) * (p - e1), mask=mask)
+    if SECOND:
+        e2 = tl.load(e2_ptr + i, mask=mask)
+        tl.store(e2_ptr + i, e2 + tl.load(scalars_ptr + 10) * (p - e2), mask=mask)
+    if COPY:
+        tl.store(copy_ptr + i, p.to(tl.bfloat16), mask=mask)
+
+
+@jit
+def square_kernel(g_ptr, partial_ptr, N, BLOCK: tl.constexpr):
+    """partial[program] = sum of squares of every num_programs-th block, in float64."""
+    lanes = tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    stride = tl.num_programs(0).to(tl.int64) * BLOCK
+    while start < N:
+        g = tl.load(g_ptr + start + lanes, mask=start + lanes < N, other=0.0).to(tl.float32)
+        total += g * g
+        start += stride
+    tl.store(partial_ptr + tl.program_id(0), tl.sum(total.to(tl.float64), axis=0))
+
+
+@jit
+def square_total_kernel(partial_ptr, total_ptr, P, BLOCK: tl.constexpr):
+    """total = sum of all partial sums, by one program, in a fixed order."""
+    lanes = tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), dtype=tl.float64)
+    for start in range(0, P, BLOCK):
+        total += tl.load(partial_ptr + start + lanes, mask=start + lanes < P, other=0.0)
+    tl.store(total_ptr, tl.sum(total, axis=0).to(tl.float32))
+
+
+@jit
+def _ema_weight(kind, value, t):
+    warmup = tl.maximum(value, 9.0 / (9.0 + t))
+    power = 1.0 - tl.exp((value + 1.0) * tl.log(tl.maximum(1.0 - 1.0 / t, 1e-300)))
+    return tl.where(kind == 1.0, warmup, tl.where(kind == 2.0, power, value))
+
+
+@jit
+def prepare_kernel(
+    step_ptr,
+    skipped_ptr,
+    hyper_ptr,
+    square_sum_ptr,
+    grad_scale_ptr,
+    scalars_ptr,
+    SKIPPED: tl.constexpr,
+    SQUARE_SUM: tl.constexpr,
+    GRAD_SCALE: tl.constexpr,
+):
+    """The scalars of one step in double precision, by one program; offsets are those of layout.py."""
+    scale = tl.full((), 1.0, dtype=tl.float32)
+    if GRAD_SCALE:
+        scale = tl.load(grad_scale_ptr)
+    finite = tl.abs(scale) < float("inf")
+    norm = tl.full((), 0.0, dtype=tl.float64)
+    if SQUARE_SUM:
+        square_sum = tl.load(square_sum_ptr)
+        finite = finite & (square_sum < float("inf"))
+        norm = tl.abs(scale).to(tl.float64) * tl.sqrt(square_sum.to(tl.float64))
+    step = tl.load(step_ptr) + tl.where(finite, 1.0, 0.0)
+    tl.store(step_ptr, step)
+    if SKIPPED:
+        tl.store(skipped_ptr, tl.load(skipped_ptr) + tl.where(finite, 0.0, 1.0))
+    t = tl.maximum(step, 1.0).to(tl.float64)
+    lr = tl.load(hyper_ptr).to(tl.float64)
+    weight1 = tl.load(hyper_ptr + 1).to(tl.float64)
+    weight2 = tl.load(hyper_ptr + 2).to(tl.float64)
+    weight_decay = tl.load(hyper_ptr + 4).to(tl.float64)
+    clip = tl.load(hyper_ptr + 5).to(tl.float64)
+    factor = tl.where(clip > 0.0, tl.minimum(1.0, clip / (norm + 1e-6)), 1.0)
+    log_beta1 = tl.log(tl.maximum(1.0 - weight1, 1e-300))
+    log_beta2 = tl.log(tl.maximum(1.0 - weight2, 1e-300))
+    tl.store(scalars_ptr, tl.where(finite, 1.0, 0.0))
+    tl.store(scalars_ptr + 1, (scale * factor).to(tl.float32))
+    tl.store(scalars_ptr + 2, (1.0 - weight2).to(tl.float32))
+    tl.store(scalars_ptr + 3, weight1.to(tl.float32))
+    tl.store(scalars_ptr + 4, weight2.to(tl.float32))
+    tl.store(scalars_ptr + 5, (1.0 - lr * weight_decay).to(tl.float32))
+    tl.store(scalars_ptr + 6, (lr / (1.0 - tl.exp(t * log_beta1))).to(tl.float32))
+    tl.store(scalars_ptr + 7, (1.0 / tl.sqrt(1.0 - tl.exp(t * log_beta2))).to(tl.float32))
+    tl.store(scalars_ptr + 8, tl.load(hyper_ptr + 3))
+    kind1 = tl.load(hyper_ptr + 6)
+    kind2 = tl.load(hyper_ptr + 8)
+    value1 = tl.load(hyper_ptr + 7).to(tl.float64)
+    value2 = tl.load(hyper_ptr + 9).to(tl.float64)
+    tl.store(scalars_ptr + 9, _ema_weight(kind1, value1, t).to(tl.float32))
+    tl.store(scalars_ptr + 10, _ema_weight(kind2, value2, t).to(tl.float32))
+    tl.store(scalars_ptr + 11, norm.to(tl.float32))
+
+
+def grad_square_sum(grads: Sequence[Tensor]) -> Tensor:
+    """Sum of squares as float32 []: per-lane float32 sums, float64 from there on."""
+    counts = [min(triton.cdiv(grad.numel(), BLOCK), MAX_PARTIALS) for grad in grads]
+    partials_P = grads[0].new_empty(sum(counts), dtype=torch.float64)
+    first = 0
+    for grad, count in zip(grads, counts, strict=True):
+        if count:
+            square_kernel[(count,)](
+                grad, partials_P[first:], grad.numel(), BLOCK=BLOCK, num_warps=NUM_WARPS
+            )
+        first += count
+    total = grads[0].new_empty((), dtype=torch.float32)
+    square_total_kernel[(1,)](partials_P, total, first, BLOCK=BLOCK, num_warps=NUM_WARPS)
+    return total
+
+
+def prepare(
+    step: Tensor,
+    skipped: Tensor | None,
+    hyper: Tensor,
+    square_sum: Tensor | None,
+    grad_scale: Tensor | None,
+) -> Tensor:
+    """The scalars of one step; see op.prepare."""
+    scalars = hyper.new_empty(layout.SCALARS_SIZE)
+    prepare_kernel[(1,)](
+        step,
+        step if skipped is None else skipped,
+        hyper.contiguous(),
+        step if square_sum is None else square_sum,
+        step if grad_scale is None else grad_scale,
+        scalars,
+        SKIPPED=skipped is not None,
+        SQUARE_SUM=square_sum is not None,
+        GRAD_SCALE=grad_scale is not None,
+        num_warps=1,
+    )
+    return scalars
+
+
+def adamw_ema(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    emas: Sequence[Tensor],
+    second_emas: Sequence[Tensor],
+    copies: Sequence[Tensor],
+    scalars: Tensor,
+) -> None:
+    """One step in place, one launch per tensor; see op.adamw_ema."""
+    for index, param in enumerate(params):
+        if param.numel() == 0:
+            continue
+        update_kernel[(triton.cdiv(param.numel(), BLOCK),)](
+            param,
+            grads[index],
+            exp_avgs[index],
+            exp_avg_sqs[index],
+            emas[index],
+            second_emas[index] if second_emas else param,
+            copies[index] if copies else param,
+            scalars,
+            param.numel(),
+            SECOND=bool(second_emas),
+            COPY=bool(copies),
+            BLOCK=BLOCK,
+            num_warps=NUM_WARPS,
+        )

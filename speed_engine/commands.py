@@ -1,0 +1,244 @@
+"""The commands that look at tables and finished runs: their arguments, and the calls behind them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from speed_engine.config import RunConfig, load
+
+
+def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The command line, with overrides allowed anywhere in it (argparse wants them together)."""
+    args, rest = parser.parse_known_args()
+    late = [word for word in rest if "=" in word and not word.startswith("-")]
+    if len(late) != len(rest) or (late and not hasattr(args, "overrides")):
+        parser.error(
+            f"unrecognized arguments: {' '.join(w for w in rest if w not in late) or late[0]}"
+        )
+    if late:
+        args.overrides = [*args.overrides, *late]
+    return args
+
+
+def config_arguments(parser: argparse.ArgumentParser, default: str | None = None) -> None:
+    """--config and dotted overrides."""
+    parser.add_argument(
+        "--config",
+        default=default,
+        required=default is None,
+        help="a preset's name, or a YAML file",
+    )
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+
+
+def _config(args: argparse.Namespace) -> RunConfig:
+    return load(args.config, args.overrides)
+
+
+# ------------------------------------------------------------------------------------------ doctor, plan
+
+
+def doctor_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="machine-readable")
+
+
+def doctor(args: argparse.Namespace) -> int:
+    from speed_engine.doctor import run
+
+    return run(args.json)
+
+
+def plan(args: argparse.Namespace) -> int:
+    from speed_engine.plan import run
+
+    return run(_config(args))
+
+
+# --------------------------------------------------------------------------------------------------- table
+
+
+def table_arguments(parser: argparse.ArgumentParser) -> None:
+    config_arguments(parser, default="imagenet256_dit_xl2")
+    shape = parser.add_mutually_exclusive_group()
+    shape.add_argument("--json", action="store_true", help="all rows as one JSON object")
+    shape.add_argument("--csv", action="store_true", help="all rows as CSV")
+
+
+def table(args: argparse.Namespace) -> int:
+    from speed_engine.setup import build_table
+    from speed_engine.table_report import report
+
+    rows = build_table(_config(args))
+    print(report(rows, "json" if args.json else "csv" if args.csv else "text"))
+    return 0
+
+
+# -------------------------------------------------------------------------------------------------- sample
+
+
+def sample_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--run", type=Path, required=True, help="the run folder")
+    parser.add_argument("--out", type=Path, required=True, help="where the pictures go")
+    parser.add_argument("--num", type=int, default=64, help="how many samples")
+    parser.add_argument("--sampler", default="ddpm", help="ddpm, ddim or dpm++")
+    parser.add_argument("--steps", type=int, default=250, help="network evaluations a sample")
+    parser.add_argument("--guidance", type=float, default=1.0, help="1 = off")
+    parser.add_argument(
+        "--guidance-channels", default="all", help="all, or a number (3: as the released DiT)"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--label", type=int, help="only this class (default: all in turn)")
+    parser.add_argument("--weights", choices=("ema", "model"), default="ema")
+    parser.add_argument("--vae", type=Path, help="folder of the AutoencoderKL that decodes latents")
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+
+
+def sample(args: argparse.Namespace) -> int:
+    import torch
+
+    from speed_engine import sample_folder, sampling
+    from speed_engine.runs import device_of, open_run
+
+    run = open_run(args.run)
+    device = device_of(args.device)
+    model: Any = run.model(args.weights).to(device)
+    table = run.table()
+    num_classes = run.data["num_classes"]
+    process = sampling.Process(
+        alpha_bar=table.schedule.alpha_bar.tolist(),
+        objective=run.config.objective.kind,
+        learned_variance=run.config.learned_variance,
+        shape=run.shape,
+        num_classes=num_classes,
+        null_label=getattr(model, "null_label", None),
+        tau=table.schedule.tau.tolist(),
+    )
+    latents = run.data.get("space") == "latents"
+    recipe = sampling.Recipe(
+        sampler=args.sampler,
+        steps=args.steps,
+        guidance=args.guidance,
+        guidance_channels=args.guidance_channels
+        if args.guidance_channels == "all"
+        else int(args.guidance_channels),
+        clip_x0=not latents,
+        seed=args.seed,
+    )
+    labels = sampling.round_robin_labels(args.num, num_classes)
+    if args.label is not None:
+        labels = torch.full((args.num,), args.label)
+    decode = sampling.latent_decoder(args.vae, device=device) if args.vae else None
+    started = time.monotonic()
+    sample_folder.sample_to_folder(
+        model,
+        process,
+        recipe,
+        args.out,
+        num=args.num,
+        labels_N=labels,
+        source={
+            "weights": args.weights,
+            "step": run.step,
+            "config": run.config.model_dump(mode="json"),
+        },
+        decode=decode,
+        batch_size=args.batch_size,
+        device=device,
+    )
+    print(f"{args.num} samples in {args.out} ({time.monotonic() - started:.0f} s)")
+    return 0
+
+
+# ------------------------------------------------------------------------------------- score, plot, summary
+
+
+def score_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--samples", type=Path, required=True, help="a folder that `sample` wrote")
+    parser.add_argument("--reference", required=True, help="`digits`, or a folder of images")
+
+
+def score(args: argparse.Namespace) -> int:
+    from speed_engine import scoring
+
+    print(json.dumps(scoring.score(args.samples, args.reference), indent=1))
+    return 0
+
+
+def plot_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--run", type=Path, required=True, help="the run folder")
+    parser.add_argument("--out", type=Path, help="default: RUN/plots")
+
+
+def plot(args: argparse.Namespace) -> int:
+    from speed_engine import plots, plots_table
+    from speed_engine.runs import open_run
+
+    run = open_run(args.run)
+    out = args.out or args.run / "plots"
+    for path in [*plots.plot_run(args.run, out), *plots_table.plot_table(run.table(), out)]:
+        print(path)
+    return 0
+
+
+def summary_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--run", type=Path, required=True, help="the run folder")
+    parser.add_argument("--started", type=float, help="time.time() of the first command")
+
+
+def summary(args: argparse.Namespace) -> int:
+    from speed_engine.summary import run
+
+    return run(args.run, args.started)
+
+
+# ------------------------------------------------------------------------------------------ export, import
+
+
+def export_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--run", type=Path, required=True, help="the run folder")
+    parser.add_argument("--out", type=Path, required=True, help="the file or folder to write")
+    parser.add_argument("--format", choices=("safetensors", "diffusers"), default="safetensors")
+    parser.add_argument("--weights", choices=("ema", "model"), default="ema")
+
+
+def export(args: argparse.Namespace) -> int:
+    from speed_engine import exchange
+    from speed_engine.runs import open_run
+
+    run = open_run(args.run)
+    model: Any = run.model(args.weights)
+    if args.format == "diffusers":
+        from speed_engine.diffusers_folder import export_diffusers
+
+        for caution in export_diffusers(args.out, model):
+            print(f"note: {caution}")
+    else:
+        exchange.save(args.out, model, notes={"step": run.step, "weights": args.weights})
+    print(args.out)
+    return 0
+
+
+def import_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--source", type=Path, required=True, help="a public .pt, or a diffusers folder"
+    )
+    parser.add_argument("--out", type=Path, required=True, help="the safetensors file to write")
+
+
+def import_weights(args: argparse.Namespace) -> int:
+    from speed_engine import exchange
+
+    if args.source.is_dir():
+        from speed_engine.diffusers_folder import import_diffusers
+
+        model = import_diffusers(args.source)
+    else:
+        model = exchange.import_pt(args.source)
+    exchange.save(args.out, model, notes={"source": args.source.name})
+    print(args.out)
+    return 0

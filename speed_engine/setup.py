@@ -1,0 +1,123 @@
+"""From a configuration to the parts of a run, and the manifest that records what was decided."""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+from typing import Any
+
+import torch
+
+from speed_engine.config import RunConfig, kind_module
+from speed_engine.processes import Processes
+from speed_engine.step_table import StepTable, build_step_table
+from speed_kernels.contract import Choice
+
+# What may differ between a run and its continuation; everything else changes the result.
+FREE_TO_CHANGE = {"run_dir", "log", "checkpoint", "kernels"}
+
+
+def split_batch(config: RunConfig, world: int) -> tuple[int, int]:
+    """(micro batch, accumulation) of each process: global batch = micro batch x accumulation x world.
+
+    Raises ValueError if it does not divide.
+    """
+    batch, micro = config.train.global_batch, config.train.micro_batch
+    if batch % world:
+        raise ValueError(
+            f"train.global_batch={batch} does not divide over {world} processes; "
+            f"choose a multiple of {world}"
+        )
+    share = batch // world
+    if micro is None:
+        return share, 1
+    if share % micro:
+        raise ValueError(
+            f"train.global_batch={batch} is not micro_batch x accumulation x processes for "
+            f"train.micro_batch={micro} and {world} processes; choose a divisor of {share}"
+        )
+    return micro, share // micro
+
+
+def build_source(config: RunConfig) -> Any:
+    """The data. Raises ValueError (DataError) naming the file and the cure."""
+    return kind_module("data", config.data.kind).build(config.data)
+
+
+def build_table(config: RunConfig) -> StepTable:
+    """The step table, on the host."""
+    return build_step_table(
+        config.schedule, config.objective, config.timesteps, config.learned_variance
+    )
+
+
+def model_facts(config: RunConfig, shape: tuple[int, int, int], num_classes: int) -> dict[str, Any]:
+    """What a model is told of the data. Raises ValueError for images that are not square."""
+    channels, height, width = shape
+    if height != width:
+        raise ValueError(f"data: images of {height}x{width} are not square; encode them square")
+    return {
+        "channels": channels,
+        "sample_size": height,
+        "num_classes": num_classes,
+        "learned_variance": config.learned_variance,
+    }
+
+
+def build_model(
+    config: RunConfig, shape: tuple[int, int, int], num_classes: int, device: str = "cpu"
+) -> Any:
+    """The freshly initialised network; on the device `meta` it takes no memory."""
+    module = kind_module("model", config.model.kind)
+    facts = model_facts(config, shape, num_classes)
+    return module.build(config.model, **facts, seed=config.seed, device=device)
+
+
+def macs_per_sample(config: RunConfig, shape: tuple[int, int, int], num_classes: int) -> int:
+    """Multiply-adds of one forward pass of one sample."""
+    module = kind_module("model", config.model.kind)
+    return module.macs_per_sample(config.model, **model_facts(config, shape, num_classes))
+
+
+def describe(
+    config: RunConfig,
+    processes: Processes,
+    source: Any,
+    model: Any,
+    choices: list[Choice],
+    engine_facts: dict[str, Any],
+) -> dict[str, Any]:
+    """The run's manifest: everything that was decided, JSON-able."""
+    if processes.device.type == "cuda":
+        device = torch.cuda.get_device_name(processes.device)
+    else:
+        device = f"{platform.machine()} CPU"
+    attention = getattr(model, "attention_choice", None)
+    return {
+        "config": config.model_dump(mode="json"),
+        "data": {
+            "shape": list(source.shape),
+            "num_classes": source.num_classes,
+            "num_samples": len(source),
+            "fingerprint": source.fingerprint,
+        },
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "kernels": [dataclasses.asdict(choice) for choice in choices],
+        "attention": dataclasses.asdict(attention) if attention is not None else None,
+        "processes": processes.world,
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "versions": {"torch": torch.__version__, "python": platform.python_version()},
+        **engine_facts,
+    }
+
+
+def comparable(manifest: dict[str, Any]) -> dict[str, Any]:
+    """The part of a manifest that must be equal for a resume to continue the same run."""
+    config = {k: v for k, v in manifest["config"].items() if k not in FREE_TO_CHANGE}
+    config["train"] = {k: v for k, v in config["train"].items() if k != "steps"}
+    config["data"] = manifest["data"]["fingerprint"]  # wherever the files are now
+    result = {"config": config}
+    if manifest["config"]["engine"]["kind"] == "deepspeed":  # ZeRO's shards fit one world size
+        result["processes"] = manifest["processes"]
+    return result

@@ -1,0 +1,64 @@
+"""Starts real training processes, as the launcher does, but without its seconds of start-up."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+TRAIN = ROOT / "speed_engine" / "train.py"
+
+
+class Launcher:
+    """Runs `train.py` in `world` processes and waits for all of them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.data = folder / "data"
+
+    def arguments(self, run: str, *overrides: str) -> list[str]:
+        return [
+            "--config=digits_dit_tiny",
+            f"run_dir={self.folder / run}",
+            f"data.path={self.data}",
+            "model.depth=2",
+            "train.global_batch=16",
+            "log.every=5",
+            *overrides,
+        ]
+
+    def start(self, world: int, arguments: list[str], cwd: Path | None = None) -> list:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world)}
+        place["OMP_NUM_THREADS"] = "1"
+        return [
+            subprocess.Popen(
+                [sys.executable, str(TRAIN), *arguments],
+                env={**os.environ, **place, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                cwd=cwd or self.folder,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            for rank in range(world)
+        ]
+
+    def wait(self, processes: list, expect: int | None = 0) -> str:
+        outputs = [process.communicate(timeout=240)[0] for process in processes]
+        codes = [process.returncode for process in processes]
+        if expect is not None:
+            assert codes == [expect] * len(codes), "\n".join(outputs)
+        return "\n".join(outputs)
+
+    def train(self, run: str, *overrides: str, world: int = 1, expect: int | None = 0) -> str:
+        return self.wait(self.start(world, self.arguments(run, *overrides)), expect)
+
+
+@pytest.fixture
+def launcher(tmp_path):
+    return Launcher(tmp_path)

@@ -1,0 +1,240 @@
+"""The real training program in real processes: resume, world sizes, stages, signals, mistakes."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def checkpoint(run: Path, step: int) -> Path:
+    return run / "checkpoints" / f"step-{step:08d}"
+
+
+def metrics(run: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    timings = {"images_per_s", "tflops_per_device", "mfu"}
+    return [{k: v for k, v in line.items() if k not in timings} for line in lines]
+
+
+def tensors_in(value, path: str = "") -> dict[str, torch.Tensor]:
+    """Every tensor of a nested state, by its path."""
+    if isinstance(value, torch.Tensor):
+        return {path: value}
+    if isinstance(value, dict):
+        items = value.items()
+    elif isinstance(value, (list, tuple)):
+        items = enumerate(value)
+    else:
+        return {}
+    found: dict[str, torch.Tensor] = {}
+    for key, item in items:
+        found |= tensors_in(item, f"{path}/{key}")
+    return found
+
+
+def training_state(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint: parameters, optimizer and EMA, from all of its files."""
+    state: dict[str, torch.Tensor] = {}
+    for path in sorted((folder / "state").rglob("*.pt")):
+        loaded = torch.load(path, map_location="cpu", weights_only=False)
+        state |= tensors_in(loaded, path.name)
+    for name in ("model", "ema"):
+        state |= tensors_in(load_file(folder / f"{name}.safetensors"), name)
+    return state
+
+
+def assert_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys() and one
+    different = [k for k in one if not torch.equal(one[k], other[k])]
+    assert not different
+
+
+def resumed_equals_undisturbed(launcher, world: int, *overrides: str) -> None:
+    """20 steps at once, against the same run continued from its checkpoint at step 10."""
+    folder = launcher.folder
+    common = ("train.steps=20", "checkpoint.every=10", *overrides)
+    launcher.train("whole", *common, world=world)
+    shutil.copytree(folder / "whole", folder / "resumed")
+    shutil.rmtree(checkpoint(folder / "resumed", 20))
+    launcher.train("resumed", *common, "checkpoint.resume=must", world=world)
+    assert_equal(
+        training_state(checkpoint(folder / "whole", 20)),
+        training_state(checkpoint(folder / "resumed", 20)),
+    )
+    assert metrics(folder / "whole") == metrics(folder / "resumed")
+    ema = load_file(checkpoint(folder / "whole", 20) / "ema.safetensors")
+    model = load_file(checkpoint(folder / "whole", 20) / "model.safetensors")
+    assert any(not torch.equal(ema[k], model[k]) for k in ema)
+
+
+@pytest.mark.parametrize("zero", [0, 1])
+@pytest.mark.parametrize("world", [1, 2])
+def test_resume_is_bit_exact(launcher, zero, world):
+    resumed_equals_undisturbed(launcher, world, f"engine.zero={zero}")
+
+
+def test_resume_is_bit_exact_in_bf16_with_accumulation(launcher):
+    resumed_equals_undisturbed(launcher, 2, "engine.precision=bf16", "train.micro_batch=4")
+
+
+def test_resume_is_bit_exact_without_deepspeed(launcher):
+    resumed_equals_undisturbed(launcher, 1, "engine=torch")
+
+
+def test_all_engines_and_stages_train_the_same(launcher):
+    """Same samples, same t, same noise: ZeRO 0 to 3, DDP and micro-batches agree to rounding."""
+    settings = {
+        "torch": (1, ["engine=torch"]),
+        "ddp": (2, ["engine=torch", "train.micro_batch=4"]),
+        "zero0": (2, ["engine.zero=0"]),
+        "zero1": (1, ["engine.zero=1", "train.micro_batch=8"]),
+        "zero2": (2, ["engine.zero=2"]),
+        "zero3": (2, ["engine.zero=3"]),
+    }
+    for name, (world, overrides) in settings.items():
+        launcher.train(name, "train.steps=5", *overrides, world=world)
+    for which in ("model", "ema"):
+        expected = load_file(checkpoint(launcher.folder / "torch", 5) / f"{which}.safetensors")
+        for name in settings:
+            found = load_file(checkpoint(launcher.folder / name, 5) / f"{which}.safetensors")
+            for key, value in expected.items():
+                torch.testing.assert_close(
+                    found[key], value, rtol=0, atol=2e-5, msg=f"{name} {which} {key}"
+                )
+
+
+def test_the_launcher_and_another_folder(launcher):
+    """`deepspeed --num_accelerators 2 .../train.py` from elsewhere, as a user types it."""
+    command = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", "2"]
+    command += [str(ROOT / "speed_engine" / "train.py")]
+    command += launcher.arguments("run", "train.steps=4", "engine.zero=1")
+    answer = subprocess.run(
+        command, cwd=launcher.folder, capture_output=True, text=True, timeout=240
+    )
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    assert (checkpoint(launcher.folder / "run", 4) / "ema.safetensors").exists()
+    manifest = json.loads((launcher.folder / "run" / "manifest.json").read_text())
+    assert manifest["processes"] == 2
+    assert {k["op"] for k in manifest["kernels"]} == {"noise", "loss", "adamw_ema"}
+
+
+def test_sigterm_saves_and_ends_well(launcher):
+    arguments = launcher.arguments("run", "train.steps=100000", "log.every=1")
+    (process,) = launcher.start(1, arguments)
+    journal = launcher.folder / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (journal.exists() and journal.read_text().count("\n") >= 3):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    output = launcher.wait([process])
+    assert "stopped on request" in output
+    (folder,) = [p for p in (launcher.folder / "run" / "checkpoints").iterdir() if p.is_dir()]
+    step = int(folder.name.removeprefix("step-"))
+    assert metrics(launcher.folder / "run")[-1]["step"] == step
+
+
+def test_kill_nine_loses_only_the_steps_since_the_last_checkpoint(launcher):
+    common = ("train.steps=30", "checkpoint.every=5", "log.every=5")
+    launcher.train("whole", *common)
+    arguments = launcher.arguments("killed", *common)
+    (process,) = launcher.start(1, arguments)
+    folder = checkpoint(launcher.folder / "killed", 10)
+    deadline = time.monotonic() + 120
+    while not folder.exists():
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.002)
+    process.kill()
+    process.communicate()
+    launcher.train("killed", *common)
+    assert_equal(
+        training_state(checkpoint(launcher.folder / "whole", 30)),
+        training_state(checkpoint(launcher.folder / "killed", 30)),
+    )
+    assert metrics(launcher.folder / "whole") == metrics(launcher.folder / "killed")
+
+
+def test_a_finished_run_says_so(launcher):
+    launcher.train("run", "train.steps=2", "engine=torch")
+    assert "nothing to do" in launcher.train("run", "train.steps=2", "engine=torch")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["optim.lr=1e-5"], ["another configuration", "config.optim.lr: 0.001 -> 1e-05"]),
+        (["checkpoint.resume=never"], ["checkpoint.resume=never", "step 2"]),
+        (["seed=3"], ["config.seed: 0 -> 3"]),
+    ],
+)
+def test_a_run_is_not_continued_as_another(launcher, overrides, words):
+    launcher.train("run", "train.steps=2", "engine=torch")
+    before = sorted(str(p) for p in (launcher.folder / "run").rglob("*"))
+    output = launcher.train("run", "train.steps=4", "engine=torch", *overrides, expect=2)
+    for word in words:
+        assert word in output
+    assert "Traceback" not in output
+    assert sorted(str(p) for p in (launcher.folder / "run").rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["timesteps.kk=5"], ["timesteps.kk", "did you mean 'k'"]),
+        (["train.global_batch=15", "train.micro_batch=4"], ["global_batch=15", "micro_batch"]),
+        (["checkpoint.resume=must"], ["resume=must", "no checkpoint"]),
+        (["kernels.backend=triton"], ["triton", "CUDA"]),
+        (["engine.device=cuda"], ["engine.device=cuda"]),
+        (["data.kind=shards"], ["data"]),
+        (["engine.json_file=nowhere.json"], ["nowhere.json"]),
+    ],
+)
+def test_mistakes_end_with_code_two_and_one_sentence(launcher, overrides, words):
+    output = launcher.train("run", "train.steps=2", *overrides, expect=2)
+    for word in words:
+        assert word in output
+    assert "Traceback" not in output
+
+
+def test_a_batch_that_does_not_divide_over_the_processes(launcher):
+    output = launcher.train("run", "train.global_batch=15", world=2, expect=2)
+    assert "train.global_batch=15" in output and "Traceback" not in output
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"gradient_clipping": 1.0}, ["gradient_clipping = 1.0", "optim.clip"]),
+        ({"zero_optimisation": {}}, ["zero_optimisation", "did you mean 'zero_optimization'"]),
+        ({"optimizer": {"type": "Adam"}}, ["optimizer", "section optim"]),
+        ({"train_batch_size": 64}, ["train_batch_size = 64", "train.global_batch"]),
+    ],
+)
+def test_a_deepspeed_json_may_not_contradict(launcher, settings, words):
+    path = launcher.folder / "ds.json"
+    path.write_text(json.dumps(settings))
+    output = launcher.train("run", f"engine.json_file={path}", "train.steps=1", expect=2)
+    for word in words:
+        assert word in output
+
+
+def test_gradients_that_are_not_finite_change_nothing_and_end_the_run(launcher):
+    """A learning rate that explodes: the run stops with its own code and keeps finite weights."""
+    output = launcher.train(
+        "run",
+        "train.steps=400",
+        "optim.lr=1e30",
+        "optim.warmup_steps=0",
+        "train.max_bad_steps=5",
+        expect=3,
+    )
+    assert "not finite" in output

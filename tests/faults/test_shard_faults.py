@@ -1,0 +1,508 @@
+"""Damaged, foreign and hostile shards: never a lost sample without a word, always the place."""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import os
+import re
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from speed_engine.data import DataError, shards
+from speed_engine.data.shards import Shards
+from speed_engine.data.storage import scan as scan_file
+from speed_engine.data.storage import writer as writer_file
+from speed_engine.data.storage.index import load_entries, reindex, verify
+from speed_engine.data.storage.scan import scan
+from speed_engine.data.storage.writer import SetWriter
+
+NUM, SIZE = 5, 4
+NAME = "shard-000000.tar"
+
+
+def stored() -> np.ndarray:
+    return np.random.default_rng(1).integers(0, 256, (NUM, 1, SIZE, SIZE), dtype=np.uint8)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """One shard with five samples."""
+    with SetWriter(tmp_path / "set", {}, shard_size=NUM) as writer:
+        for i, array in enumerate(stored()):
+            writer.write(i + 1, array, i)
+        writer.finish()
+    return tmp_path / "set"
+
+
+def read_all(folder: Path) -> np.ndarray:
+    return Shards(folder, retries=0).read(range(NUM))[0].numpy()
+
+
+# --- damage -------------------------------------------------------------------------------------
+
+
+def test_truncation_sweep(folder: Path) -> None:
+    whole = (folder / NAME).read_bytes()
+    ends = load_entries(folder, Shards(folder).index, Shards(folder).index.shards[0])
+    ends = ends["start"] + ends["length"]
+    for size in [*range(0, len(whole), 61), *range(511, len(whole), 512), len(whole) - 1]:
+        (folder / NAME).write_bytes(whole[:size])
+        lost = int((ends <= size).sum())  # the first sample that is not complete
+        with pytest.raises(DataError) as caught:
+            read_all(folder)
+        assert NAME in str(caught.value) and f"{size} bytes" in str(caught.value)
+        if lost < NUM:
+            assert f"sample {lost} and all after it" in str(caught.value)
+            with pytest.raises(DataError, match=rf"{NAME}(, sample {lost}:| is empty)"):
+                scan(folder / NAME)
+        assert len(verify(folder)) == 1
+
+
+def test_bit_flip_sweep(folder: Path) -> None:
+    whole = (folder / NAME).read_bytes()
+    entries = load_entries(folder, Shards(folder).index, Shards(folder).index.shards[0])
+    end = int(entries["start"][-1] + entries["length"][-1])
+    rng = np.random.default_rng(2)
+    positions = {*rng.integers(0, len(whole), 250).tolist(), 0, end - 1, end, len(whole) - 1}
+    for position in sorted(positions):
+        damaged = bytearray(whole)
+        damaged[position] ^= 1 << int(rng.integers(8))
+        (folder / NAME).write_bytes(damaged)
+        if position < end:
+            sample = int(np.searchsorted(entries["start"], position, side="right")) - 1
+            place = f"{NAME}, sample {sample}: damaged"
+            source = Shards(folder, retries=0)
+            with pytest.raises(DataError, match=re.escape(place)):
+                source.batch(range(NUM))
+            others = [i for i in range(NUM) if i != sample]
+            assert np.array_equal(source.read(others)[0].numpy(), stored()[others])
+            assert [fault[: len(place)] for fault in verify(folder)] == [place]
+        else:  # behind the last sample: nothing is lost, and `verify` sees it
+            assert np.array_equal(read_all(folder), stored())
+            assert len(verify(folder)) == 1 and "outside of its samples" in verify(folder)[0]
+
+
+def test_bit_flips_of_headers_never_shorten_a_reindex(folder: Path) -> None:
+    """The stock reader takes a broken header for the end; the scan must not."""
+    whole = (folder / NAME).read_bytes()
+    for header in range(0, len(whole) - 10240 + 5 * 2048, 512):
+        if whole[header + 257 : header + 262] != b"ustar":
+            continue
+        for byte in range(0, 345, 13):
+            damaged = bytearray(whole)
+            damaged[header + byte] ^= 4
+            (folder / NAME).write_bytes(damaged)
+            with pytest.raises(DataError, match=rf"{NAME}, sample {header // 2048}:"):
+                scan(folder / NAME)
+
+
+def test_flips_of_the_index_files_are_found(folder: Path) -> None:
+    for name in ("shard-000000.idx.npy", "index.json"):
+        whole = (folder / name).read_bytes()
+        for position in range(0, len(whole), 7):
+            damaged = bytearray(whole)
+            damaged[position] ^= 1
+            (folder / name).write_bytes(damaged)
+            try:
+                with pytest.raises(DataError, match=rf"{name}.*--reindex"):
+                    read_all(folder)
+            except pytest.fail.Exception:  # white space of the JSON file is no content
+                assert name == "index.json" and chr(whole[position]).isspace()
+                assert np.array_equal(read_all(folder), stored())
+        (folder / name).write_bytes(whole)
+
+
+def test_a_shard_that_shrinks_under_an_open_source(folder: Path) -> None:
+    source = Shards(folder, retries=0)
+    source.batch(range(NUM))
+    os.truncate(folder / NAME, 3 * 2048 + 100)
+    assert np.array_equal(source.read([0, 2])[0].numpy(), stored()[[0, 2]])
+    with pytest.raises(DataError, match=rf"{NAME}, sample 4: the file ends before it"):
+        source.batch([0, 4])
+
+
+def test_passing_read_errors_are_tried_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, failures = os.pread, 2
+
+    def failing(*args: int) -> bytes:
+        nonlocal failures
+        failures -= 1
+        if failures >= 0:
+            raise OSError(errno.EIO, "Input/output error")
+        return real(*args)
+
+    def broken(*args: object) -> int:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(shards.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(shards.os, "pread", failing)
+    monkeypatch.setattr(shards.os, "preadv", broken)
+    assert np.array_equal(Shards(folder).read([3, 1])[0].numpy(), stored()[[3, 1]])
+    failures = 100
+    with pytest.raises(DataError, match=rf"{NAME}, sample 0: cannot be read \(Input/output error"):
+        Shards(folder).read([0])
+
+
+# --- index and shards that do not belong together -----------------------------------------------
+
+
+def test_missing_and_foreign_indexes(folder: Path, tmp_path: Path) -> None:
+    with SetWriter(tmp_path / "other", {}, shard_size=NUM) as writer:
+        for i, array in enumerate(255 - stored()):
+            writer.write(i + 1, array, i)
+        writer.finish()
+    other = tmp_path / "other"
+    index = (folder / "index.json").read_bytes()
+    (folder / "index.json").unlink()
+    with pytest.raises(DataError, match=r"has shards but no index\.json; make one with"):
+        Shards(folder)
+    (folder / "index.json").write_bytes(index)
+    entries = (folder / "shard-000000.idx.npy").read_bytes()
+    (folder / "shard-000000.idx.npy").write_bytes((other / "shard-000000.idx.npy").read_bytes())
+    with pytest.raises(DataError, match=r"idx\.npy is damaged or belongs to another shard"):
+        Shards(folder)
+    (folder / "shard-000000.idx.npy").write_bytes(entries)
+    (folder / NAME).write_bytes((other / NAME).read_bytes())  # same size, other samples
+    with pytest.raises(DataError, match=rf"{NAME}, sample 2: damaged"):
+        Shards(folder, retries=0).batch([2])
+    assert len(verify(folder)) == NUM
+    reindex(folder)
+    assert np.array_equal(read_all(folder), 255 - stored())
+    (folder / NAME).unlink()
+    with pytest.raises(DataError, match=rf"{NAME} cannot be read"):
+        Shards(folder)
+    with pytest.raises(DataError, match="holds no data set"):
+        Shards(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"version": 2},
+        {"format": "something"},
+        {"count": 4},
+        {"extra": 1},
+        {"shards": []},
+        {"num_classes": 3},
+    ],
+)
+def test_edited_indexes_are_refused(folder: Path, change: dict[str, object]) -> None:
+    content = json.loads((folder / "index.json").read_text()) | change
+    (folder / "index.json").write_text(json.dumps(content))
+    with pytest.raises(DataError, match=r"index\.json .*rebuild it with"):
+        Shards(folder)
+
+
+@pytest.mark.parametrize("name", ["../set/shard-000000.tar", "/etc/x.tar", "a/b.tar", ".x.tar"])
+def test_an_index_cannot_point_outside(folder: Path, name: str) -> None:
+    index = Shards(folder).index
+    shard = index.shards[0].model_copy(update={"name": name})
+    sealed = index.model_copy(update={"shards": [shard]}).sealed()
+    (folder / "index.json").write_text(json.dumps(sealed.model_dump()))
+    with pytest.raises(DataError, match="outside of its folder"):
+        Shards(folder)
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [
+        ("offset", 10**9),
+        ("offset", 0),
+        ("start", -1),
+        ("length", 2**30),
+        ("label", 5),
+        ("label", -1),
+    ],
+)
+def test_entries_must_point_into_the_shard(folder: Path, column: str, value: int) -> None:
+    """Also where all checksums were made to fit."""
+    index = Shards(folder).index
+    entries = load_entries(folder, index, index.shards[0])
+    entries[column][1] = value
+    buffer = io.BytesIO()
+    np.save(buffer, entries)
+    (folder / "shard-000000.idx.npy").write_bytes(buffer.getvalue())
+    digest = scan_file.hashlib.sha256(buffer.getvalue()).hexdigest()
+    shard = index.shards[0].model_copy(update={"entries_sha256": digest})
+    sealed = index.model_copy(update={"shards": [shard]}).sealed()
+    (folder / "index.json").write_text(json.dumps(sealed.model_dump()))
+    with pytest.raises(DataError, match=rf"{NAME}, sample 1: its index entry"):
+        Shards(folder)
+
+
+# --- hostile and wrong members ------------------------------------------------------------------
+
+
+def npy(array: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    return buffer.getvalue()
+
+
+GOOD = npy(np.zeros((1, 4, 4), np.uint8))
+LATENT = np.zeros((4, 2, 2), np.float16)
+
+
+def member(name: str, body: bytes = GOOD, **fields: object) -> tuple[tarfile.TarInfo, bytes]:
+    info = tarfile.TarInfo(name)
+    info.size = len(body)
+    for field, value in fields.items():
+        setattr(info, field, value)
+    return info, body
+
+
+def nan() -> np.ndarray:
+    array = LATENT.copy()
+    array[1, 1, 0] = np.nan
+    return array
+
+
+LONG = "a" * 120
+# What follows a good sample 0, and what the sentence must say.
+WRONG: dict[str, tuple[list[tuple[tarfile.TarInfo, bytes]], str]] = {
+    "absolute": ([member("/1.npy")], "not allowed"),
+    "upward": ([member("../1.npy")], "not allowed"),
+    "upward inside": ([member("a/../1.npy")], "not allowed"),
+    "empty": ([member("")], "not allowed"),
+    "dot": ([member("./1.npy")], "not allowed"),
+    "hidden": ([member(".npy")], "not allowed"),
+    "blank": ([member("1 2.npy")], "not allowed"),
+    "no ending": ([member("1")], "not allowed"),
+    "non-ascii": ([member("é.npy")], "not allowed"),
+    "nul": ([member("1\0x.npy")], "after a NUL"),
+    "long": ([member(f"{LONG}.npy")], "a GNU long name"),
+    "pickle": ([member("1.npy"), member("1.pkl")], "'1.pkl' is not allowed"),
+    "pyd": ([member("1.npy"), member("1.pyd")], "not allowed"),
+    "pth": ([member("1.pth")], "not allowed"),
+    "pipe": ([member("pipe:touch.npy")], "not allowed"),
+    "duplicate member": ([member("0.npy")], "'0.npy' comes twice"),
+    "apart": ([member("1.cls", b"1"), member("1.npy"), member("0.npy")], "'0' comes twice"),
+    "symbolic link": ([member("1.npy", b"", type=b"2", linkname="/etc/passwd")], "symbolic link"),
+    "hard link": ([member("1.npy", b"", type=b"1", linkname="0.npy")], "a hard link"),
+    "device": ([member("1.npy", b"", type=b"3")], "character device"),
+    "fifo": ([member("1.npy", b"", type=b"6")], "a pipe"),
+    "directory": ([member("d", b"", type=b"5")], "a directory"),
+    "sparse": ([member("1.npy", type=b"S")], "a sparse file"),
+    "unknown type": ([member("1.npy", type=b"Z")], "only regular files"),
+    "pax size": ([member("1.npy", pax_headers={"size": "4"})], "overrides b'size'"),
+    "pax path": ([member("1.npy", pax_headers={"path": "/x.npy"})], "overrides b'path'"),
+    "no array": ([member("1.cls", b"3")], "has no .npy member"),
+    "not an array": ([member("1.npy", b"\x80\x04pickle")], "not a npy file"),
+    "object array": ([member("1.npy", npy(np.array([[[None]]])))], "dtype '|O'"),
+    "other shape": (
+        [member("1.npy", npy(np.zeros((1, 4, 5), np.uint8)))],
+        "the first of the shard",
+    ),
+    "two sides": ([member("1.npy", npy(np.zeros((4, 4), np.uint8)))], "not of the form"),
+    "other dtype": ([member("1.npy", npy(np.zeros((1, 4, 4), np.float16)))], "the first of the sh"),
+    "double": ([member("1.npy", npy(np.zeros((1, 4, 4))))], "dtype '<f8'"),
+    "big-endian": ([member("1.npy", npy(np.zeros((1, 4, 4), ">f2")))], "dtype '>f2'"),
+    "fortran": ([member("1.npy", npy(np.zeros((2, 4, 4), np.uint8, "F")))], "Fortran"),
+    "empty shape": ([member("1.npy", npy(np.zeros((1, 0, 4), np.uint8)))], "empty shape"),
+    "short array": ([member("1.npy", GOOD[:-1])], "does not fit its shape"),
+    "long array": ([member("1.npy", GOOD + b"\0")], "does not fit its shape"),
+    "label negative": ([member("1.npy"), member("1.cls", b"-1")], "label -1 is out of range"),
+    "label float": ([member("1.npy"), member("1.cls", b"3.0")], "not an integer"),
+    "label empty": ([member("1.npy"), member("1.cls", b"")], "not an integer"),
+    "label text": ([member("1.npy"), member("1.cls", b"cat")], "not an integer"),
+    "label huge": ([member("1.npy"), member("1.cls", b"9999999999")], "out of range"),
+    "label twice": ([member("1.npy"), member("1.cls", b"1"), member("1.cls", b"2")], "comes twice"),
+    "label missing": ([member("1.npy")], "some do not"),
+    "flipped on some": ([member("1.npy"), member("1.flipped.npy")], "some do not"),
+}
+
+
+def tar_of(parts: list[tuple[tarfile.TarInfo, bytes]], path: Path, form: int) -> None:
+    with tarfile.open(path, "w", format=form) as tar:
+        for info, body in parts:
+            tar.addfile(info, io.BytesIO(body) if body else None)
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_members_are_refused_with_their_place(tmp_path: Path, case: str) -> None:
+    parts, reason = WRONG[case]
+    form = tarfile.PAX_FORMAT if any(info.pax_headers for info, _ in parts) else tarfile.GNU_FORMAT
+    first = [member("0.cls", b"1"), member("0.npy")]
+    if case == "fortran":
+        first = [member("0.npy", npy(np.zeros((2, 4, 4), np.uint8)))]
+    path = tmp_path / "set" / "some.tar"
+    path.parent.mkdir()
+    tar_of([*first, *parts], path, form)
+    with pytest.raises(DataError) as caught:
+        reindex(path.parent)
+    number = {"duplicate member": 0, "apart": 2}.get(case, 1)
+    assert re.search(rf"^some\.tar, sample {number}: .*{re.escape(reason)}", str(caught.value))
+    assert [entry.name for entry in path.parent.iterdir()] == ["some.tar"]  # nothing written
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_latents_that_are_not_finite_are_refused(tmp_path: Path, value: float) -> None:
+    bad = LATENT.copy()
+    bad[1, 1, 0] = value
+    tar_of([member("0.npy", npy(LATENT)), member("1.npy", npy(bad))], tmp_path / "a.tar", 0)
+    with pytest.raises(DataError, match=r"a\.tar, sample 1: its array holds NaN or infinity"):
+        reindex(tmp_path, scale=1.0)
+    with (
+        SetWriter(tmp_path / "out", {}, shard_size=2) as writer,
+        pytest.raises(DataError, match=r"shard-000000\.tar, sample 1: .*NaN"),
+    ):
+        writer.write(1, LATENT, None)
+        writer.write(2, bad, None)
+
+
+def test_posteriors_that_cannot_be_are_refused(tmp_path: Path) -> None:
+    negative = LATENT.copy()
+    negative[3] = -1
+    tar_of([member("0.npy", npy(negative))], tmp_path / "a.tar", 0)
+    with pytest.raises(DataError, match="sample 0: its array holds a negative standard deviation"):
+        reindex(tmp_path, scale=1.0, posterior=True)
+    tar_of([member("0.npy")], tmp_path / "a.tar", 0)
+    with pytest.raises(DataError, match="cannot be mean and standard deviation"):
+        reindex(tmp_path, posterior=True)
+
+
+def test_a_size_beyond_the_limit_is_refused(tmp_path: Path) -> None:
+    info, _ = member("0.npy")
+    info.size = 1 << 33
+    (tmp_path / "a.tar").write_bytes(info.tobuf(tarfile.GNU_FORMAT) + bytes(10240))
+    with pytest.raises(DataError, match=r"sample 0: .*size.*is not an octal number"):
+        reindex(tmp_path)
+    info.size = 1 << 30
+    (tmp_path / "a.tar").write_bytes(info.tobuf(tarfile.GNU_FORMAT) + bytes(10240))
+    with pytest.raises(DataError, match=r"sample 0: .*larger than the limit"):
+        reindex(tmp_path)
+
+
+def test_shards_that_do_not_agree_are_refused(tmp_path: Path) -> None:
+    def pair(second: list[tuple[tarfile.TarInfo, bytes]]) -> None:
+        tar_of([member("0.npy"), member("0.cls", b"0")], tmp_path / "a.tar", 0)
+        tar_of(second, tmp_path / "b.tar", 0)
+
+    pair([member("0.npy", npy(np.zeros((1, 4, 5), np.uint8))), member("0.cls", b"0")])
+    with pytest.raises(DataError, match=r"b\.tar has stored_shape .* but a\.tar"):
+        reindex(tmp_path)
+    pair([member("0.npy")])
+    with pytest.raises(DataError, match=r"a\.tar and b\.tar has labels"):
+        reindex(tmp_path)
+    pair([])
+    with pytest.raises(DataError, match=r"b\.tar holds no sample"):
+        reindex(tmp_path)
+    (tmp_path / "b.tar").write_bytes(b"")
+    with pytest.raises(DataError, match=r"b\.tar is empty"):
+        reindex(tmp_path)
+    (tmp_path / "b.tar").write_bytes(b"\x1f\x8b" + bytes(2000))
+    with pytest.raises(DataError, match=r"b\.tar, sample 0: "):
+        reindex(tmp_path)
+
+
+def test_empty_folders(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"holds no \*\.tar"):
+        reindex(tmp_path)
+    with pytest.raises(DataError, match="holds no data set"):
+        Shards(tmp_path)
+    with (
+        SetWriter(tmp_path / "out", {}, shard_size=2) as writer,
+        pytest.raises(DataError, match="no image to write"),
+    ):
+        writer.finish()
+
+
+def test_each_epoch_of_uneven_shards_visits_every_sample_once(tmp_path: Path) -> None:
+    with SetWriter(tmp_path / "set", {}, shard_size=4) as writer:
+        for i in range(9):
+            writer.write(i + 1, np.full((1, 2, 2), i, np.uint8), None)
+        writer.finish()
+    source = Shards(tmp_path / "set")
+    order = np.random.default_rng(0).permutation(9)
+    found = [int(source.read([i])[0].flatten()[0]) for i in order]
+    assert found == order.tolist() and sorted(found) == list(range(9))
+
+
+# --- a writer that is killed --------------------------------------------------------------------
+
+
+def write_seven(out: Path) -> str:
+    with SetWriter(out, {"what": "seven"}, shard_size=3) as writer:
+        if writer.finished is None:
+            for i in range(writer.position, 7):
+                writer.write(i + 1, np.full((1, 2, 2), i, np.uint8), i)
+            writer.finished = writer.finish()
+        return writer.finished.fingerprint
+
+
+def in_child(action: Callable[[], object]) -> int:
+    """Run `action` in a fork; its exit status."""
+    child = os.fork()
+    if not child:
+        status = 3
+        try:
+            action()
+            status = 0
+        finally:
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def test_a_writer_killed_between_any_two_steps_is_continued(tmp_path: Path) -> None:
+    """The child dies before its n-th fsync, rename, replace or unlink, for every n there is."""
+    expected = write_seven(tmp_path / "undisturbed")
+    step = 0
+    while True:
+        out = tmp_path / f"out{step}"
+
+        def killed(last: int = step, out: Path = out) -> None:
+            left = last
+
+            def counted(name: str, real: Callable[..., None]) -> Callable[..., None]:
+                def call(*args: object, **kwargs: object) -> None:
+                    nonlocal left
+                    left -= 1
+                    if left < 0:
+                        os._exit(9)
+                    real(*args, **kwargs)
+
+                return call
+
+            for name in ("fsync", "rename", "replace", "unlink"):
+                setattr(writer_file.os, name, counted(name, getattr(os, name)))
+            write_seven(out)
+
+        status = in_child(killed)
+        assert status in (0, 9)
+        if out.exists():
+            assert Shards(out).fingerprint == expected  # whole, or not there
+        assert write_seven(out) == expected
+        assert verify(out) == []
+        assert not list(tmp_path.glob(f".out{step}.partial"))
+        for path in (tmp_path / "undisturbed").iterdir():
+            assert path.read_bytes() == (out / path.name).read_bytes()
+        if status == 0:
+            break
+        step += 1
+    assert step > 20  # the sweep did sweep
+
+
+def test_a_second_writer_and_another_plan_are_refused(tmp_path: Path) -> None:
+    out = tmp_path / "set"
+    with SetWriter(out, {"a": 1}, shard_size=1) as writer:
+        writer.write(1, np.zeros((1, 2, 2), np.uint8), None)
+        with pytest.raises(DataError, match="another process is writing"):
+            SetWriter(out, {"a": 1}, shard_size=1).__enter__()
+    with pytest.raises(DataError, match="interrupted run with other images or settings"):
+        SetWriter(out, {"a": 2}, shard_size=1).__enter__()
+    with SetWriter(out, {"a": 1}, shard_size=1) as writer:
+        assert writer.position == 1
+        writer.finish()
+    with pytest.raises(DataError, match="is not empty and is not the same set"):
+        SetWriter(out, {"a": 2}, shard_size=1).__enter__()
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(DataError, match="is not empty"):
+        SetWriter(tmp_path / "file", {}, shard_size=1).__enter__()
+    with pytest.raises(DataError, match="cannot be written"):
+        SetWriter(tmp_path / "file" / "set", {}, shard_size=1).__enter__()

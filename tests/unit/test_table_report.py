@@ -1,0 +1,75 @@
+"""What `python -m speed_engine table` prints."""
+
+import csv
+import importlib
+import io
+import json
+
+import pytest
+
+from speed_engine.step_table import build_step_table
+from speed_engine.table_report import ROW_KEYS, report
+
+
+def make(
+    schedule="linear", objective="epsilon", timesteps="speed", schedule_options=None, **options
+):
+    def config(folder, kind, **values):
+        return importlib.import_module(f"speed_engine.{folder}.{kind}").Config(**values)
+
+    return build_step_table(
+        config("schedules", schedule, **(schedule_options or {})),
+        config("objectives", objective),
+        config("timesteps", timesteps, **options),
+    )
+
+
+def test_json():
+    parsed = json.loads(report(make(k=5, lam=0.6, tau=700), "json"))
+    assert parsed["schedule"]["kind"] == "linear"
+    assert parsed["schedule"]["gradient_peak"] == 219
+    assert parsed["timesteps"]["tau"] == 700
+    assert parsed["timesteps"]["expected_weight"] == pytest.approx(0.49648, abs=5e-6)
+    assert parsed["timesteps"]["area_mass"]["convergence"] == pytest.approx(60 / 760)
+    rows = parsed["rows"]
+    assert len(rows) == 1000
+    assert list(rows[0]) == list(ROW_KEYS)
+    assert rows[0]["t"] == 0
+    assert [rows[t]["area"] for t in (0, 300, 800)] == [
+        "acceleration",
+        "deceleration",
+        "convergence",
+    ]
+    assert sum(row["density"] for row in rows) == pytest.approx(1)
+
+
+def test_the_resolved_threshold_is_printed():
+    parsed = json.loads(report(make("cosine", r=139), "json"))
+    assert parsed["timesteps"]["tau"] == 945
+    assert parsed["timesteps"]["r"] == 139
+    assert "tau=945" in report(make("cosine", r=139), "text")
+
+
+def test_csv():
+    lines = list(csv.DictReader(io.StringIO(report(make(), "csv"))))
+    assert len(lines) == 1000
+    assert float(lines[219]["weight"]) == pytest.approx(0.6)
+    assert lines[219]["area"] == "deceleration"
+
+
+def test_zero_snr_is_null_in_json():
+    table = make("linear", "v", schedule_options={"zero_terminal_snr": True})
+    assert json.loads(report(table, "json"))["rows"][-1]["log_snr"] is None
+    assert "-inf" in report(table)
+
+
+def test_short_and_unthresholded_tables():
+    text = report(make(timesteps="uniform", schedule_options={"num_steps": 10}))
+    assert len(text.splitlines()) == 3 + 2 + 10
+    short = make("scaled_linear", timesteps="uniform", schedule_options={"beta_end": 0.005})
+    assert json.loads(report(short, "json"))["timesteps"]["area_mass"]["convergence"] == 0
+
+
+def test_unknown_format():
+    with pytest.raises(ValueError, match="not as 'xml'"):
+        report(make(), "xml")
