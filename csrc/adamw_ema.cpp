@@ -1,7 +1,7 @@
 // AdamW and one or two EMAs of the weights in one pass over memory, and the sum of squares of a gradient.
 //
 // Tensors come as tables of pointers, so that a list of many small parameters costs no copy and no extra call. The work
-// is cut into pieces of kPiece elements that never cross a tensor; a thread takes a contiguous run of pieces. Every
+// is cut into blocks of kBlock elements of all tensors strung together; a thread takes a contiguous run of blocks. Every
 // element goes through the same vector instructions wherever the cuts fall (tails are padded to a whole vector), so the
 // result does not depend on the number of threads, nor on how a ZeRO partition cuts the parameters.
 
@@ -11,11 +11,12 @@
 #include <bit>
 #include <cmath>
 #include <cstdint>
+#include <numeric>
 #include <vector>
 
 namespace {
 
-constexpr int64_t kPiece = 32768;
+constexpr int64_t kBlock = 32768;
 constexpr int64_t kLane = 16;  // a whole number of vectors on every instruction set
 
 // Layout of `hyper` and `scalars`: speed_kernels/adamw_ema/layout.py.
@@ -88,7 +89,7 @@ void update_lanes(const Streams<Grad>& s, const float* scalars, int64_t n) {
 }
 
 template <typename Grad, bool kSecond, bool kCopy>
-void update_piece(const Streams<Grad>& s, const float* scalars, int64_t n) {
+void update_part(const Streams<Grad>& s, const float* scalars, int64_t n) {
   const int64_t whole = n / kLane * kLane, rest = n - whole;
   if (whole) update_lanes<Grad, kSecond, kCopy>(s, scalars, whole);
   if (!rest) return;
@@ -110,17 +111,23 @@ void update_piece(const Streams<Grad>& s, const float* scalars, int64_t n) {
   if constexpr (kCopy) std::copy_n(copy, rest, s.copy + whole);
 }
 
-// Calls work(tensor, first element, number of elements, index of the piece) for every piece, on many threads.
+// Calls work(tensor, first element, number of elements, index of the block) for every part of a block that lies in one
+// tensor, on many threads. All parts of a block come one after another on one thread.
 template <typename Work>
-void for_each_piece(int64_t num_tensors, const int64_t* sizes, const Work& work) {
-  std::vector<int64_t> first(num_tensors + 1, 0);  // first piece of each tensor
-  for (int64_t t = 0; t < num_tensors; ++t) first[t + 1] = first[t] + (sizes[t] + kPiece - 1) / kPiece;
-  at::parallel_for(0, first[num_tensors], 1, [&](int64_t begin, int64_t end) {
-    int64_t t = std::upper_bound(first.begin(), first.end(), begin) - first.begin() - 1;
-    for (int64_t piece = begin; piece < end; ++piece) {
-      while (piece >= first[t + 1]) ++t;
-      const int64_t start = (piece - first[t]) * kPiece;
-      work(t, start, std::min(kPiece, sizes[t] - start), piece);
+void for_each_part(int64_t num_tensors, const int64_t* sizes, const Work& work) {
+  std::vector<int64_t> first(num_tensors + 1, 0);  // place of each tensor in the string of all elements
+  for (int64_t t = 0; t < num_tensors; ++t) first[t + 1] = first[t] + sizes[t];
+  const int64_t total = first[num_tensors];
+  at::parallel_for(0, (total + kBlock - 1) / kBlock, 1, [&](int64_t begin, int64_t end) {
+    int64_t t = std::upper_bound(first.begin(), first.end(), begin * kBlock) - first.begin() - 1;
+    for (int64_t block = begin; block < end; ++block) {
+      const int64_t stop = std::min(total, (block + 1) * kBlock);
+      for (int64_t place = block * kBlock; place < stop;) {
+        while (place >= first[t + 1]) ++t;
+        const int64_t n = std::min(stop, first[t + 1]) - place;
+        work(t, place - first[t], n, block);
+        place += n;
+      }
     }
   });
 }
@@ -129,7 +136,7 @@ template <typename Grad, bool kSecond, bool kCopy>
 void update_all(int64_t num_tensors, const int64_t* sizes, const int64_t* table, const float* scalars) {
   // table [7, num_tensors]: addresses of p, g, m, v, e1, e2, copy.
   const auto address = [&](int stream, int64_t t) { return table[stream * num_tensors + t]; };
-  for_each_piece(num_tensors, sizes, [&](int64_t t, int64_t start, int64_t n, int64_t) {
+  for_each_part(num_tensors, sizes, [&](int64_t t, int64_t start, int64_t n, int64_t) {
     Streams<Grad> s;
     s.p = reinterpret_cast<float*>(address(0, t)) + start;
     s.g = reinterpret_cast<const Grad*>(address(1, t)) + start;
@@ -138,7 +145,7 @@ void update_all(int64_t num_tensors, const int64_t* sizes, const int64_t* table,
     s.e1 = reinterpret_cast<float*>(address(4, t)) + start;
     s.e2 = kSecond ? reinterpret_cast<float*>(address(5, t)) + start : nullptr;
     s.copy = kCopy ? reinterpret_cast<Bfloat16*>(address(6, t)) + start : nullptr;
-    update_piece<Grad, kSecond, kCopy>(s, scalars, n);
+    update_part<Grad, kSecond, kCopy>(s, scalars, n);
   });
 }
 
@@ -153,10 +160,9 @@ void update_grad(int64_t num_tensors, const int64_t* sizes, const int64_t* table
 
 template <typename Grad>
 double squares(int64_t num_tensors, const int64_t* sizes, const int64_t* table) {
-  int64_t num_pieces = 0;
-  for (int64_t t = 0; t < num_tensors; ++t) num_pieces += (sizes[t] + kPiece - 1) / kPiece;
-  std::vector<double> partial(num_pieces, 0.0);
-  for_each_piece(num_tensors, sizes, [&](int64_t t, int64_t start, int64_t n, int64_t piece) {
+  const int64_t total = std::accumulate(sizes, sizes + num_tensors, int64_t{0});
+  std::vector<double> partial((total + kBlock - 1) / kBlock, 0.0);
+  for_each_part(num_tensors, sizes, [&](int64_t t, int64_t start, int64_t n, int64_t block) {
     const Grad* __restrict g = reinterpret_cast<const Grad*>(table[t]) + start;
     double sum = 0.0;
 #pragma omp simd reduction(+ : sum)
@@ -164,7 +170,7 @@ double squares(int64_t num_tensors, const int64_t* sizes, const int64_t* table) 
       const double value = widen(g[i]);
       sum += value * value;
     }
-    partial[piece] = sum;
+    partial[block] += sum;
   });
   double sum = 0.0;  // in order: the result does not depend on the number of threads
   for (double value : partial) sum += value;

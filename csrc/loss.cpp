@@ -39,9 +39,11 @@ inline double sum(const float* values, int64_t n) {
 // KL(true posterior || model) of one element in nats, and its derivative by the model's log variance.
 inline void divergence(const Sample& s, float error, float v, float& nats, float& slope) {
   const float y = (v + 1.0f) * (0.5f * s.range);  // log variance above LOGVAR_MIN
-  const float t = speed::exp(-y) * (1.0f + s.gap_precision * (error * error));
-  nats = 0.5f * (y - 1.0f + t);
-  slope = 0.5f * (1.0f - t);
+  float e, e_minus_1;
+  exponential(-y, e, e_minus_1);
+  const float gap = e * (s.gap_precision * (error * error));
+  nats = 0.5f * ((y + e_minus_1) + gap);
+  slope = -0.5f * (e_minus_1 + gap);
 }
 
 // ln of a number in [1e-12, 1]; not a number stays so.
@@ -56,41 +58,36 @@ inline float clamp(float x, float bound) {
 }
 
 // Negative log likelihood of x0 in bins of width 2/255 under the model's Gaussian, in nats, and its derivative by the
-// log variance. The cumulative distribution is the logistic function of 2 sqrt(2/pi) (z + 0.044715 z^3); the mass
-// of a bin is written so that it keeps its relative accuracy in the tails.
+// log variance. The cumulative distribution is the logistic function s of q(z) = 2 sqrt(2/pi) (z + 0.044715 z^3), and
+// s(a) - s(b) = s(a) s(-b) (1 - exp(b - a)) keeps its relative accuracy in the tails.
 inline void likelihood(const Sample& s, float error, float x0, float v, float& nats, float& slope) {
   constexpr float kHalfBin = 1.0f / 255.0f, kCube = 0.044715f, kTwice = 1.5957691216057308f;
   const float inverse_std = speed::exp(-0.5f * (s.log_var_min + (v + 1.0f) * (0.5f * s.range)));
   const float centre = s.mean_gap * error;
   const float p = clamp(inverse_std * (centre + kHalfBin), 100.0f);
   const float m = clamp(inverse_std * (centre - kHalfBin), 100.0f);
-  const float upper = kTwice * p * (1.0f + kCube * (p * p));
-  const float lower = kTwice * m * (1.0f + kCube * (m * m));
-  const float width = kTwice * (2.0f * kHalfBin) * inverse_std * (1.0f + kCube * (p * p + p * m + m * m));
-  // Derivatives of upper and lower by the log variance.
-  const float d_upper = -0.5f * kTwice * p * (1.0f + 3.0f * kCube * (p * p));
-  const float d_lower = -0.5f * kTwice * m * (1.0f + 3.0f * kCube * (m * m));
-  const float e_upper = speed::exp(-clamp(upper, 60.0f));
-  const float e_lower = speed::exp(-clamp(lower, 60.0f));
+  const float e_upper = speed::exp(-clamp(kTwice * p * (1.0f + kCube * (p * p)), 60.0f));
+  const float e_lower = speed::exp(-clamp(kTwice * m * (1.0f + kCube * (m * m)), 60.0f));
   const float cdf_upper = 1.0f / (1.0f + e_upper);
-  const float sf_lower = e_lower / (1.0f + e_lower);  // 1 - cdf(lower)
-  const float density_upper = cdf_upper * cdf_upper * e_upper;
-  const float density_lower = sf_lower / (1.0f + e_lower);
-  // cdf(upper) - cdf(lower), from the side on which both are small
-  const float near = upper + lower < 0.0f ? clamp(-upper, 60.0f) : clamp(lower, 60.0f);
-  const float far = upper + lower < 0.0f ? clamp(-lower, 60.0f) : clamp(upper, 60.0f);
-  const float e_near = speed::exp(-near), e_far = speed::exp(-far);
+  const float cdf_lower = 1.0f / (1.0f + e_lower);
+  const float squares = kCube * (p * p + p * m + m * m);
+  const float width = kTwice * (2.0f * kHalfBin) * inverse_std * (1.0f + squares);
+  const float d_width = -0.5f * kTwice * (2.0f * kHalfBin) * inverse_std * (1.0f + 3.0f * squares);
   const float e_width = speed::exp(-width);
-  const float one_minus = width < 0.34f ? width * expm1_ratio(-width) : 1.0f - e_width;
-  const float inside = (e_near / (1.0f + e_near)) * one_minus / (1.0f + e_far);
+  const float inside = width < 0.34f ? width * expm1_ratio(-width) : 1.0f - e_width;
 
-  const bool left = x0 < -0.999f, right = x0 > 0.999f;
-  const float mass = left ? cdf_upper : right ? sf_lower : inside;
-  const float d_left = density_upper * d_upper, d_right = -density_lower * d_lower;
-  const float d_mass = left ? d_left : right ? d_right : d_left + d_right;
-  const float clamped = mass < 1e-12f ? 1e-12f : mass;
-  nats = -log_probability(clamped);
-  slope = mass < 1e-12f ? 0.0f : -d_mass / clamped;
+  const bool left = x0 < -0.999f, right = x0 > 0.999f, edge = left | right;
+  const float mass_upper = right ? 1.0f : cdf_upper;
+  const float mass_lower = left ? 1.0f : e_lower * cdf_lower;
+  const float mass_inside = edge ? 1.0f : inside;
+  const float mass = mass_upper * mass_lower * mass_inside;
+  // Derivatives of ln mass: of s(a), of s(-b) and of the difference.
+  const float d_upper = e_upper * cdf_upper * (-0.5f * kTwice * p * (1.0f + 3.0f * kCube * (p * p)));
+  const float d_lower = cdf_lower * (0.5f * kTwice * m * (1.0f + 3.0f * kCube * (m * m)));
+  const float d_inside = d_width * e_width / inside;
+  const float d_log = (right ? 0.0f : d_upper) + (left ? 0.0f : d_lower) + (edge ? 0.0f : d_inside);
+  nats = -log_probability(mass < 1e-12f ? 1e-12f : mass);
+  slope = mass < 1e-12f ? 0.0f : -d_log;
 }
 
 }  // namespace

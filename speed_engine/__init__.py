@@ -1,5 +1,6 @@
-"""speed-engine: diffusion training on a step table. `from speed_engine import StepTable,
-diffusion_loss` for foreign loops.
+"""speed-engine: diffusion training on a step table.
+
+For somebody else's training loop: `from speed_engine import StepTable, diffusion_loss`.
 """
 
 from __future__ import annotations
@@ -7,14 +8,20 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from speed_engine.step_table import StepTable, diffusion_loss
+    from speed_engine.foreign_loop import diffusion_loss
+    from speed_engine.step_table import StepTable
 
 __all__ = ["StepTable", "diffusion_loss"]
 
 
 def __getattr__(name: str) -> Any:
-    if name in __all__:
-        from speed_engine import step_table  # on first use: importing the package imports no torch
+    # On first use, so that importing the package imports no torch.
+    if name == "StepTable":
+        from speed_engine.step_table import StepTable
 
-        return getattr(step_table, name)
+        return StepTable
+    if name == "diffusion_loss":
+        from speed_engine.foreign_loop import diffusion_loss
+
+        return diffusion_loss
     raise AttributeError(f"module 'speed_engine' has no attribute {name!r}")

@@ -110,13 +110,12 @@ def sample(args: argparse.Namespace) -> int:
     table = run.table()
     num_classes = run.data["num_classes"]
     process = sampling.Process(
-        alpha_bar=table.schedule.alpha_bar.tolist(),
-        objective=run.config.objective.kind,
+        schedule=table.schedule,
+        objective=table.objective,
         learned_variance=run.config.learned_variance,
         shape=run.shape,
         num_classes=num_classes,
         null_label=getattr(model, "null_label", None),
-        tau=table.schedule.tau.tolist(),
     )
     latents = run.data.get("space") == "latents"
     recipe = sampling.Recipe(
@@ -132,7 +131,13 @@ def sample(args: argparse.Namespace) -> int:
     labels = sampling.round_robin_labels(args.num, num_classes)
     if args.label is not None:
         labels = torch.full((args.num,), args.label)
-    decode = sampling.latent_decoder(args.vae, device=device) if args.vae else None
+    if latents and args.vae is None:
+        raise ValueError(
+            "the run was trained on latents; give --vae, the folder of its AutoencoderKL"
+        )
+    decode = None
+    if args.vae is not None:
+        decode = sampling.latent_decoder(args.vae, run.data["scale"], device)
     started = time.monotonic()
     sample_folder.sample_to_folder(
         model,

@@ -17,6 +17,9 @@ def told_in_one_sentence(action: Callable[[], int]) -> int:
 
     try:
         return action()
+    except BrokenPipeError:  # the reader of our output has seen enough (`| head`)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (ValueError, OSError, BackendError, BuildError) as error:
         rank = os.environ.get("RANK", "0")
         who = "error" if rank == "0" else f"error (process {rank})"

@@ -66,6 +66,7 @@ class Train(Section):
         default=True,
         description="draw time steps stratified over the global batch; false: independently",
     )
+    flip: bool = Field(default=False, description="mirror half of the samples left to right")
     vb_scale: float = Field(
         default=1.0, ge=0, description="factor of the variational term (learned variance only)"
     )
@@ -107,7 +108,7 @@ class RunConfig(Section):
     """The whole run."""
 
     run_dir: str = Field(default="runs/default", description="everything the run writes goes here")
-    seed: int = Field(default=0, ge=0, lt=2**63, description="the one seed of all randomness")
+    seed: int = Field(default=0, ge=0, lt=2**62, description="the one seed of all randomness")
     model: Kind
     data: Kind
     schedule: Kind

@@ -71,8 +71,8 @@ def encode(
     *,
     size: int | None = None,
     mode: Literal["pixels", "latents"] = "pixels",
-    channels: int = 3,
-    shard_size: int = 10_000,
+    channels: int | None = None,
+    shard_size: int | None = None,
     min_side: int | None = None,
     strict: bool = False,
     vae: str | None = None,
@@ -84,17 +84,21 @@ def encode(
 ) -> Index:
     """Write the images (a folder, or "digits") as a set of shards into `out`; its index.
 
-    size: pixels of a side (default 32). channels: 3 or 1. min_side: smaller images are skipped
-    (default: a quarter of `size`). strict: the first bad image is an error. vae, mean_only (store
-    no standard deviation), flip (store the latent of the mirrored image too), batch_size, device:
-    for latents. Raises DataError. A set that is there already is left alone.
+    size: pixels of a side (default 32). channels: 3 (default) or 1. shard_size: default 10,000.
+    min_side: smaller images are skipped (default: a quarter of `size`). strict: the first bad image
+    is an error. vae, mean_only (store no standard deviation), flip (store the latent of the
+    mirrored image too), batch_size, device: for latents. Raises DataError. A set that is there
+    already is left alone.
     """
     console = console or Console(quiet=True)
     if str(images) == "digits":
-        if mode != "pixels" or (size or 8) != 8:
-            raise DataError("the digits are 8 x 8 grey pixels; leave out --size and --mode")
-        return digits.write(Path(out))
+        unused = (size, channels, min_side, vae)
+        if mode != "pixels" or strict or mean_only or flip or unused != (None,) * len(unused):
+            raise DataError("the digits are 8 x 8 grey pixels; leave out the other settings")
+        return digits.write(Path(out), shard_size=shard_size or digits.SHARD_SIZE)
     size = 32 if size is None else size
+    channels = 3 if channels is None else channels
+    shard_size = 10_000 if shard_size is None else shard_size
     if size < 1 or channels not in (1, 3) or batch_size < 1:
         raise DataError("--size and --batch-size must be at least 1, and --channels 1 or 3")
     latents = mode == "latents"
@@ -216,8 +220,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--out", type=Path, help="new folder for the shards")
     add("--size", type=int, help="pixels of a side (default 32)")
     add("--mode", choices=("pixels", "latents"), default="pixels", help="what to store")
-    add("--channels", type=int, default=3, help="3 = colour (default), 1 = grey")
-    add("--shard-size", type=int, default=10_000, help="samples in a shard (default 10000)")
+    add("--channels", type=int, help="3 = colour (default), 1 = grey")
+    add("--shard-size", type=int, help="samples in a shard (default 10000)")
     add("--min-side", type=int, help="skip smaller images (default: a quarter of --size)")
     add("--strict", action="store_true", help="stop at the first image that is no good")
     add("--vae", help="latents: folder or Hugging Face name of a diffusers AutoencoderKL")

@@ -74,8 +74,10 @@ def save(
 ) -> None:
     """Write a model as one safetensors file; the file appears whole or not at all.
 
-    `weights` (an EMA, say) replaces the model's own tensors of the same names. `notes` is anything
-    that JSON can hold (the run's configuration, the step); `load` gives it back.
+    `weights` (an EMA, say) replaces the model's own tensors of the same names, all of them if the
+    model is on the meta device. `notes` is anything that JSON can hold (the run's configuration,
+    the step); `load` gives it back. Raises ValueError for weights that do not fit or are not
+    finite, OSError where the disk refuses.
     """
     tensors = merged(model, weights)
     header = {"model": describe(model), "notes": dict(notes or {})}
@@ -147,6 +149,8 @@ def merged(model: nn.Module, weights: Mapping[str, Tensor] | None) -> dict[str, 
             raise ValueError(f"the weights to save have {key} {list(value.shape)}, the model not")
         tensors[key] = value
     for key, value in tensors.items():
+        if value.is_meta:
+            raise ValueError(f"the weights to save lack {key}, and the model is on the meta device")
         if not torch.isfinite(value).all():
             raise ValueError(f"the weights to save are NaN or infinite in {key}")
         tensors[key] = value.detach().cpu().contiguous().clone()
@@ -200,7 +204,7 @@ def read_pt(path: Path | str, which: Literal["auto", "ema", "model"] = "auto") -
         raise ValueError(
             f"{path} was not loaded, because it holds more than tensors: {reason}"
         ) from error
-    except OSError:
+    except (FileNotFoundError, PermissionError, IsADirectoryError):
         raise
     except Exception as error:  # what the reader stumbles over in a damaged file can be anything
         raise ValueError(f"{path} is not a sound torch checkpoint: {error}") from error

@@ -38,7 +38,16 @@ class Feed:
     micro_batch: int
     null_label: int | None
     label_dropout: float
+    flip: bool
     processes: Processes
+    backend: str  # of the `noise` op, which also draws the posterior's normals
+
+    def __post_init__(self) -> None:
+        if self.flip and not self.source.can_flip:
+            raise ValueError(
+                "train.flip=true, but the data hold no flipped latents; encode them again with "
+                "--flip, or set train.flip=false"
+            )
 
     @property
     def accumulation(self) -> int:
@@ -82,20 +91,26 @@ class Feed:
             thread.join()
 
     def _on_device(self, step: int, micro: int) -> Batch:
-        first_slot = (micro * self.processes.world + self.processes.rank) * self.micro_batch
+        num, seed = self.micro_batch, self.seed
+        first_slot = (micro * self.processes.world + self.processes.rank) * num
         indices = randomness.batch_indices(
-            self.seed, step, first_slot, self.micro_batch, self.global_batch, len(self.source)
+            seed, step, first_slot, num, self.global_batch, len(self.source)
         )
-        x0, labels = self.source.batch(indices.tolist())
-        address = torch.tensor([step, first_slot], dtype=torch.int64)
+        flips = randomness.flips(seed, step, first_slot, num) if self.flip else None
+        stored, labels = self.source.read(indices.tolist(), flips)
+        address = self._to_device(torch.tensor([step, first_slot], dtype=torch.int64))
         if self.null_label is not None:
             labels = randomness.drop_labels(
-                labels, self.null_label, self.label_dropout, self.seed, step, first_slot
+                labels, self.null_label, self.label_dropout, seed, step, first_slot
             )
+        normals = None
+        if self.source.has_posterior:
+            shape = (num, *self.source.shape)
+            normals = randomness.posterior_normals(seed, address, shape, self.backend)
         return Batch(
-            self._to_device(x0),
+            self.source.decode(self._to_device(stored), normals),
             self._to_device(labels) if self.source.num_classes else None,
-            self._to_device(address),
+            address,
         )
 
     def _to_device(self, tensor: torch.Tensor) -> torch.Tensor:

@@ -8,12 +8,12 @@ sums are read.
 from __future__ import annotations
 
 import logging
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from speed_kernels.contract import choose
 
 from speed_engine import checkpoint, exchange, optim, setup, telemetry
 from speed_engine.config import RunConfig, kind_module
@@ -21,7 +21,6 @@ from speed_engine.feed import Batch, Feed
 from speed_engine.interrupt import Interrupt
 from speed_engine.processes import Processes, start, stop
 from speed_engine.step_table import StepTable
-from speed_kernels.contract import choose
 
 OPS = ("noise", "loss", "adamw_ema")
 STOP_EVERY = 10  # steps between two agreements of many processes on whether to stop
@@ -76,9 +75,12 @@ def train(config: RunConfig) -> int:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     processes = start(config.engine.device)
     try:
-        return _train(config, processes)
-    finally:
-        stop()
+        code = _train(config, processes)
+    except BaseException:
+        stop(together=False)  # the others may be waiting for this process somewhere else
+        raise
+    stop(together=True)
+    return code
 
 
 def _train(config: RunConfig, processes: Processes) -> int:
@@ -98,7 +100,9 @@ def _train(config: RunConfig, processes: Processes) -> int:
         micro_batch,
         model.null_label,
         config.model.label_dropout,
+        config.train.flip,
         processes,
+        backends["noise"],
     )
     run = Path(config.run_dir)
     run.mkdir(parents=True, exist_ok=True)
@@ -125,7 +129,9 @@ def _train(config: RunConfig, processes: Processes) -> int:
 
     def save(step: int) -> None:
         def write(folder: Path) -> None:
-            engine.save(folder)
+            state = folder / "state"
+            state.mkdir(exist_ok=True)
+            engine.save(state)
             for name in ("model", "ema"):
                 weights = engine.weights(ema=name == "ema")
                 if weights is not None:
@@ -207,5 +213,5 @@ def resume(
             f"{run} holds a run with another configuration ({'; '.join(changed)}); "
             "choose another run_dir, or go back to the old values"
         )
-    engine.load(found.folder)
+    engine.load(found.folder / "state")
     return found.step

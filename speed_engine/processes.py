@@ -95,7 +95,9 @@ def start(device: str) -> Processes:
     return Processes(rank, world, local_rank, torch.device(name), host_group)
 
 
-def stop() -> None:
-    """Leave the group, so that a process which ends early does not look like a crash."""
+def stop(together: bool) -> None:
+    """Leave the group. `together`: wait for the others first, so that none finds its peers gone."""
     if dist.is_initialized():
+        if together:
+            dist.barrier()
         dist.destroy_process_group()

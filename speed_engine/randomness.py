@@ -63,3 +63,38 @@ def drop_labels(
     slot_B = torch.arange(len(labels_B)) + first_slot
     drawn_B = philox.uniforms(seed, step, slot_B, philox.STREAM_LABEL_DROP, 1)[:, 0]
     return torch.where(drawn_B < rate, null_label, labels_B)
+
+
+def flips(seed: int, step: int, first_slot: int, num: int) -> torch.Tensor:
+    """Which samples are mirrored: a fair coin for each slot. bool [num], on the host."""
+    slot_B = torch.arange(num) + first_slot
+    return philox.uniforms(seed, step, slot_B, philox.STREAM_FLIP, 1)[:, 0] < 0.5
+
+
+def posterior_normals(
+    seed: int, address_2: torch.Tensor, shape: tuple[int, ...], backend: str
+) -> torch.Tensor:
+    """Standard normals for a draw from the autoencoder's posterior: float32, on the address's device.
+
+    The `noise` kernel makes them, as pure noise (A = 0, B = 1), under a key that no run's own noise
+    uses: seeds end at 2^62 here, and this key has bit 62 set.
+    """
+    from speed_kernels.noise.op import noise
+
+    device = address_2.device
+    pure = torch.zeros(1, 8, device=device)
+    pure[0, 1].fill_(1.0)
+    cdf = torch.full((1,), 2**32, dtype=torch.int64, device=device)
+    x0 = torch.zeros(shape, device=device)
+    normals, _, _ = noise(
+        x0,
+        cdf,
+        pure,
+        torch.zeros(1, device=device),
+        address_2,
+        seed=seed | 1 << 62,
+        num_slots=2**31 - 1,
+        stratified=False,
+        backend=backend,
+    )
+    return normals

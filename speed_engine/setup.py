@@ -7,11 +7,11 @@ import platform
 from typing import Any
 
 import torch
+from speed_kernels.contract import Choice
 
 from speed_engine.config import RunConfig, kind_module
 from speed_engine.processes import Processes
 from speed_engine.step_table import StepTable, build_step_table
-from speed_kernels.contract import Choice
 
 # What may differ between a run and its continuation; everything else changes the result.
 FREE_TO_CHANGE = {"run_dir", "log", "checkpoint", "kernels"}
@@ -100,6 +100,9 @@ def describe(
             "num_classes": source.num_classes,
             "num_samples": len(source),
             "fingerprint": source.fingerprint,
+            "space": source.kind,
+            "scale": source.index.scale,
+            "shift": source.index.shift,
         },
         "parameters": sum(p.numel() for p in model.parameters()),
         "kernels": [dataclasses.asdict(choice) for choice in choices],

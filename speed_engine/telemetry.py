@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from speed_kernels.contract import Choice
 
 from speed_engine.config import RunConfig
 from speed_engine.processes import Processes
-from speed_kernels.contract import Choice
 
 BUCKETS = 16  # equal parts of the table's rows for the loss against t
 

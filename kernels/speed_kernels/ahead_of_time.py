@@ -26,7 +26,7 @@ _WIDTH = re.compile(r"\.(?:[US]?(8|16)|(64|128|256))\b")
 
 @dataclass(frozen=True)
 class Report:
-    """One kernel compiled for one architecture. Bytes and 32-bit registers are per thread, shared memory per program."""
+    """One kernel compiled for one architecture. Registers and stack are a thread's, shared memory a program's."""
 
     kernel: str
     arch: int
@@ -73,6 +73,7 @@ def report(
     arch: int,
     num_warps: int = 4,
     num_stages: int = 3,
+    max_registers: int | None = None,
     divisible: Collection[str] = (),
 ) -> Report:
     """Compile `kernel` (a `@triton.jit` function) for `arch` (80, 90, 100) and describe the machine code.
@@ -106,7 +107,8 @@ def report(
         if type_name.startswith("*") or name in divisible
     }
     source = ASTSource(fn=kernel, signature=types, constexprs=constexprs, attrs=attributes)
-    options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
+    options = {"num_warps": num_warps, "num_stages": num_stages, "maxnreg": max_registers}
+    options["enable_fp_fusion"] = True
     binary = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     usage, sass = _disassemble(binary.asm["cubin"])
     found = _RESOURCES.search(usage)

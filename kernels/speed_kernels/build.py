@@ -2,7 +2,7 @@
 
 One source file becomes one shared library with a plain C interface, compiled for this machine's instruction set in a
 few seconds (only ATen's thread pool is included) and kept in a cache. The cache key holds everything the binary
-depends on: torch's version, the compiler, the flags and the text of the sources. A lock lets many processes start at once.
+depends on: torch's version, the compiler, the flags and the text of the sources. Many processes may start at once.
 """
 
 from __future__ import annotations
@@ -31,7 +31,6 @@ BASE_FLAGS = (
     "-O3",
     "-std=c++20",
     "-fPIC",
-    "-shared",
     "-fopenmp",
     "-fno-math-errno",
     "-fno-trapping-math",
@@ -69,13 +68,16 @@ def cache_folder() -> Path:
 
 @functools.cache
 def compiler() -> tuple[str, str]:
-    """Path and version line of the C++ compiler: `$CXX`, g++ or clang++. Raises BuildError where there is none."""
-    for name in filter(None, (os.environ.get("CXX"), "g++", "clang++")):
+    """Path and version line of the C++ compiler: `$CXX` if set, else g++ or clang++. Raises BuildError for none."""
+    chosen = os.environ.get("CXX")
+    for name in (chosen,) if chosen else ("g++", "clang++"):
         path = shutil.which(name)
         if path:
             answer = subprocess.run([path, "--version"], capture_output=True, text=True)
             if answer.returncode == 0:
                 return path, answer.stdout.splitlines()[0]
+    if chosen:
+        raise BuildError(f"CXX={chosen} cannot be run; set it to the path of g++ or clang++")
     raise BuildError("no C++ compiler: install g++ or clang++, or set CXX")
 
 
@@ -109,7 +111,7 @@ def load(source: str, isa_name: str | None = None) -> ctypes.CDLL:
         with open(cache / f"{target.stem}.lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not target.exists():
-                _compile(path, flags, folder / source, target)
+                _compile(path, version, flags, folder / source, target)
     except OSError as error:
         raise BuildError(
             f"cannot write the kernel cache {cache}: {error}; set XDG_CACHE_HOME"
@@ -117,17 +119,28 @@ def load(source: str, isa_name: str | None = None) -> ctypes.CDLL:
     return ctypes.CDLL(str(target))
 
 
-def _compile(path: str, flags: tuple[str, ...], source: Path, target: Path) -> None:
+def _compile(path: str, version: str, flags: tuple[str, ...], source: Path, target: Path) -> None:
     """Compile to a temporary file, then rename: a killed build leaves nothing that could be loaded."""
     torch_folder = Path(torch.__file__).parent
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-        output = Path(scratch) / target.name
-        command = [path, *flags, f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
-        command += [f"-I{torch_folder / 'include'}", str(source), "-o", str(output)]
-        command += [f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-lc10"]
-        answer = subprocess.run(command, capture_output=True, text=True)
-        if answer.returncode != 0:
-            raise BuildError(
-                f"{source.name} does not compile with {path}:\n{answer.stderr.strip()}"
-            )
+        part, output = Path(scratch) / "part.o", Path(scratch) / target.name
+        compiling = [
+            path,
+            *flags,
+            f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
+        ]
+        compiling += [f"-I{torch_folder / 'include'}", "-c", str(source), "-o", str(part)]
+        linking = [path, "-shared", str(part), "-o", str(output)]
+        linking += [f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-lc10"]
+        if "clang" in version:
+            # Its OpenMP calls are not in the GNU runtime that torch brings.
+            linking.append("-fopenmp")
+        # g++ links no OpenMP runtime of its own: the symbols come through libtorch_cpu from the copy that torch uses,
+        # or a second pool of threads would run that knows nothing of torch.set_num_threads.
+        for command in (compiling, linking):
+            answer = subprocess.run(command, capture_output=True, text=True)
+            if answer.returncode != 0:
+                raise BuildError(
+                    f"{source.name} does not compile with {path}:\n{answer.stderr.strip()}"
+                )
         os.replace(output, target)

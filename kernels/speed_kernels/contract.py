@@ -6,6 +6,7 @@ Knows the folder layout (`speed_kernels/<op>/<file>.py`) and nothing of any op's
 
 from __future__ import annotations
 
+import functools
 import importlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +45,7 @@ def backends(op: str) -> list[str]:
     return [word for word, file in FILES.items() if (folder / f"{file}.py").exists()]
 
 
+@functools.cache  # an op asks at every call
 def implementation(op: str, backend: str) -> ModuleType:
     """The module that implements `op` on `backend`. Raises BackendError where there is none."""
     if backend not in FILES or backend not in backends(op):

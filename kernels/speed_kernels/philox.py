@@ -184,4 +184,4 @@ def row_draw(
     the number of entries <= U, so that row j has probability (cdf[j] - cdf[j-1]) / 2**32.
     """
     u_B = uniform_draw(seed, step, slot_B, num_slots, stratified)
-    return torch.searchsorted(cdf_T, u_B, right=True)
+    return torch.searchsorted(cdf_T.contiguous(), u_B, right=True)

@@ -19,7 +19,6 @@ from .storage.writer import SetWriter
 
 NUM_DIGITS = 1797
 SHARD_SIZE = 1000
-PLAN = {"images": "digits", "mode": "pixels", "size": 8, "channels": 1, "shard_size": SHARD_SIZE}
 
 
 class Config(BaseModel):
@@ -53,7 +52,7 @@ def build(config: Config) -> Shards:
     return Shards(folder, first=num_train, count=num_held_out)
 
 
-def write(folder: Path, *, wait: bool = False) -> Index:
+def write(folder: Path, *, shard_size: int = SHARD_SIZE, wait: bool = False) -> Index:
     """Write the digits into `folder`; nothing happens if they are there. wait: for another process
     that does so.
     """
@@ -64,7 +63,8 @@ def write(folder: Path, *, wait: bool = False) -> Index:
             "the digits come with scikit-learn; run `pip install scikit-learn`"
         ) from None
 
-    with SetWriter(folder, PLAN, shard_size=SHARD_SIZE, wait=wait) as writer:
+    plan = {"images": "digits", "shard_size": shard_size}
+    with SetWriter(folder, plan, shard_size=shard_size, wait=wait) as writer:
         if writer.finished is not None:
             return writer.finished
         values, labels = load_digits(return_X_y=True)  # values 0 to 16, [1797, 64]

@@ -46,8 +46,7 @@ def build(config: Config) -> Shards:
 
 
 class Shards:
-    """The samples first, first + 1, ... first + count - 1 of the set in `folder` (default: all).
-    See data.Source.
+    """Samples first to first + count - 1 of the set in `folder` (default: all); a data.Source.
 
     Further attributes: index (all of index.json), kind, mean and std (measured, per channel, in
     model space).
@@ -111,9 +110,7 @@ class Shards:
         flips: Sequence[bool] | np.ndarray | Tensor | None = None,
         normals: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """`decode(read(...))`: (x float32 [B, C, H, W] in model space, labels int64 [B]). See
-        data.Source.
-        """
+        """(x float32 [B, C, H, W] in model space, labels int64 [B]), see data.Source."""
         stored, labels = self.read(indices, flips)
         return self.decode(stored, normals), labels
 
@@ -122,11 +119,9 @@ class Shards:
         indices: Sequence[int] | np.ndarray | Tensor,
         flips: Sequence[bool] | np.ndarray | Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """(stored [B, C', H, W] in the stored dtype, labels int64 [B]) on the CPU. C' = 2C with a
-        posterior.
+        """(stored [B, C', H, W] in the stored dtype, labels int64 [B]) on the CPU.
 
-        Useful where the conversion should happen on the device: move `stored` there, then `decode`
-        it.
+        C' = 2C with a posterior. For a conversion on the device: move `stored` there and `decode`.
         """
         chosen = np.asarray(indices, np.int64) if len(indices) else np.zeros(0, np.int64)
         if chosen.ndim != 1 or (len(chosen) and not 0 <= chosen.min() <= chosen.max() < self.count):
@@ -155,8 +150,7 @@ class Shards:
         return stored, torch.from_numpy(self._label[chosen])
 
     def decode(self, stored: Tensor, normals: Tensor | None = None) -> Tensor:
-        """Stored values to model space, float32, on the device of `stored`: (value - shift) *
-        scale.
+        """Stored values to model space, (value - shift) * scale: float32, on the same device.
 
         With a posterior the value is mean + std * normals, or the mean without normals.
         """
@@ -220,8 +214,8 @@ class Shards:
         shard = int(self._shard[sample])
         raise DataError(
             f"{self.folder / self.index.shards[shard].name}, sample {sample - self._base[shard]}: "
-            f"{reason}; restore the "
-            "shard (`python -m speed_engine encode --verify DIR` lists every fault)"
+            f"{reason}; restore the shard (`python -m speed_engine encode --verify DIR` lists "
+            "every fault)"
         )
 
 
@@ -232,8 +226,6 @@ def _check_scale(index: index_file.Index, folder: Path) -> None:
     if not RMS_RANGE[0] <= rms <= RMS_RANGE[1]:
         raise DataError(
             f"the latents of {folder} have a root mean square of {rms:.3g} in model space instead "
-            "of about 1, so their "
-            f"scale {index.scale:.6g} is probably wrong; correct it with `{index_file.REINDEX} "
-            "--scale S`, or set "
-            "data.check_scale=false"
+            f"of about 1, so their scale {index.scale:.6g} is probably wrong; correct it with "
+            f"`{index_file.REINDEX} --scale S`, or set data.check_scale=false"
         )

@@ -6,6 +6,8 @@ with the rest; full weights are assembled only to be exported.
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -55,6 +57,7 @@ class DeepSpeedEngine:
         import deepspeed
         import deepspeed.ops
 
+        os.environ.setdefault("LOCAL_RANK", str(processes.local_rank))  # it insists, even alone
         # On CPUs DeepSpeed would first compile a shared-memory all-reduce for most of a minute;
         # gloo does the same sums.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -76,12 +79,27 @@ class DeepSpeedEngine:
         self.compute_dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
         model = model.to(processes.device)
         self.frozen = frozen_weights(model)
-        trained = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = optim.build(optim_config, trained, backend)
+        self.trained = [p for p in model.parameters() if p.requires_grad]
+        self.ours_alone = config.zero == 0 and config.precision == "fp32"
+        fused_adam = None
+        if optim_config.name == "deepspeed_fused":
+            from deepspeed.ops.adam import FusedAdam as fused_adam
+        self.optimizer = optim.build(
+            optim_config,
+            self.trained,
+            backend,
+            # DeepSpeed itself skips updates that are not finite, in all modes but this one.
+            guard=self.ours_alone,
+            deepspeed_adam=fused_adam,
+        )
         self.engine: Any
         self.engine, *_ = deepspeed.initialize(
             model=model, optimizer=self.optimizer, config=settings, dist_init_required=False
         )
+        if config.zero == 0 and config.precision == "bf16":
+            # This wrapper makes a step with zero gradients while it is built: undo it.
+            self.engine.optimizer.refresh_fp32_params()
+            optim.reset(self.optimizer)
 
     def forward(self, *inputs: Any) -> torch.Tensor:
         return self.engine(*inputs)
@@ -107,20 +125,36 @@ class DeepSpeedEngine:
             raise ValueError(f"DeepSpeed found nothing to load in {folder}")
 
     def weights(self, ema: bool) -> dict[str, torch.Tensor] | None:
+        result = dict(self.frozen)
+        whole = self._whole(ema)
+        for name, parameter in self.engine.module.named_parameters():
+            if parameter.requires_grad:
+                result[name] = whole(parameter).detach().float().cpu().clone()
+        return result if self.processes.first else None
+
+    def _whole(self, ema: bool) -> Callable[[nn.Parameter], torch.Tensor]:
+        """The function parameter -> its whole float32 weights or EMA, assembled from all processes.
+
+        Collective: every process must ask for the same parameters in the same order.
+        """
+        wrapper = self.engine.optimizer
+        if self.config.zero == 0:  # DeepSpeed keeps no map here: ours is in order
+            masters = {id(p): p for p in self.trained}
+            if not self.ours_alone:
+                groups = zip(wrapper.fp16_groups, wrapper.fp32_groups, strict=True)
+                masters = {id(a): b for low, high in groups for a, b in zip(low, high, strict=True)}
+            if ema:
+                return lambda p: optim.ema_of(self.optimizer, masters[id(p)])
+            return lambda p: masters[id(p)]
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-        result = dict(self.frozen)
-        for name, parameter in self.engine.module.named_parameters():
-            if not parameter.requires_grad:
-                continue
-            if ema:
-                full = safe_get_full_optimizer_state(parameter, "ema")
-            else:
-                full = safe_get_full_fp32_param(parameter)
-            if full is None:
-                full = parameter
-            result[name] = full.detach().float().cpu().clone()
-        return result if self.processes.first else None
+        if not ema or not self.optimizer.state:  # before the first update the EMA is the weights
+            return safe_get_full_fp32_param
+        if self.config.zero < 3:
+            # The map from parameters to optimizer state is made once, and wrong after a load.
+            wrapper._hp_optimizer_states_linked = False
+            wrapper._lazy_init_hp_params_optimizer_state()
+        return lambda p: safe_get_full_optimizer_state(p, "ema")
 
     def facts(self) -> dict[str, Any]:
         import deepspeed

@@ -20,11 +20,29 @@ OURS = {
     "bf16.enabled": "engine.precision",
 }
 # Sections of DeepSpeed's own that none of its constants names.
-SECTIONS = set(
-    "activation_checkpointing aio autotuning bf16 comet comms_logger compile compression_training "
-    "csv_monitor curriculum_learning data_efficiency elasticity flops_profiler hybrid_engine nebula "
-    "pipeline tensor_parallel tensorboard timers wandb zero_optimization".split()
-)
+SECTIONS = {
+    "activation_checkpointing",
+    "aio",
+    "autotuning",
+    "bf16",
+    "comet",
+    "comms_logger",
+    "compile",
+    "compression_training",
+    "csv_monitor",
+    "curriculum_learning",
+    "data_efficiency",
+    "elasticity",
+    "flops_profiler",
+    "hybrid_engine",
+    "nebula",
+    "pipeline",
+    "tensor_parallel",
+    "tensorboard",
+    "timers",
+    "wandb",
+    "zero_optimization",
+}
 REFUSED = {
     "optimizer": "the optimizer is set in the section optim",
     "scheduler": "the learning rate is set in the section optim",

@@ -50,9 +50,11 @@ class TorchEngine:
     ) -> None:
         self.module = model.to(processes.device)
         self.optimizer = optim.build(
-            optim_config, [p for p in self.module.parameters() if p.requires_grad], backend
+            optim_config,
+            [p for p in self.module.parameters() if p.requires_grad],
+            backend,
+            clip_norm=optim_config.clip,
         )
-        self.clip = optim_config.clip
         self.processes = processes
         self.accumulation = accumulation
         self.micro_steps = 0

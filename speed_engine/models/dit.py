@@ -279,12 +279,12 @@ class DiT(nn.Module):
             given = "no labels" if labels_B is None else "labels"
             raise ValueError(f"a model with num_classes {self.num_classes} was given {given}")
 
-        dtype = self.pos_embed.dtype
+        dtype = self.x_embedder.proj.weight.dtype  # DeepSpeed's bf16 leaves buffers in fp32
         c_BD = self.t_embedder(tau_B, dtype)
         if self.y_embedder is not None:
             c_BD = c_BD + self.y_embedder(labels_B)
         c_BD = F.silu(c_BD)
-        x_BTD = self.x_embedder(x_BCHW.to(dtype)) + self.pos_embed
+        x_BTD = self.x_embedder(x_BCHW.to(dtype)) + self.pos_embed.to(dtype)
         recompute = self.config.activation_checkpointing and torch.is_grad_enabled()
         for block in self.blocks:
             if recompute:

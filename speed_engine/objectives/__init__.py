@@ -8,17 +8,34 @@ name of a file of this folder.
 
 from __future__ import annotations
 
+import difflib
+import importlib
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+from pydantic import BaseModel
 from torch import Tensor
 
 from speed_engine.schedules import Schedule
+
+# The columns of a packed row, in order.
+COLUMNS = ("A", "B", "C", "D", "W", "LOGVAR_MIN", "LOGVAR_MAX", "MEAN_GAP")
+W = COLUMNS.index("W")
 
 
 def names() -> list[str]:
     """Every `objective.kind` that exists: the files of this folder."""
     return sorted(path.stem for path in Path(__file__).parent.glob("*.py") if path.stem[0] != "_")
+
+
+def default(kind: str) -> BaseModel:
+    """The default configuration of a kind. Raises ValueError that lists what exists."""
+    if kind not in names():
+        near = difflib.get_close_matches(kind, names(), n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ";"
+        raise ValueError(f"there is no objective {kind!r}{hint} there are: {', '.join(names())}")
+    return importlib.import_module(f"{__name__}.{kind}").Config()
 
 
 @dataclass(frozen=True)
@@ -51,3 +68,32 @@ class Objective:
         """
         gain = self.gain(schedule)
         return 1 / gain, -self.target_eps / (schedule.sigma * gain)
+
+
+def pack(schedule: Schedule, objective: Objective, weight: Tensor) -> Tensor:
+    """rows_T8, float32: computed in float64, rounded once.
+
+    Without betas (continuous time) the three columns of the variational term are zero.
+    """
+    zero = torch.zeros_like(weight)
+    log_min, log_max, gap = zero, zero, zero
+    if schedule.betas is not None:
+        betas, alpha_bar = schedule.betas, schedule.alpha.square()
+        previous = torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar[:-1]])
+        # q(x_{t-1} | x_t, x0): its variance is 0 at row 0, which takes row 1's (improved DDPM).
+        variance = betas * (1 - previous) / (1 - alpha_bar)
+        variance = torch.cat([variance[1:2], variance[1:]])
+        log_min, log_max = variance.log(), betas.log()
+        x0_factor = betas * previous.sqrt() / (1 - alpha_bar)
+        gap = -x0_factor / objective.gain(schedule)
+    scale = objective.input_scale
+    inputs = (schedule.alpha * scale, schedule.sigma * scale)
+    targets = (objective.target_x0, objective.target_eps)
+    return torch.stack([*inputs, *targets, weight, log_min, log_max, gap], dim=1).float()
+
+
+def weight_ceiling(step: int, clamp_steps: int) -> float | None:
+    """FDM's warm-up: the largest weight on the x0 error after `step` steps, 5 * 100^(step /
+    clamp_steps); None when over.
+    """
+    return 5.0 * 100.0 ** (step / clamp_steps) if step < clamp_steps else None

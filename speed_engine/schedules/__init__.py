@@ -10,7 +10,7 @@ configuration is the name of a file of this folder.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -178,6 +178,49 @@ def from_alphas_cumprod(alphas_cumprod: Tensor, kind: str = "alphas_cumprod") ->
     return _discrete(kind, alpha_bar, 1 - alpha_bar / previous)
 
 
+def from_sigmas(sigmas: Tensor, sigma_data: float = 0.5) -> Schedule:
+    """The rows x0 + sigma eps at given noise levels: [T] in any order, positive; tau is ln(sigma) /
+    4 (EDM's c_noise).
+    """
+    sigma = torch.as_tensor(sigmas).detach().cpu().double().flatten().sort().values
+    if sigma.numel() < 2 or not sigma[0] > 0 or not torch.isfinite(sigma).all():
+        raise ValueError(
+            "sigmas must be at least 2 positive numbers; leave out the final 0 of a sampler's list"
+        )
+    index = torch.arange(sigma.numel(), dtype=torch.float64)
+    one = torch.ones_like(sigma)
+    return Schedule("sigmas", one, sigma, index, one, sigma.log() / 4, sigma_data=sigma_data)
+
+
+def from_flow(times: Tensor | None, time_scale: float = 1000.0) -> Schedule:
+    """Rectified flow x = (1 - t) x0 + t eps: at given times ([T] in (0, 1], any order), or in
+    continuous time.
+
+    tau is time_scale * t.
+    """
+    if times is None:
+        return on_curve("rectified_flow", flow_curve(1.0, time_scale), *cells(0.0, 1.0))
+    t = torch.as_tensor(times).detach().cpu().double().flatten().sort().values
+    if t.numel() < 2 or not t[0] > 0 or t[-1] > 1:
+        raise ValueError(
+            "times must be at least 2 numbers in (0, 1]; leave out the final 0 of a sampler's list"
+        )
+    index = torch.arange(t.numel(), dtype=torch.float64)
+    return Schedule("flow_times", 1 - t, t, index, torch.ones_like(t), time_scale * t)
+
+
+def flow_curve(shift: float, time_scale: float) -> Curve:
+    """t -> alpha, sigma, tau of rectified flow after the resolution shift t' = s t / (1 + (s - 1)
+    t) (Esser et al. 2024).
+    """
+
+    def curve(t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        shifted = shift * t / (1 + (shift - 1) * t)
+        return 1 - shifted, shifted, time_scale * shifted
+
+    return curve
+
+
 def on_curve(
     kind: str, curve: Curve, coordinate: Tensor, measure: Tensor, sigma_data: float = 1.0
 ) -> Schedule:
@@ -195,11 +238,6 @@ def cells(start: float, end: float, num: int = NUM_CELLS) -> tuple[Tensor, Tenso
     width = (end - start) / num
     middles = start + (torch.arange(num, dtype=torch.float64) + 0.5) * width
     return middles, torch.full_like(middles, width)
-
-
-def with_tau(schedule: Schedule, tau: Tensor) -> Schedule:
-    """The same schedule, telling the network `tau` (float [T]) instead."""
-    return replace(schedule, tau=tau.double())
 
 
 def _discrete(kind: str, alpha_bar: Tensor, betas: Tensor) -> Schedule:

@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "speed_kernels": ["speed_kernels"],
     "speed_engine.schedules": ["speed_engine.schedules"],
     "speed_engine.config": [],
-    "speed_engine.randomness": ["speed_kernels.philox"],
+    "speed_engine.randomness": ["speed_kernels.philox", "speed_kernels.noise"],
     "speed_engine.objectives": ["speed_engine.objectives", "speed_engine.schedules"],
     "speed_engine.timesteps": ["speed_engine.timesteps", "speed_engine.schedules"],
     "speed_engine.step_table": [

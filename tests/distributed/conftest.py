@@ -20,15 +20,15 @@ class Launcher:
         self.data = folder / "data"
 
     def arguments(self, run: str, *overrides: str) -> list[str]:
-        return [
-            "--config=digits_dit_tiny",
-            f"run_dir={self.folder / run}",
-            f"data.path={self.data}",
-            "model.depth=2",
-            "train.global_batch=16",
-            "log.every=5",
-            *overrides,
-        ]
+        small = {
+            "run_dir": self.folder / run,
+            "data.path": self.data,
+            "model.depth": 2,
+            "train.global_batch": 16,
+            "log.every": 5,
+        }
+        small |= dict(override.split("=", 1) for override in overrides)
+        return ["--config=digits_dit_tiny", *(f"{key}={value}" for key, value in small.items())]
 
     def start(self, world: int, arguments: list[str], cwd: Path | None = None) -> list:
         with socket.socket() as free:

@@ -164,67 +164,8 @@ def test_kill_nine_loses_only_the_steps_since_the_last_checkpoint(launcher):
 
 
 def test_a_finished_run_says_so(launcher):
-    launcher.train("run", "train.steps=2", "engine=torch")
-    assert "nothing to do" in launcher.train("run", "train.steps=2", "engine=torch")
-
-
-@pytest.mark.parametrize(
-    ("overrides", "words"),
-    [
-        (["optim.lr=1e-5"], ["another configuration", "config.optim.lr: 0.001 -> 1e-05"]),
-        (["checkpoint.resume=never"], ["checkpoint.resume=never", "step 2"]),
-        (["seed=3"], ["config.seed: 0 -> 3"]),
-    ],
-)
-def test_a_run_is_not_continued_as_another(launcher, overrides, words):
-    launcher.train("run", "train.steps=2", "engine=torch")
-    before = sorted(str(p) for p in (launcher.folder / "run").rglob("*"))
-    output = launcher.train("run", "train.steps=4", "engine=torch", *overrides, expect=2)
-    for word in words:
-        assert word in output
-    assert "Traceback" not in output
-    assert sorted(str(p) for p in (launcher.folder / "run").rglob("*")) == before
-
-
-@pytest.mark.parametrize(
-    ("overrides", "words"),
-    [
-        (["timesteps.kk=5"], ["timesteps.kk", "did you mean 'k'"]),
-        (["train.global_batch=15", "train.micro_batch=4"], ["global_batch=15", "micro_batch"]),
-        (["checkpoint.resume=must"], ["resume=must", "no checkpoint"]),
-        (["kernels.backend=triton"], ["triton", "CUDA"]),
-        (["engine.device=cuda"], ["engine.device=cuda"]),
-        (["data.kind=shards"], ["data"]),
-        (["engine.json_file=nowhere.json"], ["nowhere.json"]),
-    ],
-)
-def test_mistakes_end_with_code_two_and_one_sentence(launcher, overrides, words):
-    output = launcher.train("run", "train.steps=2", *overrides, expect=2)
-    for word in words:
-        assert word in output
-    assert "Traceback" not in output
-
-
-def test_a_batch_that_does_not_divide_over_the_processes(launcher):
-    output = launcher.train("run", "train.global_batch=15", world=2, expect=2)
-    assert "train.global_batch=15" in output and "Traceback" not in output
-
-
-@pytest.mark.parametrize(
-    ("settings", "words"),
-    [
-        ({"gradient_clipping": 1.0}, ["gradient_clipping = 1.0", "optim.clip"]),
-        ({"zero_optimisation": {}}, ["zero_optimisation", "did you mean 'zero_optimization'"]),
-        ({"optimizer": {"type": "Adam"}}, ["optimizer", "section optim"]),
-        ({"train_batch_size": 64}, ["train_batch_size = 64", "train.global_batch"]),
-    ],
-)
-def test_a_deepspeed_json_may_not_contradict(launcher, settings, words):
-    path = launcher.folder / "ds.json"
-    path.write_text(json.dumps(settings))
-    output = launcher.train("run", f"engine.json_file={path}", "train.steps=1", expect=2)
-    for word in words:
-        assert word in output
+    launcher.train("run", "train.steps=2")
+    assert "nothing to do" in launcher.train("run", "train.steps=2")
 
 
 def test_gradients_that_are_not_finite_change_nothing_and_end_the_run(launcher):

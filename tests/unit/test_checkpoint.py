@@ -112,9 +112,7 @@ def dying(function, number):
         ("write_text", 1, 20),  # only `latest` is missing, which nothing reads
     ],
 )
-def test_death_between_any_two_steps_of_the_commit(
-    tmp_path, monkeypatch, moment, number, survivor
-):
+def test_death_between_any_two_steps_of_the_commit(tmp_path, monkeypatch, moment, number, survivor):
     save(tmp_path, 10)
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(checkpoint, moment, dying(getattr(checkpoint, moment), number))

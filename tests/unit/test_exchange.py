@@ -74,6 +74,16 @@ def test_weights_replace_the_models_own_even_as_views_of_one_buffer(tmp_path):
         exchange.save(tmp_path / "n.safetensors", model, {"blocks.9.attn": flat})
 
 
+def test_a_model_on_the_meta_device_is_a_blueprint(tmp_path):
+    model, blueprint = randomised(), dit.build(SMALL, **SHAPE, device="meta")
+    weights = model.state_dict()
+    exchange.save(tmp_path / "m.safetensors", blueprint, weights)
+    assert equal(exchange.load(tmp_path / "m.safetensors")[0], model)
+    del weights["pos_embed"]
+    with pytest.raises(ValueError, match="lack pos_embed"):
+        exchange.save(tmp_path / "m.safetensors", blueprint, weights)
+
+
 def test_how_to_compute_is_not_stored(tmp_path):
     """A file from a machine with xformers loads on a laptop."""
     model = randomised(SMALL.model_copy(update={"activation_checkpointing": True}))

@@ -341,5 +341,7 @@ def test_clipping_keeps_pixels_in_range(sampler: str) -> None:
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm++"])
 @pytest.mark.parametrize("steps", [1, 2, 3])
 def test_very_few_steps(sampler: str, steps: int) -> None:
-    x = sample(GaussianDenoiser(), process(), Recipe(sampler=sampler, steps=steps), numbers=range(50))
+    x = sample(
+        GaussianDenoiser(), process(), Recipe(sampler=sampler, steps=steps), numbers=range(50)
+    )
     assert torch.isfinite(x).all() and x.abs().max() < 10

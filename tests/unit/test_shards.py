@@ -300,9 +300,9 @@ def test_two_processes_build_the_digits_at_once(tmp_path: Path) -> None:
         "print(digits.build(digits.Config(path=sys.argv[1])).fingerprint)"
     )
     command = [sys.executable, "-W", "ignore", "-c", program, str(tmp_path / "digits")]
-    running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     answers = {process.communicate()[0].strip() for process in running}
-    assert [process.returncode for process in running] == [0, 0, 0]
+    assert [process.returncode for process in running] == [0, 0]
     assert answers == {digits.build(digits.Config(path=str(tmp_path / "digits"))).fingerprint}
     assert [path.name for path in tmp_path.iterdir() if "partial" in path.name] == []
 

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from speed_engine import StepTable
-from speed_engine.step_table import COLUMNS, build_step_table, integer_cdf
+from speed_engine.objectives import COLUMNS
+from speed_engine.step_table import build_step_table
+from speed_engine.timesteps import integer_cdf
 
 
 def config(folder: str, kind: str, **options):

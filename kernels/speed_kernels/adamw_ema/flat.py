@@ -29,7 +29,9 @@ def is_dense(tensor: Tensor) -> bool:
 
 
 def storage_order(tensor: Tensor) -> Tensor:
-    """A dense tensor as a flat view [numel] in the order of its memory."""
+    """A dense tensor as it is if contiguous, else a flat view [numel] in the order of its memory."""
+    if tensor.is_contiguous():
+        return tensor
     return tensor.as_strided((tensor.numel(),), (1,), tensor.storage_offset())
 
 
@@ -41,7 +43,7 @@ def like_strides(tensor: Tensor, model: Tensor) -> Tensor:
 
 
 def joined(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """One flat view if the dense `tensors` follow each other in one storage, else one view each."""
+    """One flat view if the dense `tensors` follow each other in one storage, else each in storage order."""
     first = tensors[0]
     address, storage = first.data_ptr(), first.untyped_storage().data_ptr()
     for tensor in tensors:
@@ -52,10 +54,19 @@ def joined(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [first.as_strided((total,), (1,), first.storage_offset())]
 
 
-def views(buffer: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-    """Consecutive parts of a flat buffer with the shapes and strides of `like`."""
-    parts, start = [], buffer.storage_offset()
-    for model in like:
-        parts.append(buffer.as_strided(model.shape, model.stride(), start))
-        start += model.numel()
-    return parts
+def parts_like(params: Sequence[Tensor]) -> list[Tensor]:
+    """Zeros with the shapes and strides of `params`, all in one new buffer.
+
+    Side by side if `params` are, so that both are one flat range; otherwise each begins at a multiple of 16 elements,
+    which wide accesses like.
+    """
+    side_by_side = len(joined(params)) == 1
+    starts, total = [], 0
+    for param in params:
+        starts.append(total)
+        total += param.numel() if side_by_side else -(-param.numel() // 16) * 16
+    buffer = torch.zeros(total, dtype=params[0].dtype, device=params[0].device)
+    return [
+        buffer.as_strided(param.shape, param.stride(), start)
+        for param, start in zip(params, starts, strict=True)
+    ]

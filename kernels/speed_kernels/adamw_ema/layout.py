@@ -69,6 +69,15 @@ class Ema:
         value = power_gamma(self.sigma_rel) if self.kind == "power" else 1.0 - self.decay
         return float(KINDS[self.kind]), value
 
+    def weight(self, t: int) -> float:
+        """1 - decay at step t = 1, 2, ..., in double precision on the host."""
+        _, value = self.code()
+        if self.kind == "warmup":
+            return max(value, 9.0 / (9.0 + t))
+        if self.kind == "power":
+            return 1.0 if t == 1 else -math.expm1((value + 1.0) * math.log1p(-1.0 / t))
+        return value
+
 
 def power_gamma(sigma_rel: float) -> float:
     """Exponent gamma >= 0 whose power-function EMA has relative width `sigma_rel`.

@@ -10,8 +10,8 @@
 This is torch.optim.AdamW followed by a lerp. A gradient whose sum of squares is not finite (in float32: a norm above
 1.8e19 counts) changes nothing at all: no weight, no state, no step counter. Nothing waits for the host, and every
 number that varies from step to step is read from device memory (`layout.py`), so the three calls can be captured in a
-CUDA graph. The ops write into their arguments, as an optimizer must. A list of tensors is one call on the CPU and one
-launch per tensor with Triton: hand over flat buffers there.
+CUDA graph. The ops write into their arguments, as an optimizer must. A list of tensors costs one launch as well, but
+more host work than one flat buffer.
 """
 
 from collections.abc import Sequence
@@ -147,15 +147,15 @@ def _check(
     """Refuse what the kernels cannot address. dtypes None: a gradient's."""
     if len(tensors) != len(like):
         raise ValueError(f"{name} has {len(tensors)} tensors for {len(like)} parameters")
+    allowed = {*GRAD_DTYPES, torch.float64} if dtypes is None else dtypes
     for index, (tensor, model) in enumerate(zip(tensors, like, strict=True)):
         if not tensor.is_contiguous():
             raise ValueError(f"{name}[{index}] is not contiguous; call .contiguous() on it first")
-        if tensor.numel() != model.numel() or tensor.device != model.device:
+        if tensor.numel() != model.numel() or tensor.device != like[0].device:
             raise ValueError(
                 f"{name}[{index}] is {list(tensor.shape)} on {tensor.device}, but its parameter is "
-                f"{list(model.shape)} on {model.device}"
+                f"{list(model.shape)} on {like[0].device}"
             )
-        allowed = {*GRAD_DTYPES, torch.float64} if dtypes is None else dtypes
         if tensor.dtype not in allowed or tensor.dtype != tensors[0].dtype:
             raise ValueError(
                 f"{name}[{index}] is {tensor.dtype}; all of {name} must have one dtype of "

@@ -198,14 +198,10 @@ class AdamWEMA(torch.optim.Optimizer):
                     f"a parameter of shape {list(param.shape)} has gaps or overlaps in memory (strides "
                     f"{param.stride()}); make it contiguous before building the optimizer"
                 )
-        total = sum(param.numel() for param in params)
         self._share(params, torch.zeros((), device=params[0].device))
         for key in ("exp_avg", "exp_avg_sq", *EMA_KEYS[: self.num_emas]):
-            buffer = torch.zeros(total, dtype=params[0].dtype, device=params[0].device)
-            for param, part in zip(params, flat.views(buffer, params), strict=True):
-                if key in EMA_KEYS:
-                    part.copy_(param)
-                self.state[param][key] = part
+            for param, part in zip(params, flat.parts_like(params), strict=True):
+                self.state[param][key] = part.copy_(param) if key in EMA_KEYS else part
 
     def _adopt(self, params: list[Tensor]) -> None:
         """Take over state that someone else put there (a checkpoint). Reads the counters once, on the host.
@@ -226,17 +222,11 @@ class AdamWEMA(torch.optim.Optimizer):
         for value, sharing in by_value.items():
             self._share(sharing, torch.full((), value, device=sharing[0].device))
             for key in ("exp_avg", "exp_avg_sq", *EMA_KEYS[: self.num_emas]):
-                old = [self.state[param][key] for param in sharing]
-                if len(sharing) == 1 and _lies_like(old[0], sharing[0]):
+                first = sharing[0]
+                if len(sharing) == 1 and _lies_like(self.state[first][key], first):
                     continue
-                buffer = torch.empty(
-                    sum(param.numel() for param in sharing),
-                    dtype=sharing[0].dtype,
-                    device=sharing[0].device,
-                )
-                for index, part in enumerate(flat.views(buffer, sharing)):
-                    part.copy_(old[index])
-                    self.state[sharing[index]][key] = part
+                for param, part in zip(sharing, flat.parts_like(sharing), strict=True):
+                    self.state[param][key] = part.copy_(self.state[param][key])
 
     def _hyper(self, group: dict[str, Any], device: torch.device) -> Tensor:
         """The group's numbers on the device; uploaded when one has changed, without waiting."""
@@ -299,9 +289,9 @@ class AdamWEMA(torch.optim.Optimizer):
         return 0 if self._skipped is None else int(self._skipped.item())
 
     @property
-    def overflow(self) -> bool:
-        """Whether the last step was refused. Waits for the device. DeepSpeed reads this name under ZeRO 0 with fp32."""
-        return self._scalars is not None and self._scalars[layout.APPLY].item() == 0.0
+    def applied(self) -> Tensor | None:
+        """1 if the last step was applied, 0 if it was refused, float32 [] on the device; None before any step."""
+        return None if self._scalars is None else self._scalars[layout.APPLY]
 
     def ema_parameters(self, which: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """(parameter, its EMA) in the order of the groups; a parameter never stepped is its own EMA."""

@@ -1,14 +1,15 @@
-"""AdamW + EMA in Triton for NVIDIA GPUs (A100, H100/H200, B200): one launch per flat buffer.
+"""AdamW + EMA in Triton for NVIDIA GPUs (A100, H100/H200, B200): one launch, for a flat buffer or a list of tensors.
 
-All addresses are 64-bit, all loads and stores of aligned buffers 128 bits wide. A list of several tensors is a loop of
-launches, capturable in a CUDA graph because only device memory is read; hand over one flat buffer for speed.
+All addresses are 64-bit, all loads and stores of aligned buffers 128 bits wide. The addresses of a list go to the
+device as a table; inside a CUDA graph, which would keep the table of the capture, a list is a loop of launches instead.
 """
 
-# N elements of a flat buffer, P partial sums.
+# N elements of a flat buffer, P partial sums, L tensors of a list.
 
 from __future__ import annotations
 
 import importlib.util
+import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +42,42 @@ def unavailable() -> str | None:
 
 
 @jit
+def _update(
+    p_ptr,
+    g_ptr,
+    m_ptr,
+    v_ptr,
+    e1_ptr,
+    e2_ptr,
+    copy_ptr,
+    scalars_ptr,
+    i,
+    mask,
+    SECOND: tl.constexpr,
+    COPY: tl.constexpr,
+):
+    """AdamW and EMAs of the elements i; the offsets into scalars are those of layout.py."""
+    g = tl.load(g_ptr + i, mask=mask).to(tl.float32) * tl.load(scalars_ptr + 1)
+    m = tl.load(m_ptr + i, mask=mask)
+    v = tl.load(v_ptr + i, mask=mask)
+    p = tl.load(p_ptr + i, mask=mask)
+    e1 = tl.load(e1_ptr + i, mask=mask)
+    m += tl.load(scalars_ptr + 3) * (g - m)
+    v = tl.load(scalars_ptr + 2) * v + tl.load(scalars_ptr + 4) * (g * g)
+    denom = tl.sqrt(v) * tl.load(scalars_ptr + 7) + tl.load(scalars_ptr + 8)
+    p = tl.load(scalars_ptr + 5) * p - tl.load(scalars_ptr + 6) * (m / denom)
+    tl.store(m_ptr + i, m, mask=mask)
+    tl.store(v_ptr + i, v, mask=mask)
+    tl.store(p_ptr + i, p, mask=mask)
+    tl.store(e1_ptr + i, e1 + tl.load(scalars_ptr + 9) * (p - e1), mask=mask)
+    if SECOND:
+        e2 = tl.load(e2_ptr + i, mask=mask)
+        tl.store(e2_ptr + i, e2 + tl.load(scalars_ptr + 10) * (p - e2), mask=mask)
+    if COPY:
+        tl.store(copy_ptr + i, p.to(tl.bfloat16), mask=mask)
+
+
+@jit
 def update_kernel(
     p_ptr,
     g_ptr,
@@ -55,36 +92,69 @@ def update_kernel(
     COPY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """AdamW and EMAs of BLOCK elements; the offsets into scalars are those of layout.py."""
+    """One block of a flat buffer per program."""
     if tl.load(scalars_ptr) == 0.0:
         return
-    scale = tl.load(scalars_ptr + 1)
-    beta2 = tl.load(scalars_ptr + 2)
-    grad_weight = tl.load(scalars_ptr + 3)
-    square_weight = tl.load(scalars_ptr + 4)
-    decay = tl.load(scalars_ptr + 5)
-    step_size = tl.load(scalars_ptr + 6)
-    denom_scale = tl.load(scalars_ptr + 7)
-    eps = tl.load(scalars_ptr + 8)
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = i < N
-    g = tl.load(g_ptr + i, mask=mask).to(tl.float32) * scale
-    m = tl.load(m_ptr + i, mask=mask)
-    v = tl.load(v_ptr + i, mask=mask)
-    p = tl.load(p_ptr + i, mask=mask)
-    e1 = tl.load(e1_ptr + i, mask=mask)
-    m += grad_weight * (g - m)
-    v = beta2 * v + square_weight * (g * g)
-    p = decay * p - step_size * (m / (tl.sqrt(v) * denom_scale + eps))
-    tl.store(m_ptr + i, m, mask=mask)
-    tl.store(v_ptr + i, v, mask=mask)
-    tl.store(p_ptr + i, p, mask=mask)
-    tl.store(e1_ptr + i, e1 + tl.load(scalars_ptr + 9) * (p - e1), mask=mask)
-    if SECOND:
-        e2 = tl.load(e2_ptr + i, mask=mask)
-        tl.store(e2_ptr + i, e2 + tl.load(scalars_ptr + 10) * (p - e2), mask=mask)
-    if COPY:
-        tl.store(copy_ptr + i, p.to(tl.bfloat16), mask=mask)
+    _update(
+        p_ptr, g_ptr, m_ptr, v_ptr, e1_ptr, e2_ptr, copy_ptr, scalars_ptr, i, i < N, SECOND, COPY
+    )
+
+
+@jit
+def _address(table_ptr, type_ptr, ALIGNED: tl.constexpr):
+    """The address at `table_ptr`, as a pointer of the type of `type_ptr`."""
+    address = tl.load(table_ptr).to(type_ptr.dtype)
+    if ALIGNED:
+        address = tl.multiple_of(address, 16)
+    return address
+
+
+@jit
+def update_list_kernel(
+    table_ptr,
+    float_ptr,
+    grad_ptr,
+    copy_ptr,
+    scalars_ptr,
+    L,
+    SECOND: tl.constexpr,
+    COPY: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One block of one tensor per program. The table [9, L] holds the first block of each tensor, its size, and the
+    addresses of p, g, m, v, e1, e2 and copy; float_ptr, grad_ptr and copy_ptr only tell types."""
+    if tl.load(scalars_ptr) == 0.0:
+        return
+    block = tl.program_id(0).to(tl.int64)
+    low, high = block * 0, block * 0 + L  # the tensor is in [low, high)
+    while high - low > 1:
+        middle = (low + high) // 2
+        before = tl.load(table_ptr + middle) <= block
+        low = tl.where(before, middle, low)
+        high = tl.where(before, high, middle)
+    row = table_ptr + low
+    p_ptr = _address(row + 2 * L, float_ptr, ALIGNED)
+    g_ptr = _address(row + 3 * L, grad_ptr, ALIGNED)
+    m_ptr = _address(row + 4 * L, float_ptr, ALIGNED)
+    v_ptr = _address(row + 5 * L, float_ptr, ALIGNED)
+    e1_ptr = _address(row + 6 * L, float_ptr, ALIGNED)
+    e2_ptr = _address(row + 7 * L, float_ptr, ALIGNED)
+    c_ptr = _address(row + 8 * L, copy_ptr, ALIGNED)
+    start = (block - tl.load(row)) * BLOCK
+    size = tl.load(row + L)
+    i = start + tl.arange(0, BLOCK)
+    if start + BLOCK <= size:  # a whole block needs no mask that would forbid wide accesses
+        whole = tl.full((BLOCK,), True, dtype=tl.int1)
+        _update(
+            p_ptr, g_ptr, m_ptr, v_ptr, e1_ptr, e2_ptr, c_ptr, scalars_ptr, i, whole, SECOND, COPY
+        )
+    else:
+        part = i < size
+        _update(
+            p_ptr, g_ptr, m_ptr, v_ptr, e1_ptr, e2_ptr, c_ptr, scalars_ptr, i, part, SECOND, COPY
+        )
 
 
 @jit
@@ -172,18 +242,19 @@ def prepare_kernel(
 
 
 def grad_square_sum(grads: Sequence[Tensor]) -> Tensor:
-    """Sum of squares as float32 []: per-lane float32 sums, float64 from there on."""
-    counts = [min(triton.cdiv(grad.numel(), BLOCK), MAX_PARTIALS) for grad in grads]
-    partials_P = grads[0].new_empty(sum(counts), dtype=torch.float64)
-    first = 0
-    for grad, count in zip(grads, counts, strict=True):
-        if count:
-            square_kernel[(count,)](
-                grad, partials_P[first:], grad.numel(), BLOCK=BLOCK, num_warps=NUM_WARPS
-            )
-        first += count
-    total = grads[0].new_empty((), dtype=torch.float32)
-    square_total_kernel[(1,)](partials_P, total, first, BLOCK=BLOCK, num_warps=NUM_WARPS)
+    """Sum of squares as float32 []: per-lane float32 sums, float64 from there on. A list goes through foreach norms."""
+    if len(grads) > 1:
+        norms = torch._foreach_norm(list(grads), 2, dtype=torch.float32)  # pyright: ignore[reportPrivateImportUsage]
+        return torch.stack(norms).to(torch.float64).square().sum().to(torch.float32)
+    (grad,) = grads
+    num_partials = min(triton.cdiv(grad.numel(), BLOCK), MAX_PARTIALS)
+    partials_P = grad.new_empty(num_partials, dtype=torch.float64)
+    total = grad.new_empty((), dtype=torch.float32)
+    if num_partials:
+        square_kernel[(num_partials,)](
+            grad, partials_P, grad.numel(), BLOCK=BLOCK, num_warps=NUM_WARPS
+        )
+    square_total_kernel[(1,)](partials_P, total, num_partials, BLOCK=BLOCK, num_warps=NUM_WARPS)
     return total
 
 
@@ -221,7 +292,12 @@ def adamw_ema(
     copies: Sequence[Tensor],
     scalars: Tensor,
 ) -> None:
-    """One step in place, one launch per tensor; see op.adamw_ema."""
+    """One step in place; see op.adamw_ema."""
+    capturing = params[0].is_cuda and torch.cuda.is_current_stream_capturing()
+    if len(params) > 1 and not capturing:
+        streams = (params, grads, exp_avgs, exp_avg_sqs, emas, second_emas, copies)
+        _update_list(streams, scalars)
+        return
     for index, param in enumerate(params):
         if param.numel() == 0:
             continue
@@ -240,3 +316,31 @@ def adamw_ema(
             BLOCK=BLOCK,
             num_warps=NUM_WARPS,
         )
+
+
+def _update_list(streams: Sequence[Sequence[Tensor]], scalars: Tensor) -> None:
+    """One launch over a list of tensors. The upload of the table does not wait for the device."""
+    params, grads, *_, copies = streams
+    sizes = [param.numel() for param in params]
+    first = list(itertools.accumulate((triton.cdiv(size, BLOCK) for size in sizes), initial=0))
+    num_blocks = first.pop()
+    if num_blocks == 0:
+        return
+    addresses = [
+        [tensor.data_ptr() for tensor in stream] if stream else [0] * len(sizes)
+        for stream in streams
+    ]
+    table = torch.tensor([first, sizes, *addresses], dtype=torch.int64)
+    update_list_kernel[(num_blocks,)](
+        table.to(scalars.device, non_blocking=True),
+        params[0],
+        grads[0],
+        copies[0] if copies else params[0],
+        scalars,
+        len(sizes),
+        SECOND=bool(streams[5]),
+        COPY=bool(copies),
+        ALIGNED=all(address % 16 == 0 for each in addresses for address in each),
+        BLOCK=BLOCK,
+        num_warps=NUM_WARPS,
+    )

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import Tensor
-
 from speed_kernels import build
 from speed_kernels.noise.cpp_cpu import DTYPE_NUMBERS
+from torch import Tensor
 
 
 def unavailable() -> str | None:
@@ -18,8 +19,9 @@ def unavailable() -> str | None:
 
 
 @functools.cache
-def _function() -> ctypes._CFuncPtr:
-    function = build.load("loss.cpp").speed_loss
+def library_function(isa: str | None = None) -> Callable[..., Any]:
+    """The C function, for this processor's instruction set or the named one (AVX512, AVX2, DEFAULT)."""
+    function = build.load("loss.cpp", isa).speed_loss
     pointer, word, count = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
     real = ctypes.c_double
     function.argtypes = [pointer, word, pointer, word, *[pointer] * 6, *[count] * 4]
@@ -48,7 +50,7 @@ def loss(
     total = torch.empty((), dtype=torch.float32)
     losses_3B = torch.empty(3, batch, dtype=torch.float32)
     grad_out = torch.empty(out.shape, dtype=out.dtype)
-    bad_sample = _function()(
+    bad_sample = library_function()(
         out.data_ptr(),
         DTYPE_NUMBERS[out.dtype],
         x0.data_ptr(),

@@ -10,15 +10,16 @@ For sample b with row j of the step table, N elements, prediction f, noise eps (
 With a learned variance the network gives v as well: log variance = h LOGVAR_MAX + (1 - h) LOGVAR_MIN, h = (v + 1) / 2,
 and vb_b is the variational term in bits per element. In all rows but the first it is
 
-    KL(q(x_{t-1} | x_t, x0) || p) = (y - 1 + exp(-y) (1 + g^2 exp(-LOGVAR_MIN) error^2)) / 2,   y = log variance - LOGVAR_MIN
+    KL(q(x_{t-1} | x_t, x0) || p) = (y - 1 + exp(-y) (1 + g^2 exp(-LOGVAR_MIN) error^2)) / 2
 
-with g = MEAN_GAP_j, the true posterior mean less the model's being g * error. In row 0 it is the negative log likelihood
-of x0 in bins of width 2/255, with the tanh approximation of the normal distribution function and probabilities clamped
-at 1e-12. The mean is frozen there: the variational term has a gradient by v alone. This is the hybrid loss of
+with y = log variance - LOGVAR_MIN and g = MEAN_GAP_j: the true posterior mean less the model's is g * error. In row 0
+it is the negative log likelihood of x0 in bins of width 2/255, with the tanh approximation of the normal distribution
+function and probabilities clamped at 1e-12. The mean is frozen: vb has a gradient by v alone. This is the hybrid loss of
 A. Nichol and P. Dhariwal, "Improved denoising diffusion probabilistic models", 2021, equations 13 to 16.
 
-Tolerance, against float64, everything being computed in float32 with errors that do not grow with N: losses 2e-5
-relative (+ 1e-6 bits); gradients 2e-5 of the largest of the sample, 1e-3 for v in row 0, plus the rounding to out's dtype.
+Tolerance against float64 with everything computed in float32 and sums that do not lose accuracy with N: an error is
+within 2^-22 of |f| + |C x0| + |D eps|. From errors of a hundredth of that on: losses 2e-5 relative (+ 1e-6), gradients
+2e-5 of the sample's largest (1e-3 for v in row 0), plus the rounding to out's dtype.
 
 Shape legend: B samples, 3 losses (total, mse, vb), T rows of the table, 8 columns.
 """
@@ -29,11 +30,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
-
 from speed_kernels import contract
 from speed_kernels.noise.op import check_table
 from speed_kernels.noise.op import sample_inputs as noise_inputs
+from torch import Tensor
 
 
 def diffusion_loss(
@@ -60,8 +60,8 @@ def diffusion_loss(
     vb_scale    factor of the variational term; weight_vb: whether the row's weight applies to it as well
     grad_scale  factor of the sum over samples; default 1 / B, the batch's mean. With float16 put the loss scale here:
                 the gradient is rounded to out's dtype as soon as it is computed
-    unit_upstream  promise that `total.backward()` is called on the total itself, whose upstream gradient is 1; saves one
-                pass over the gradient
+    unit_upstream  promise that `backward()` is called on the total itself, whose upstream gradient is 1; saves a pass
+                over the gradient
     backend     triton, cpp or reference (`speed_kernels.contract.choose`)
 
     Differentiable once, by `out` through `total` alone. Raises ValueError on wrong arguments.
@@ -172,7 +172,9 @@ def _check(
             f"out is {out.dtype}, which the {backend} backend cannot take; cast it to float32, bfloat16 or float16"
         )
     if learned_variance and x0.dim() < 2:
-        raise ValueError("a learned variance needs a channel dimension; give x0 the shape [B, C, ...]")
+        raise ValueError(
+            "a learned variance needs a channel dimension; give x0 the shape [B, C, ...]"
+        )
     expected = list(x0.shape)
     if learned_variance:
         expected[1] *= 2

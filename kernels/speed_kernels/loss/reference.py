@@ -8,9 +8,8 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor
-
 from speed_kernels.noise.reference import column, epsilon
+from torch import Tensor
 
 _LN2 = math.log(2.0)
 
@@ -58,7 +57,7 @@ def loss(
 
 
 def divergence(gap: Tensor, log_var: Tensor, true_log_var: Tensor) -> tuple[Tensor, Tensor]:
-    """KL divergence in nats of N(mean + gap, exp(true_log_var)) from N(mean, exp(log_var)), and its slope by log_var."""
+    """KL(N(mean + gap, exp(true_log_var)) || N(mean, exp(log_var))) in nats, and its slope by log_var."""
     ratio = torch.exp(true_log_var - log_var) + gap**2 * torch.exp(-log_var)
     return 0.5 * (-1.0 + log_var - true_log_var + ratio), 0.5 * (1.0 - ratio)
 
@@ -73,9 +72,7 @@ def likelihood(x0: Tensor, centered: Tensor, log_var: Tensor) -> tuple[Tensor, T
     cdf_upper, density_upper = approximate_normal(upper)
     cdf_lower, density_lower = approximate_normal(lower)
     left, right = x0 < -0.999, x0 > 0.999
-    mass = torch.where(
-        left, cdf_upper, torch.where(right, 1.0 - cdf_lower, cdf_upper - cdf_lower)
-    )
+    mass = torch.where(left, cdf_upper, torch.where(right, 1.0 - cdf_lower, cdf_upper - cdf_lower))
     # The standardised bounds shrink by half of themselves per unit of log variance.
     d_upper, d_lower = -0.5 * upper * density_upper, -0.5 * lower * density_lower
     d_mass = torch.where(left, d_upper, torch.where(right, -d_lower, d_upper - d_lower))

@@ -8,18 +8,22 @@ four-byte fill that resets the ticket before it, can be captured in a CUDA graph
 Shape legend: E elements of a tile, B samples of the finish, C chunks of the finish.
 """
 
+# Triton's language is not Python: a jit function's constants and launch options are no parameters that pyright knows.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+# pyright: reportPossiblyUnbound=false, reportOperatorIssue=false
+
 from __future__ import annotations
 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from speed_kernels import philox
 from speed_kernels.noise import triton_gpu as noise_gpu
 from speed_kernels.noise.triton_gpu import normals_tile
+from torch import Tensor
 
 TILE = 1024
+ROW_0_TILE = tl.constexpr(512)
 NUM_WARPS = 4
 BITS_PER_NAT = tl.constexpr(1.4426950408889634)
 BINS = tl.constexpr(255.0)
@@ -31,11 +35,23 @@ def unavailable() -> str | None:
 
 
 @triton.jit
+def one_minus_exp_ratio(y):
+    """(1 - exp(-y)) / y for |y| <= 0.35: where the difference would cancel."""
+    p = 0.008370300754904747 - 0.0013888867106288671 * y
+    p = 0.04166717082262039 - p * y
+    p = 0.1666649430990219 - p * y
+    p = 0.4999999701976776 - p * y
+    return 1.0 - p * y
+
+
+@triton.jit
 def divergence(error, v, spread, gap_precision):
     """KL(true posterior || model) in nats and its slope by the model's log variance."""
     y = (v + 1.0) * (0.5 * spread)  # log variance above LOGVAR_MIN
-    t = tl.exp(-y) * (1.0 + gap_precision * (error * error))
-    return 0.5 * (y - 1.0 + t), 0.5 * (1.0 - t)
+    e = tl.exp(-y)
+    e_minus_1 = tl.where(tl.abs(y) < 0.34, -y * one_minus_exp_ratio(y), e - 1.0)
+    gap = e * (gap_precision * (error * error))
+    return 0.5 * ((y + e_minus_1) + gap), -0.5 * (e_minus_1 + gap)
 
 
 @triton.jit
@@ -47,38 +63,315 @@ def bounded(x, BOUND: tl.constexpr):
 
 @triton.jit
 def likelihood(error, x0, v, spread, log_var_min, mean_gap):
-    """-ln of the mass of x0's bin of width 2/255, and its slope by the log variance.
+    """-ln of the mass of x0's bin of width 2/255 in nats, and its slope by the log variance.
 
-    The distribution function is the logistic function of 2 sqrt(2/pi) (z + 0.044715 z^3); the mass is written so that it
-    keeps its relative accuracy in the tails.
+    The distribution function is the logistic function s of q(z) = 2 sqrt(2/pi) (z + 0.044715 z^3), and
+    s(a) - s(b) = s(a) s(-b) (1 - exp(b - a)) keeps its relative accuracy in the tails.
     """
     inverse_std = tl.exp(-0.5 * (log_var_min + (v + 1.0) * (0.5 * spread)))
     centre = mean_gap * error
     p = bounded(inverse_std * (centre + 1.0 / BINS), 100.0)
     m = bounded(inverse_std * (centre - 1.0 / BINS), 100.0)
-    upper = 1.5957691216057308 * p * (1.0 + 0.044715 * (p * p))
-    lower = 1.5957691216057308 * m * (1.0 + 0.044715 * (m * m))
-    width = 1.5957691216057308 * (2.0 / BINS) * inverse_std
-    width = width * (1.0 + 0.044715 * (p * p + p * m + m * m))
-    d_upper = -0.7978845608028654 * p * (1.0 + 0.134145 * (p * p))
-    d_lower = -0.7978845608028654 * m * (1.0 + 0.134145 * (m * m))
-    e_upper = tl.exp(-bounded(upper, 60.0))
-    e_lower = tl.exp(-bounded(lower, 60.0))
+    e_upper = tl.exp(-bounded(1.5957691216057308 * p * (1.0 + 0.044715 * (p * p)), 60.0))
+    e_lower = tl.exp(-bounded(1.5957691216057308 * m * (1.0 + 0.044715 * (m * m)), 60.0))
     cdf_upper = 1.0 / (1.0 + e_upper)
-    sf_lower = e_lower / (1.0 + e_lower)
-    d_left = cdf_upper * cdf_upper * e_upper * d_upper
-    d_right = -(sf_lower / (1.0 + e_lower)) * d_lower
-    # The difference of the two distribution functions, from the side on which both are small.
-    flip = upper + lower < 0.0
-    e_near = tl.exp(-bounded(tl.where(flip, -upper, lower), 60.0))
-    e_far = tl.exp(-bounded(tl.where(flip, -lower, upper), 60.0))
-    series = 0.041667170822620392 - 0.008370300754904747 * width
-    series = 0.1666649430990219 - width * (series - 0.0013888867106288671 * (-width * width * 0.0))
-    one_minus = 1.0 - tl.exp(-width)
-    inside = (e_near / (1.0 + e_near)) * one_minus / (1.0 + e_far)
+    cdf_lower = 1.0 / (1.0 + e_lower)
+    squares = 0.044715 * (p * p + p * m + m * m)
+    width = (1.5957691216057308 * 2.0 / BINS) * inverse_std
+    d_width = -0.5 * width * (1.0 + 3.0 * squares)
+    width = width * (1.0 + squares)
+    # 1 - exp(-width)
+    e_width = tl.exp(-width)
+    inside = tl.where(width < 0.34, width * one_minus_exp_ratio(width), 1.0 - e_width)
+
     left = x0 < -0.999
     right = x0 > 0.999
-    mass = tl.where(left, cdf_upper, tl.where(right, sf_lower, inside))
-    d_mass = tl.where(left, d_left, tl.where(right, d_right, d_left + d_right))
+    mass_upper = tl.where(right, 1.0, cdf_upper)
+    mass_lower = tl.where(left, 1.0, e_lower * cdf_lower)
+    mass = mass_upper * mass_lower * tl.where(left | right, 1.0, inside)
+    # Derivatives of ln mass: of s(a), of s(-b) and of the difference.
+    d_upper = e_upper * cdf_upper * (-0.7978845608028654 * p * (1.0 + 0.134145 * (p * p)))
+    d_lower = cdf_lower * (0.7978845608028654 * m * (1.0 + 0.134145 * (m * m)))
+    slope = tl.where(right, 0.0, d_upper) + tl.where(left, 0.0, d_lower)
+    slope += tl.where(left | right, 0.0, d_width * e_width / inside)
     clamped = tl.where(mass < 1e-12, 1e-12, mass)
-    return -tl.log(clamped), tl.where(mass < 1e-12, 0.0, -d_mass / clamped)
+    return -tl.log(clamped), tl.where(mass < 1e-12, 0.0, -slope)
+
+
+@triton.jit
+def run_tiles(
+    first,
+    num_tiles,
+    slot,
+    step,
+    key0,
+    key1,
+    num_elements,
+    x0_ptr,
+    out_ptr,
+    grad_ptr,
+    target_x0,
+    target_eps,
+    mse_gradient,
+    spread,
+    log_var_min,
+    mean_gap,
+    vb_gradient,
+    LEARNED: tl.constexpr,
+    ROW_0: tl.constexpr,
+    TILE: tl.constexpr,
+    RUN: tl.constexpr,
+):
+    """Gradients of `num_tiles` tiles of one sample from element `first` on, and their sums of squares and of nats."""
+    square_K = tl.zeros([TILE // RUN], tl.float32)
+    bound_K = tl.zeros([TILE // RUN], tl.float32)
+    gap_precision = mean_gap * mean_gap * tl.exp(-log_var_min)
+    for tile in range(num_tiles):
+        start = first + tile * TILE
+        offset_E = start + tl.arange(0, TILE)
+        mask_E = offset_E < num_elements
+        x0_E = tl.load(x0_ptr + offset_E, mask_E, 0.0).to(tl.float32)
+        f_E = tl.load(out_ptr + offset_E, mask_E, 0.0).to(tl.float32)
+        if LEARNED:
+            v_E = tl.load(out_ptr + num_elements + offset_E, mask_E, 0.0).to(tl.float32)
+        eps_E = normals_tile((start // 4).to(tl.uint32), slot, step, key0, key1, TILE, RUN)
+        error_E = tl.where(mask_E, f_E - (target_x0 * x0_E + target_eps * eps_E), 0.0)
+        square_K += tl.sum(tl.reshape(error_E * error_E, [TILE // RUN, RUN]), axis=1)
+        grad_E = (mse_gradient * error_E).to(grad_ptr.dtype.element_ty)
+        tl.store(grad_ptr + offset_E, grad_E, mask_E)
+        if LEARNED:
+            if ROW_0:
+                nats_E, slope_E = likelihood(error_E, x0_E, v_E, spread, log_var_min, mean_gap)
+            else:
+                nats_E, slope_E = divergence(error_E, v_E, spread, gap_precision)
+            nats_E = tl.where(mask_E, nats_E, 0.0)
+            bound_K += tl.sum(tl.reshape(nats_E, [TILE // RUN, RUN]), axis=1)
+            grad_v_E = (vb_gradient * slope_E).to(grad_ptr.dtype.element_ty)
+            tl.store(grad_ptr + num_elements + offset_E, grad_v_E, mask_E)
+    return tl.sum(square_K, axis=0), tl.sum(bound_K, axis=0)
+
+
+@triton.jit
+def finish(
+    partial_ptr,
+    row_ptr,
+    rows_ptr,
+    total_ptr,
+    losses_ptr,
+    batch,
+    num_rows,
+    num_chunks,
+    inverse_elements,
+    vb_scale,
+    grad_scale,
+    LEARNED: tl.constexpr,
+    WEIGHT_VB: tl.constexpr,
+    FINISH_B: tl.constexpr,
+    FINISH_C: tl.constexpr,
+):
+    """Losses of all samples and their total from the partial sums [2, num_chunks, batch], in a fixed order."""
+    total = 0.0
+    num_partials = num_chunks.to(tl.int64) * batch
+    for first in range(0, batch, FINISH_B):
+        b_B = first + tl.arange(0, FINISH_B)
+        in_B = b_B < batch
+        square_CB = tl.zeros([FINISH_C, FINISH_B], tl.float32)
+        bound_CB = tl.zeros([FINISH_C, FINISH_B], tl.float32)
+        for chunk in range(0, num_chunks, FINISH_C):
+            c_C = chunk + tl.arange(0, FINISH_C)
+            mask_CB = (c_C < num_chunks)[:, None] & in_B[None, :]
+            offset_CB = c_C[:, None].to(tl.int64) * batch + b_B[None, :]
+            # Written by other processors: read past this one's first-level cache.
+            square_CB += tl.load(partial_ptr + offset_CB, mask_CB, 0.0, cache_modifier=".cg")
+            if LEARNED:
+                at_CB = num_partials + offset_CB
+                bound_CB += tl.load(partial_ptr + at_CB, mask_CB, 0.0, cache_modifier=".cg")
+        row_B = tl.load(row_ptr + b_B, mask=in_B, other=0)
+        valid_B = in_B & (row_B >= 0) & (row_B < num_rows)
+        weight_B = tl.load(rows_ptr + row_B * 8 + 4, mask=valid_B, other=float("nan"))
+        mse_B = tl.sum(square_CB, axis=0) * inverse_elements
+        vb_B = tl.sum(bound_CB, axis=0) * (inverse_elements * BITS_PER_NAT)
+        loss_B = weight_B * mse_B
+        if LEARNED:
+            if WEIGHT_VB:
+                loss_B += vb_scale * weight_B * vb_B
+            else:
+                loss_B += vb_scale * vb_B
+        tl.store(losses_ptr + b_B, loss_B, mask=in_B)
+        tl.store(losses_ptr + batch + b_B, mse_B, mask=in_B)
+        tl.store(losses_ptr + 2 * batch + b_B, vb_B, mask=in_B)
+        total += tl.sum(tl.where(in_B, loss_B, 0.0), axis=0)
+    tl.store(total_ptr, total * grad_scale)
+
+
+@triton.jit(do_not_specialize=["key0", "key1", "num_rows", "batch", "num_chunks", "num_tiles"])
+def loss_kernel(
+    out_ptr,
+    x0_ptr,
+    row_ptr,
+    rows_ptr,
+    address_ptr,
+    grad_ptr,
+    partial_ptr,
+    ticket_ptr,
+    total_ptr,
+    losses_ptr,
+    num_elements,
+    num_rows,
+    key0,
+    key1,
+    batch,
+    num_chunks,
+    num_tiles,
+    inverse_elements,
+    vb_scale,
+    grad_scale,
+    LEARNED: tl.constexpr,
+    WEIGHT_VB: tl.constexpr,
+    TILE: tl.constexpr,
+    RUN: tl.constexpr,
+    WIDE: tl.constexpr,
+    FINISH_B: tl.constexpr,
+    FINISH_C: tl.constexpr,
+):
+    """Program b * num_chunks + chunk: `num_tiles` tiles of sample b. WIDE: a sample has 2^31 elements or more."""
+    chunk = tl.program_id(0) % num_chunks
+    b = (tl.program_id(0) // num_chunks).to(tl.int64)
+    key0 = key0.to(tl.uint32, bitcast=True)
+    key1 = key1.to(tl.uint32, bitcast=True)
+    step = tl.load(address_ptr).to(tl.uint32)
+    slot = (tl.load(address_ptr + 1) + b).to(tl.uint32)
+    row = tl.load(row_ptr + b)
+    # A row that the table does not have gives losses and gradients that are not a number.
+    valid = (row >= 0) & (row < num_rows)
+    columns_ptr = rows_ptr + row * 8
+    target_x0 = tl.load(columns_ptr + 2, mask=valid, other=float("nan"))
+    target_eps = tl.load(columns_ptr + 3, mask=valid, other=float("nan"))
+    weight = tl.load(columns_ptr + 4, mask=valid, other=float("nan"))
+    mse_gradient = 2.0 * grad_scale * inverse_elements * weight
+    if LEARNED:
+        log_var_min = tl.load(columns_ptr + 5, mask=valid, other=float("nan"))
+        spread = tl.load(columns_ptr + 6, mask=valid, other=float("nan")) - log_var_min
+        mean_gap = tl.load(columns_ptr + 7, mask=valid, other=float("nan"))
+        vb_gradient = grad_scale * vb_scale * inverse_elements * BITS_PER_NAT * 0.5 * spread
+        if WEIGHT_VB:
+            vb_gradient = vb_gradient * weight
+        out_sample = b * 2 * num_elements
+    else:
+        spread, log_var_min, mean_gap, vb_gradient = 0.0, 0.0, 0.0, 0.0
+        out_sample = b * num_elements
+
+    first = chunk * (num_tiles * TILE)
+    if WIDE:
+        first = chunk.to(tl.int64) * (num_tiles * TILE)
+    if LEARNED and row == 0:
+        # Smaller tiles: the likelihood needs more registers than all the rest.
+        square, bound = run_tiles(
+            first, num_tiles * (TILE // ROW_0_TILE), slot, step, key0, key1, num_elements,
+            x0_ptr + b * num_elements, out_ptr + out_sample, grad_ptr + out_sample,
+            target_x0, target_eps, mse_gradient, spread, log_var_min, mean_gap, vb_gradient,
+            LEARNED, True, ROW_0_TILE, 4,
+        )  # fmt: skip
+    else:
+        square, bound = run_tiles(
+            first, num_tiles, slot, step, key0, key1, num_elements,
+            x0_ptr + b * num_elements, out_ptr + out_sample, grad_ptr + out_sample,
+            target_x0, target_eps, mse_gradient, spread, log_var_min, mean_gap, vb_gradient,
+            LEARNED, False, TILE, RUN,
+        )  # fmt: skip
+
+    partial = chunk.to(tl.int64) * batch + b
+    tl.store(partial_ptr + partial, square)
+    if LEARNED:
+        num_partials = num_chunks.to(tl.int64) * batch
+        tl.store(partial_ptr + num_partials + partial, bound)
+    # All of this program's stores precede its ticket, and all tickets precede the last one's reads.
+    tl.debug_barrier()
+    ticket = tl.atomic_add(ticket_ptr, 1, sem="acq_rel")
+    if ticket == tl.num_programs(0) - 1:
+        finish(
+            partial_ptr,
+            row_ptr,
+            rows_ptr,
+            total_ptr,
+            losses_ptr,
+            batch,
+            num_rows,
+            num_chunks,
+            inverse_elements,
+            vb_scale,
+            grad_scale,
+            LEARNED,
+            WEIGHT_VB,
+            FINISH_B,
+            FINISH_C,
+        )
+
+
+def loss(
+    out: Tensor,
+    x0: Tensor,
+    row_B: Tensor,
+    rows_T8: Tensor,
+    address_2: Tensor,
+    seed: int,
+    learned_variance: bool,
+    vb_scale: float,
+    weight_vb: bool,
+    grad_scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `speed_kernels.loss.op`. One launch, after a fill of the ticket."""
+    out, x0, row_B, rows_T8, address_2 = (
+        tensor.contiguous() for tensor in (out, x0, row_B, rows_T8, address_2)
+    )
+    batch, device = x0.shape[0], x0.device
+    grad_out = torch.empty(out.shape, dtype=out.dtype, device=device)
+    losses_3B = torch.empty(3, batch, dtype=torch.float32, device=device)
+    if x0.numel() == 0:
+        mean_of_nothing = 0.0 if batch == 0 else float("nan")
+        return (
+            out.new_full((), mean_of_nothing, dtype=torch.float32),
+            losses_3B.fill_(mean_of_nothing),
+            grad_out,
+        )
+    total = torch.empty((), dtype=torch.float32, device=device)
+    num_elements = x0.numel() // batch
+    num_tiles = noise_gpu.tiles_per_program(batch, num_elements, device)
+    num_chunks = triton.cdiv(num_elements, num_tiles * TILE)
+    partial = torch.empty(2 * num_chunks * batch, dtype=torch.float32, device=device)
+    ticket = torch.zeros((), dtype=torch.int32, device=device)
+    key0, key1 = philox.key_of(seed)
+    finish_chunks = min(32, triton.next_power_of_2(num_chunks))
+    with torch.cuda.device_of(x0):
+        loss_kernel[(batch * num_chunks,)](
+            out,
+            x0,
+            row_B,
+            rows_T8,
+            address_2,
+            grad_out,
+            partial,
+            ticket,
+            total,
+            losses_3B,
+            num_elements,
+            rows_T8.shape[0],
+            noise_gpu.signed_word(key0),
+            noise_gpu.signed_word(key1),
+            batch,
+            num_chunks,
+            num_tiles,
+            1.0 / num_elements,
+            float(vb_scale),
+            float(grad_scale),
+            LEARNED=learned_variance,
+            WEIGHT_VB=weight_vb,
+            TILE=TILE,
+            RUN=noise_gpu.run_length(out, x0),
+            WIDE=num_elements >= 2**31 - 8 * TILE,
+            FINISH_B=1024 // finish_chunks,
+            FINISH_C=finish_chunks,
+            num_warps=NUM_WARPS,
+            enable_fp_fusion=True,
+        )
+    return total, losses_3B, grad_out

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import Tensor
-
 from speed_kernels import build, philox
+from torch import Tensor
 
 # The numbers of csrc/elements.h.
 DTYPE_NUMBERS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -20,8 +21,9 @@ def unavailable() -> str | None:
 
 
 @functools.cache
-def _function() -> ctypes._CFuncPtr:
-    function = build.load("noise.cpp").speed_noise
+def library_function(isa: str | None = None) -> Callable[..., Any]:
+    """The C function, for this processor's instruction set or the named one (AVX512, AVX2, DEFAULT)."""
+    function = build.load("noise.cpp", isa).speed_noise
     pointer, word, count = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
     function.argtypes = [pointer, word, pointer, word, *[pointer] * 6, *[count] * 6]
     function.restype = None
@@ -47,7 +49,7 @@ def noise(
     x_t = torch.empty(x0.shape, dtype=dtype)
     row_B = torch.empty(batch, dtype=torch.int64)
     tau_B = torch.empty(batch, dtype=torch.float32)
-    _function()(
+    library_function()(
         x0.data_ptr(),
         DTYPE_NUMBERS[x0.dtype],
         x_t.data_ptr(),

@@ -21,9 +21,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
-
 from speed_kernels import contract, philox
+from torch import Tensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # float64 as well on the reference
 
@@ -76,9 +75,7 @@ def noise_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check(x0, cdf_T, rows_T8, tau_T, address_2, seed, num_slots, dtype, backend)
     module = contract.implementation("noise", backend)
-    return module.noise(
-        x0, cdf_T, rows_T8, tau_T, address_2, seed, num_slots, stratified, dtype
-    )
+    return module.noise(x0, cdf_T, rows_T8, tau_T, address_2, seed, num_slots, stratified, dtype)
 
 
 @noise_op.register_fake

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
-
 from speed_kernels import philox
+from torch import Tensor
 
 
 def unavailable() -> str | None:

@@ -7,14 +7,17 @@ access. Nothing is read on the host: step and slot come from `address_2`, so a l
 Shape legend: K lanes of a program, E elements of a tile, F fan-out of the row search.
 """
 
+# Triton's language is not Python: a jit function's constants and launch options are no parameters that pyright knows.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+# pyright: reportPossiblyUnbound=false, reportOperatorIssue=false
+
 from __future__ import annotations
 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from speed_kernels import philox
+from torch import Tensor
 
 TILE = 1024  # elements that a program handles at a time
 NUM_WARPS = 4
@@ -138,7 +141,7 @@ def draw_row(
     STRATIFIED: tl.constexpr,
     FANOUT: tl.constexpr,
 ):
-    """The row of the sample at `slot` (int64): integers only, as `speed_kernels.philox.row_draw`. FANOUT^2 >= num_rows."""
+    """The row of the sample at `slot` (int64), as `speed_kernels.philox.row_draw`. FANOUT^2 >= num_rows."""
     slot_word = slot.to(tl.uint32)
     zero = slot_word ^ slot_word
     v, _, _, _ = philox4x32(zero, slot_word, step, zero + STREAM_T, key0, key1)
@@ -158,7 +161,9 @@ def draw_row(
     return tl.minimum(segment + tl.sum((tails <= u).to(tl.int32), axis=0), num_rows - 1)
 
 
-@triton.jit(do_not_specialize=["key0", "key1", "num_slots", "stride", "num_rows", "num_tiles"])
+@triton.jit(
+    do_not_specialize=["key0", "key1", "num_slots", "stride", "num_rows", "num_chunks", "num_tiles"]
+)
 def noise_kernel(
     x0_ptr,
     x_t_ptr,
@@ -174,6 +179,7 @@ def noise_kernel(
     key1,
     num_slots,
     stride,
+    num_chunks,
     num_tiles,
     STRATIFIED: tl.constexpr,
     FANOUT: tl.constexpr,
@@ -181,27 +187,26 @@ def noise_kernel(
     RUN: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """Program (chunk, b): `num_tiles` tiles of sample b. WIDE: a sample has 2^31 elements or more."""
-    b = tl.program_id(1).to(tl.int64)
+    """Program b * num_chunks + chunk: `num_tiles` tiles of sample b. WIDE: a sample has 2^31 elements or more."""
+    chunk = tl.program_id(0) % num_chunks
+    b = (tl.program_id(0) // num_chunks).to(tl.int64)
     key0 = key0.to(tl.uint32, bitcast=True)
     key1 = key1.to(tl.uint32, bitcast=True)
     step = tl.load(address_ptr).to(tl.uint32)
     slot = tl.load(address_ptr + 1) + b
-    row = draw_row(
-        cdf_ptr, num_rows, slot, step, key0, key1, num_slots, stride, STRATIFIED, FANOUT
-    )
-    if tl.program_id(0) == 0:
+    row = draw_row(cdf_ptr, num_rows, slot, step, key0, key1, num_slots, stride, STRATIFIED, FANOUT)
+    if chunk == 0:
         tl.store(row_out_ptr + b, row.to(tl.int64))
         tl.store(tau_out_ptr + b, tl.load(tau_ptr + row))
     scale = tl.load(rows_ptr + row * 8)
     sigma = tl.load(rows_ptr + row * 8 + 1)
 
-    chunk = tl.program_id(0)
+    first_tile = chunk * num_tiles
     if WIDE:
-        chunk = chunk.to(tl.int64)
+        first_tile = first_tile.to(tl.int64)
     sample = b * num_elements
     for tile in range(num_tiles):
-        start = (chunk * num_tiles + tile) * TILE
+        start = (first_tile + tile) * TILE
         offset_E = start + tl.arange(0, TILE)
         mask_E = offset_E < num_elements
         x0_E = tl.load(x0_ptr + sample + offset_E, mask=mask_E, other=0.0).to(tl.float32)
@@ -266,9 +271,9 @@ def noise(
     num_tiles = tiles_per_program(batch, num_elements, x0.device)
     key0, key1 = philox.key_of(seed)
     # A sample without elements still draws its row.
-    grid = (max(1, triton.cdiv(num_elements, num_tiles * TILE)), batch)
+    num_chunks = max(1, triton.cdiv(num_elements, num_tiles * TILE))
     with torch.cuda.device_of(x0):
-        noise_kernel[grid](
+        noise_kernel[(batch * num_chunks,)](
             x0,
             x_t,
             cdf_T,
@@ -283,6 +288,7 @@ def noise(
             signed_word(key1),
             num_slots,
             philox.stratum_stride(num_slots),
+            num_chunks,
             num_tiles,
             STRATIFIED=stratified,
             FANOUT=fanout(num_rows),

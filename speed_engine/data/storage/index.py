@@ -90,15 +90,14 @@ def compose(
         for what in ("dtype", "stored_shape", "flipped"):
             if getattr(other, what) != getattr(first, what):
                 raise DataError(
-                    f"{other.shard.name} has {what} {getattr(other, what)}, but {first.shard.name} "
-                    "has "
-                    f"{getattr(first, what)}; put them into folders of their own"
+                    f"{other.shard.name} has {what} {getattr(other, what)}, but "
+                    f"{first.shard.name} has {getattr(first, what)}; put them into folders of "
+                    "their own"
                 )
         if bool(other.num_labels) != bool(first.num_labels):
             raise DataError(
                 f"one of {first.shard.name} and {other.shard.name} has labels and the other has "
-                "none; "
-                "put them into folders of their own"
+                "none; put them into folders of their own"
             )
     labelled = bool(first.num_labels)
     worst = max(scanned, key=lambda s: s.max_label)
@@ -107,8 +106,7 @@ def compose(
     if labelled and worst.max_label >= num_classes:
         raise DataError(
             f"{worst.shard.name} holds the label {worst.max_label}, but there are {num_classes} "
-            "classes; "
-            "correct the labels or give --num-classes"
+            "classes; correct the labels or give --num-classes"
         )
     if not labelled and num_classes:
         raise DataError(
@@ -127,8 +125,7 @@ def compose(
     if scale is None or not math.isfinite(scale) or scale <= 0:
         raise DataError(
             "the scale of these latents is unknown; give --scale (0.18215 for Stable Diffusion's "
-            "VAE, 1 for latents "
-            "that are scaled already)"
+            "VAE, 1 for latents that are scaled already)"
         )
     shift = shift or 0.0
     channels, height, width = first.stored_shape
@@ -233,8 +230,8 @@ def load_entries(folder: Path, index: Index, shard: Shard) -> np.ndarray:
         size = path.stat().st_size
     except OSError as error:
         raise DataError(
-            f"{error.filename} cannot be read ({error.strerror}); restore it, or rebuild the index "
-            f"with `{REINDEX}`"
+            f"{error.filename} cannot be read ({error.strerror}); restore it, or rebuild the "
+            f"index with `{REINDEX}`"
         ) from None
     if hashlib.sha256(content).hexdigest() != shard.entries_sha256:
         raise DataError(
@@ -260,8 +257,7 @@ def load_entries(folder: Path, index: Index, shard: Shard) -> np.ndarray:
         )
         raise DataError(
             f"{path} has {size} bytes instead of {shard.bytes} ({which}); restore it, or, if it "
-            "was changed on "
-            f"purpose, rebuild the index with `{REINDEX}`"
+            f"was changed on purpose, rebuild the index with `{REINDEX}`"
         )
     columns = [entries["offset"]] + ([entries["flipped"]] if index.flipped else [])
     inside = (entries["start"] >= 0) & (stop <= size)
@@ -271,9 +267,9 @@ def load_entries(folder: Path, index: Index, shard: Shard) -> np.ndarray:
     inside &= (entries["label"] >= low) & (entries["label"] < max(index.num_classes, low + 1))
     if not inside.all():
         raise DataError(
-            f"{shard.name}, sample {np.flatnonzero(~inside)[0]}: its index entry points outside of "
-            "the shard or its "
-            f"label is not below {index.num_classes}; rebuild the index with `{REINDEX}`"
+            f"{shard.name}, sample {np.flatnonzero(~inside)[0]}: its index entry points outside "
+            f"of the shard or its label is not below {index.num_classes}; rebuild the index with "
+            f"`{REINDEX}`"
         )
     return entries
 
@@ -301,8 +297,8 @@ def verify(folder: Path) -> list[str]:
                 digest.update(region)
                 if zlib.crc32(region) != entry["crc32"]:
                     faults.append(
-                        f"{shard.name}, sample {sample}: damaged (its CRC32 does not fit); restore "
-                        "the shard"
+                        f"{shard.name}, sample {sample}: damaged (its CRC32 does not fit); "
+                        "restore the shard"
                     )
             digest.update(file.read())
         if not faults and digest.hexdigest() != shard.sha256:

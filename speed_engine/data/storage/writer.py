@@ -10,6 +10,7 @@ file that imports webdataset.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -112,8 +113,11 @@ class SetWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._file is not None:
-            self._file.close()
+        with contextlib.suppress(OSError):  # an unfinished shard is thrown away in any case
+            if self._tar is not None:
+                self._tar.close()
+            if self._file is not None:
+                self._file.close()
         assert self._lock is not None
         self._lock.close()
 
@@ -183,15 +187,15 @@ class SetWriter:
             raise DataError(
                 f"{self.out} is not empty and is not the same set; give another --out or remove it"
             )
-        if not (self.partial / PLAN).exists():  # killed before it could even begin, or never begun
+        if not self._same_plan(self.partial) and not (self.partial / PROGRESS).exists():
+            # Never begun, or stopped before the first shard was whole: nothing is lost.
             shutil.rmtree(self.partial, ignore_errors=True)
             self.partial.mkdir()
             write_file(self.partial / PLAN, (json.dumps(self.plan, indent=1) + "\n").encode())
         elif not self._same_plan(self.partial):
             raise DataError(
                 f"{self.partial} holds an interrupted run with other images or settings; repeat "
-                "that command to "
-                "finish it, or remove the folder"
+                "that command to finish it, or remove the folder"
             )
         elif (self.partial / index_file.INDEX).exists():  # killed between the index and the rename
             self.finished = index_file.load(self.partial)
