@@ -18,6 +18,10 @@ from benchmarks.gate_numerics import noise_inputs, require
 from benchmarks.gpu_counts import refuse_waiting
 
 GIB = 2**30
+# Just beyond 2^31 elements, at odd sizes: a batch, one sample, one flat buffer.
+BATCH, SAMPLE = 33, (1, 2**13 + 1, 2**13 - 1)
+WIDE_SAMPLE = 2**31 + 4100
+WIDE_BUFFER = 2**31 + 4099
 
 
 def diffusion_step(
@@ -54,7 +58,7 @@ def diffusion_step(
     return run
 
 
-def make_optimizer(device: torch.device) -> AdamWEMA:
+def make_optimizer(device: torch.device, backend: str) -> AdamWEMA:
     """Guard, clipping and two EMAs over three tensors with fixed gradients."""
     generator = torch.Generator(device).manual_seed(4)
     params = [
@@ -62,9 +66,7 @@ def make_optimizer(device: torch.device) -> AdamWEMA:
     ]
     for param in params:
         param.grad = torch.randn(param.shape, device=device, generator=generator)
-    return AdamWEMA(
-        params, 1e-3, clip_norm=1.0, ema=(Ema("warmup"), Ema("power")), backend="triton"
-    )
+    return AdamWEMA(params, 1e-3, clip_norm=1.0, ema=(Ema("warmup"), Ema("power")), backend=backend)
 
 
 def optimizer_tensors(optimizer: AdamWEMA) -> list[Tensor]:
@@ -82,7 +84,7 @@ def optimizer_tensors(optimizer: AdamWEMA) -> list[Tensor]:
 def nothing_waits(device: torch.device, backend: str) -> str:
     """All three ops and the optimizer run where torch forbids every host synchronisation."""
     step = diffusion_step(device, backend, torch.zeros(2, dtype=torch.int64, device=device))
-    optimizer = make_optimizer(device)
+    optimizer = make_optimizer(device, backend)
     for call in (step, optimizer.step):
         call()  # compiles, and uploads the optimizer's numbers
         refuse_waiting(call)
@@ -102,7 +104,7 @@ def graphs(device: torch.device, backend: str) -> str:
             ("x_t", "rows", "total", "losses", "gradient"), replayed, expected, strict=True
         ):
             require(torch.equal(found, value), f"graphs: {name} of the replayed step differs")
-    optimizer, twin = make_optimizer(device), make_optimizer(device)
+    optimizer, twin = make_optimizer(device, backend), make_optimizer(device, backend)
     _, captured_update = captured(optimizer.step)
     for _ in range(3):  # the calls before the capture were steps, too
         twin.step()
@@ -141,10 +143,10 @@ def many_samples(device: torch.device, backend: str) -> str:
     why_not = room(22, device)
     if why_not:
         return f"skipped: {why_not}"
-    batch, shape = 33, (1, 2**13 + 1, 2**13 - 1)  # 33 * (2^26 - 1) elements, an odd number
-    inputs = noise_inputs((1, *shape), device, 1000, 0)
+    batch = BATCH
+    inputs = noise_inputs((1, *SAMPLE), device, 1000, 0)
     last = inputs["x0"].bfloat16()
-    x0 = torch.zeros(batch, *shape, dtype=torch.bfloat16, device=device)
+    x0 = torch.zeros(batch, *SAMPLE, dtype=torch.bfloat16, device=device)
     x0[-1] = last[0]
     whole = dict(inputs) | {"x0": x0}
     alone = dict(inputs) | {
@@ -171,7 +173,7 @@ def one_wide_sample(device: torch.device, backend: str) -> str:
     why_not = room(12, device)
     if why_not:
         return f"skipped: {why_not}"
-    num, tail = 2**31 + 4100, 4096
+    num, tail = WIDE_SAMPLE, 4096
     inputs = noise_inputs((1, 1), device, 1, 0)
     inputs["x0"] = torch.zeros(1, num, dtype=torch.bfloat16, device=device)
     inputs["rows_T8"] = torch.tensor([[0.0, 1.0, 0, 1, 1, 0, 0, 0]], device=device)
@@ -195,7 +197,7 @@ def wide_update(device: torch.device, backend: str) -> str:
     why_not = room(50, device)
     if why_not:
         return f"skipped: {why_not}"
-    num, tail = 2**31 + 4099, 5000
+    num, tail = WIDE_BUFFER, 5000
     names = ("params", "exp_avgs", "exp_avg_sqs", "emas")
     tensors = {name: [torch.full((num,), 0.5, device=device)] for name in names}
     grads = [torch.full((num,), 0.25, dtype=torch.bfloat16, device=device)]

@@ -51,6 +51,14 @@ VENDORS = {
 _PATH = re.compile(r"(?<![\w.<])(?:/[\w.@+-]+){2,}/?|\b[A-Za-z]:\\[^\s'\"]+")
 
 
+EXPLANATION = """\
+Times are wall clock from an idle device to an idle device, the providers of a case alternating round by round in
+one process. A ratio is the median over the rounds of rival / ours (quartiles in brackets); above 1, ours is faster.
+Floor is the time of the least traffic (every input read once, every output written once) at the bandwidth of a large
+copy in the same rounds, over the measured time. GPU time is one call in a CUDA graph with a cold L2 cache, without
+the host's share."""
+
+
 @dataclass(frozen=True)
 class Target:
     """What the README promises of a column of our row, on the cases whose name matches."""
@@ -211,16 +219,7 @@ def page(result: Mapping[str, Any]) -> str:
             "",
         ]
     lines += table(("condition", "value"), result["conditions"].items())
-    lines += [
-        "Times are wall clock from an idle device to an idle device, the providers of a case alternating round by"
-    ]
-    lines += [
-        "round in one process; a ratio is the median over the rounds of rival / ours (quartiles in brackets), above 1"
-    ]
-    lines += [
-        "= ours is faster. Floor = least traffic at the bandwidth of a large copy in the same rounds / time.",
-        "",
-    ]
+    lines += [EXPLANATION, ""]
     if gate:
         count = sum(each["status"] == "green" for each in gate)
         lines += ["## Correctness gate", "", f"{count} of {len(gate)} checks green, none red.", ""]

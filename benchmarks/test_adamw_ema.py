@@ -127,9 +127,7 @@ def measure_size(size: Size, settings: Settings) -> Measured:
     return measure(case, builders, settings, conditions(settings.device))
 
 
-def _fastest(
-    problem: Problem, form: Form, settings: Settings
-) -> Callable[[Problem], Stepper]:
+def _fastest(problem: Problem, form: Form, settings: Settings) -> Callable[[Problem], Stepper]:
     """torch.compile in the mode that a short trial finds fastest."""
     modes = rivals.COMPILE_MODES[form]
     steppers: dict[str, Stepper] = {}

@@ -13,7 +13,7 @@ import importlib.util
 import pkgutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import yaml
 from pydantic import (
@@ -27,7 +27,10 @@ from pydantic import (
 )
 
 # A section whose type is decided by its `kind` at run time.
-Kind = Any if TYPE_CHECKING else SerializeAsAny[BaseModel]
+if TYPE_CHECKING:
+    Kind: TypeAlias = Any
+else:
+    Kind = SerializeAsAny[BaseModel]
 PRESETS = Path(__file__).parent / "presets"
 # Section -> the package whose files are its kinds.
 KINDS = {

@@ -50,7 +50,16 @@ def gather(folder: Path, started: float | None) -> dict[str, Any]:
 
 
 def _score_facts(score: dict[str, Any]) -> dict[str, Any]:
-    return score
+    """The headline numbers of a score; each Frechet distance needs its floor beside it."""
+    frechet, agreement = score["frechet"], score.get("class_agreement")
+    facts = {
+        "samples": score["num_samples"],
+        "class_agreement": agreement["agreement"] if agreement else None,
+        "frechet_distance": frechet["distance"],
+        "frechet_floor": frechet["same_size"]["mean"],
+        "frechet_floor_std": frechet["same_size"]["std"],
+    }
+    return facts
 
 
 def _read(path: Path) -> str:

@@ -132,7 +132,7 @@ class DeepSpeedEngine:
                 result[name] = whole(parameter).detach().float().cpu().clone()
         return result if self.processes.first else None
 
-    def _whole(self, ema: bool) -> Callable[[nn.Parameter], torch.Tensor]:
+    def _whole(self, ema: bool) -> Callable[[nn.Parameter], Any]:
         """The function parameter -> its whole float32 weights or EMA, assembled from all processes.
 
         Collective: every process must ask for the same parameters in the same order.

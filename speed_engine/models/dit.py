@@ -279,7 +279,8 @@ class DiT(nn.Module):
             given = "no labels" if labels_B is None else "labels"
             raise ValueError(f"a model with num_classes {self.num_classes} was given {given}")
 
-        dtype = self.x_embedder.proj.weight.dtype  # DeepSpeed's bf16 leaves buffers in fp32
+        # The weights' dtype, not the buffers': DeepSpeed's bf16 leaves those in fp32.
+        dtype = self.x_embedder.get_parameter("proj.weight").dtype
         c_BD = self.t_embedder(tau_B, dtype)
         if self.y_embedder is not None:
             c_BD = c_BD + self.y_embedder(labels_B)

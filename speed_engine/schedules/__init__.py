@@ -106,6 +106,12 @@ class Schedule:
         """The density over the rows that is uniform in the coordinate; float64 [T], sums to one."""
         return self.measure / self.measure.sum()
 
+    @property
+    def share_edges(self) -> Tensor:
+        """The edges of the rows' cells as shares of the coordinate's range; float64 [T+1], 0 to 1."""
+        sums = torch.cat([torch.zeros(1, dtype=torch.float64), self.measure.cumsum(0)])
+        return sums / sums[-1]
+
     def first_row(self, r: float) -> int:
         """First row with 1 / alpha_bar >= r: where the convergence area of magnitude r begins (r >
         1).
@@ -134,7 +140,7 @@ class Schedule:
         edges = torch.cat([start[None], start + self.measure.cumsum(0)])
         mass = torch.cat([torch.zeros(1, dtype=torch.float64), density.double().cumsum(0)])
         levels = torch.arange(2 * self.num_rows + 1, dtype=torch.float64) / (2 * self.num_rows)
-        points = _interpolate(levels * mass[-1], mass, edges)
+        points = interpolate(levels * mass[-1], mass, edges)
         return on_curve(
             self.kind, self.curve, points[1::2], points[2::2] - points[:-2:2], self.sigma_data
         )
@@ -253,7 +259,7 @@ def _discrete(kind: str, alpha_bar: Tensor, betas: Tensor) -> Schedule:
     )
 
 
-def _interpolate(x: Tensor, x_known: Tensor, y_known: Tensor) -> Tensor:
+def interpolate(x: Tensor, x_known: Tensor, y_known: Tensor) -> Tensor:
     """Piecewise linear y(x); `x_known` non-decreasing."""
     right = torch.searchsorted(x_known, x).clamp(1, x_known.numel() - 1)
     x0, x1 = x_known[right - 1], x_known[right]

@@ -77,7 +77,7 @@ def test_a_cache_that_cannot_be_written_is_named(
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     with pytest.raises(
-        build.BuildError, match="cannot write the kernel cache .*set XDG_CACHE_HOME"
+        build.BuildError, match=r"cannot write the kernel cache .*set XDG_CACHE_HOME"
     ):
         build.load("answer.cpp")
 

@@ -66,7 +66,7 @@ def test_strict_is_content_with_an_op_that_has_only_the_reference(only) -> None:
 def test_an_explicit_backend_must_run(only) -> None:
     only(triton=None, cpp="no C++ compiler", reference=None)
     assert choose("noise", "cpu", "reference").reason == "asked for"
-    with pytest.raises(BackendError, match="kernels.backend=cpp: noise cannot use it: no C"):
+    with pytest.raises(BackendError, match=r"kernels.backend=cpp: noise cannot use it: no C"):
         choose("noise", "cpu", "cpp")
 
 

@@ -65,7 +65,8 @@ def test_agrees_with_the_reference(backend: str, device: str, case: int) -> None
     args = list(sample_inputs())[case]
     x0, dtype = args[0], args[8]
     x_t, row_B, tau_B = noise_op(*to(device, *args[:-1], backend))
-    exact, exact_row_B, exact_tau_B = reference.noise(x0, *args[1:8], torch.float64)
+    exact_args: list[Any] = [*args[:8], torch.float64]
+    exact, exact_row_B, exact_tau_B = reference.noise(*exact_args)
     assert torch.equal(row_B.cpu(), exact_row_B) and torch.equal(tau_B.cpu(), exact_tau_B)
     assert x_t.dtype == dtype and x_t.shape == x0.shape and x_t.is_contiguous()
     eps = reference.epsilon(x0, args[4], args[5])
@@ -84,10 +85,9 @@ def test_noise_is_accurate_relative_to_its_own_size(backend: str, device: str) -
     address = torch.tensor(
         [2**33 + 3, 2**32 - 2]
     )  # step and slots beyond 32 bits wrap alike everywhere
-    args = (torch.zeros(shape), cdf, rows, tau, address)
-    options = {"seed": 2**63 - 1, "num_slots": 2**31 - 1, "stratified": False}
-    got = noise(*to(device, *args), **options, backend=backend)[0].cpu().double()
-    exact = reference.noise(*args, *options.values(), torch.float64)[0]
+    args = (torch.zeros(shape), cdf, rows, tau, address, 2**63 - 1, 2**31 - 1, False)
+    got = noise_op(*to(device, *args), torch.float32, backend)[0].cpu().double()
+    exact = reference.noise(*args, torch.float64)[0]
     error = ((got - exact) / exact).abs().max().item()
     assert error < 5 * 2.0**-23, f"relative error {error / 2.0**-23:.1f} units in the last place"
 
@@ -314,7 +314,8 @@ def test_addresses_of_64_bits() -> None:
     cdf, rows, tau = table()
     x0, address = batch((2, 1500)), torch.tensor([5, 0])
     x_t, row_B, tau_B = torch.empty_like(x0), torch.empty(2, dtype=torch.int64), torch.empty(2)
-    triton_gpu.noise_kernel[(4,)](
+    kernel: Any = triton_gpu.noise_kernel[(4,)]
+    kernel(
         x0, x_t, cdf, rows, tau, address, row_B, tau_B, 1500, 100, 77, 0, 64, philox.stratum_stride(64), 2, 1,
         STRATIFIED=True, FANOUT=16, TILE=1024, RUN=4, WIDE=True,
     )  # fmt: skip
@@ -324,7 +325,7 @@ def test_addresses_of_64_bits() -> None:
 
 @pytest.mark.skipif(INTERPRETING, reason="is already running")
 def test_triton_in_the_interpreter() -> None:
-    """This file again with Triton's kernels interpreted on the CPU: a process of its own, since Triton decides at import."""
+    """This file again, with Triton's kernels interpreted on the CPU; Triton decides that when it is imported."""
     pytest.importorskip("triton")
     answer = subprocess.run(
         [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", str(Path(__file__))],

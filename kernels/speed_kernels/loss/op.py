@@ -14,7 +14,7 @@ and vb_b is the variational term in bits per element. In all rows but the first 
 
 with y = log variance - LOGVAR_MIN and g = MEAN_GAP_j: the true posterior mean less the model's is g * error. In row 0
 it is the negative log likelihood of x0 in bins of width 2/255, with the tanh approximation of the normal distribution
-function and probabilities clamped at 1e-12. The mean is frozen: vb has a gradient by v alone. This is the hybrid loss of
+function and probabilities clamped at 1e-12. The mean is frozen: vb has a gradient by v alone. The hybrid loss of
 A. Nichol and P. Dhariwal, "Improved denoising diffusion probabilistic models", 2021, equations 13 to 16.
 
 Tolerance against float64 with everything computed in float32 and sums that do not lose accuracy with N: an error is

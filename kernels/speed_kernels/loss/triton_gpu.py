@@ -10,7 +10,7 @@ Shape legend: E elements of a tile, B samples of the finish, C chunks of the fin
 
 # Triton's language is not Python: a jit function's constants and launch options are no parameters that pyright knows.
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
-# pyright: reportPossiblyUnbound=false, reportOperatorIssue=false
+# pyright: reportPossiblyUnboundVariable=false, reportOperatorIssue=false
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from speed_kernels import philox
 from speed_kernels.noise import triton_gpu as noise_gpu
-from speed_kernels.noise.triton_gpu import normals_tile
+from speed_kernels.noise.triton_philox import normals_tile
 from torch import Tensor
 
 TILE = 1024

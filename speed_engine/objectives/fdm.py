@@ -1,0 +1,50 @@
+"""Fast Diffusion Model on EDM (Wu et al. 2023): the input scale of a critically damped oscillator,
+and a weight warm-up.
+
+c_in is replaced by s = (1 + m B) exp(-m B), B = beta_min t' + beta_d t'^2 / 2, t' = (sigma -
+sigma_lo) / (sigma_hi - sigma_lo); everything else of EDM stays. The loss weight on the error of D
+is held below a ceiling growing from 5 to 500 over `clamp_steps`.
+
+Under EDM's own noise levels s differs from 1 by more than 5 % for 0.16 % of the samples (m = 2), so
+in effect this is "EDM with c_in = 1 and a weight warm-up" (84 % of the samples are clamped at the
+start). The two can be ablated: `input_scale: unit` and `clamp_steps: 0`. Defaults of the released
+code: m = 2, ceiling over 400 steps (200 for CIFAR-10, 800 for FFHQ).
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+
+from speed_engine.objectives import Objective
+from speed_engine.objectives.edm import preconditioned_target
+from speed_engine.schedules import Schedule
+
+
+class Config(BaseModel):
+    """`objective.kind: fdm`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    kind: Literal["fdm"] = "fdm"
+    multiplier: float = Field(2.0, gt=0, description="m, the strength of the momentum")
+    beta_min: float = Field(0.1, ge=0)
+    beta_d: float = Field(19.9, ge=0)
+    input_scale: Literal["momentum", "unit", "edm"] = Field(
+        "momentum", description="momentum: FDM's s; unit: 1; edm: EDM's c_in"
+    )
+    clamp_steps: int = Field(400, ge=0, description="length of the weight warm-up; 0 = none")
+
+
+def build(config: Config, schedule: Schedule) -> Objective:
+    """Raises ValueError on a schedule with a row of zero SNR."""
+    sigma, target_x0, target_eps = preconditioned_target(schedule)
+    time = (sigma - sigma.min()) / (sigma.max() - sigma.min())
+    b = config.multiplier * (config.beta_min * time + config.beta_d * time.square() / 2)
+    scale = {
+        "momentum": (1 + b) * torch.exp(-b),
+        "unit": torch.ones_like(b),
+        "edm": 1 / (sigma.square() + schedule.sigma_data**2).sqrt(),
+    }[config.input_scale]
+    return Objective("fdm", target_x0, target_eps, scale / schedule.alpha, config.clamp_steps)

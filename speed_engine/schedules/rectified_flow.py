@@ -1,0 +1,31 @@
+"""Rectified flow x = (1 - t) x0 + t eps in continuous time (Liu et al. 2023; Esser et al. 2024 for
+the shift).
+
+u = t^2 / (t^2 + (1 - t)^2) rises fastest at t = 1/2 (rate 2) and reaches 1 - 1/r at sqrt(r-1) / (1
++ sqrt(r-1)). `shift` s moves the times towards noise for large images, t' = s t / (1 + (s - 1) t);
+densities over t are before the shift.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from speed_engine.schedules import NUM_CELLS, Schedule, cells, flow_curve, on_curve
+
+
+class Config(BaseModel):
+    """`schedule.kind: rectified_flow`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    kind: Literal["rectified_flow"] = "rectified_flow"
+    shift: float = Field(1.0, gt=0, description="resolution shift; 3 for SD3 at 1024 pixels")
+    time_scale: float = Field(1000.0, gt=0, description="the network is told time_scale * t'")
+    num_cells: int = Field(NUM_CELLS, ge=16, le=2**20, description="rows of the table")
+
+
+def build(config: Config) -> Schedule:
+    """Rows at the middles of equal cells of t."""
+    curve = flow_curve(config.shift, config.time_scale)
+    return on_curve("rectified_flow", curve, *cells(0.0, 1.0, config.num_cells))
