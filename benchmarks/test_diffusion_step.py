@@ -33,7 +33,7 @@ from benchmarks.harness import (
 pytestmark = pytest.mark.timeout(1800)
 
 PROVIDERS = ("reference", "eager", "compile", "ours")
-GATE_SHAPE = (6, 3, 9, 7)  # besides the timed shape: odd, both halves of every branch
+GATE_SHAPE = (24, 3, 9, 7)  # besides the timed shape: odd sizes
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,10 @@
     tell the network tau_j         target = C_j x0 + D_j eps
                                    loss   = W_j || f(x_t, tau_j) - target ||^2
 
-The schedule fills A, B and tau, the objective C and D, the time-step method the density and W.
-Everything is computed on the host in float64; `to(device)` makes the packed tensors that the
-kernels read. Usable without the engine:
-
-    table = StepTable.from_alphas_cumprod(scheduler.alphas_cumprod, timesteps="speed").to("cuda")
-    loss = diffusion_loss(model, x0, table, step=step, seed=0)
+The schedule fills A, B and tau, the objective C and D, the time-step method the density and W. It
+is built on the host in float64; `to(device)` moves it to where the kernels read it. Methods that
+change while training runs rewrite the density and W in place: `start` once, `observe` after every
+micro-batch, `refresh` after every step; all of them do nothing for others.
 """
 
 from __future__ import annotations
@@ -17,27 +15,34 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from pydantic import BaseModel
 from torch import Tensor
 
-from speed_engine.objectives import Objective
-from speed_engine.schedules import Schedule, from_alphas_cumprod, from_betas
-from speed_engine.timesteps import Method, MethodConfig
-
-COLUMNS = ("A", "B", "C", "D", "W", "LOGVAR_MIN", "LOGVAR_MAX", "MEAN_GAP")
-W = COLUMNS.index("W")
+from speed_engine.objectives import Objective, W, default, pack, weight_ceiling
+from speed_engine.schedules import (
+    Schedule,
+    from_alphas_cumprod,
+    from_flow,
+    from_sigmas,
+)
+from speed_engine.timesteps import Method, MethodConfig, integer_cdf, parse
+from speed_engine.timesteps.online import Facts
+from speed_engine.timesteps.online.buffer import AllReduce
+from speed_engine.timesteps.online.policy import Policy
+from speed_engine.timesteps.online.session import Session
 
 
 @dataclass
 class StepTable:
-    """A recipe over T rows: float64 columns on the host, packed tensors on one device.
+    """A recipe over T rows.
 
-    `density` sums to one; `weight` belongs to the objective's own target. cdf_T int64, rows_T8
-    float32 (columns A, B, C, D, W, LOGVAR_MIN, LOGVAR_MAX, MEAN_GAP) and tau_T float32 are what the
-    kernels see.
+    `density` (sums to one) and `weight` (on the objective's own target) are float64 [T]; cdf_T
+    int64, rows_T8 float32 (A, B, C, D, W, LOGVAR_MIN, LOGVAR_MAX, MEAN_GAP) and tau_T float32 are
+    what the kernels see. All five are on one device and are written in place when the method
+    changes; schedule, objective and method stay on the host.
     """
 
     schedule: Schedule
@@ -50,20 +55,42 @@ class StepTable:
     cdf_T: Tensor
     rows_T8: Tensor
     tau_T: Tensor
+    session: Session | None = None  # the running state of a method that changes
 
     @property
     def num_rows(self) -> int:
         """T, or the number of cells in continuous time."""
         return self.schedule.num_rows
 
+    @property
+    def device(self) -> torch.device:
+        """Where the kernels read the table."""
+        return self.rows_T8.device
+
+    @property
+    def changes(self) -> bool:
+        """Whether the method rewrites the table while training runs."""
+        return any(part.online is not None for part in self.method.factors)
+
+    @property
+    def policy(self) -> Policy | None:
+        """The part that draws rows by looking at the samples, if the method has one."""
+        online = (part.online for part in self.method.factors)
+        return next((part for part in online if isinstance(part, Policy)), None)
+
     def to(self, device: torch.device | str) -> StepTable:
-        """The same table with its packed tensors on `device`."""
+        """The same recipe with its tensors on `device`; to be called before `start`."""
+        assert self.session is None
         return replace(
             self,
+            density=self.density.to(device),
+            weight=self.weight.to(device),
             cdf_T=self.cdf_T.to(device),
             rows_T8=self.rows_T8.to(device),
             tau_T=self.tau_T.to(device),
         )
+
+    # ---------------------------------------------------------------- the two ops
 
     def noise(
         self,
@@ -80,8 +107,12 @@ class StepTable:
         float32).
 
         address_2: int64 (step, global slot of x0's first sample) on x0's device; `num_slots` is the
-        global batch.
+        global batch. A method whose draw depends on the sample (`adaptive`) ignores `stratified`.
         """
+        if self.policy is not None:
+            word_B = _words(address_2, x0.shape[0], seed)
+            row_B = self.policy.draw(x0, word_B)
+            return self.noise_at(x0, row_B, address_2, seed=seed, dtype=dtype, backend=backend)
         from speed_kernels.noise.op import noise
 
         return noise(
@@ -96,6 +127,42 @@ class StepTable:
             dtype=dtype,
             backend=_backend("noise", x0, backend),
         )
+
+    def noise_at(
+        self,
+        x0: Tensor,
+        row_B: Tensor,
+        address_2: Tensor,
+        *,
+        seed: int,
+        dtype: torch.dtype | None = None,
+        backend: str = "auto",
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As `noise`, at rows that somebody else chose (int64 [B]).
+
+        The kernel draws by comparing a random word of the sample with a CDF. That word is known (it
+        is a function of the address), so a table of B rows whose CDF is made of the sorted words
+        gives every sample exactly its own row. Two equal words, once in 2^33 / B^2 batches, share
+        one sample's row; the rows used are returned.
+        """
+        from speed_kernels.noise.op import noise
+
+        ordered_B, order_B = _words(address_2, row_B.shape[0], seed).sort()
+        end = torch.full((1,), 2**32, dtype=torch.int64, device=row_B.device)
+        chosen_B = row_B[order_B]
+        x_t, rank_B, tau_B = noise(
+            x0,
+            torch.cat([ordered_B[1:], end]),
+            self.rows_T8[chosen_B],
+            self.tau_T[chosen_B],
+            address_2,
+            seed=seed,
+            num_slots=2**31 - 1,
+            stratified=False,
+            dtype=dtype,
+            backend=_backend("noise", x0, backend),
+        )
+        return x_t, chosen_B[rank_B], tau_B
 
     def loss(
         self,
@@ -114,7 +181,6 @@ class StepTable:
         variational term in bits).
 
         `grad_scale` defaults to 1 / B, the mean. The noise is regenerated from the address.
-        `unit_upstream` promises that backward is called on this very total: saves a pass.
         """
         from speed_kernels.loss.op import diffusion_loss as op
 
@@ -133,42 +199,130 @@ class StepTable:
             backend=_backend("loss", x0, backend),
         )
 
+    # ---------------------------------------------------------------- for foreign training loops
+
     @staticmethod
     def from_alphas_cumprod(
         alphas_cumprod: Tensor,
-        timesteps: str | MethodConfig = "speed",
+        timesteps: str | dict[str, Any] | MethodConfig = "speed",
         objective: str = "epsilon",
         learned_variance: bool = False,
     ) -> StepTable:
-        """The table of a foreign training loop with discrete time: [T], falling, e.g. diffusers'
-        scheduler.alphas_cumprod.
+        """The table of discrete time: [T], falling, e.g. diffusers' `scheduler.alphas_cumprod`.
 
-        float32 input costs relative accuracy 1e-3 at the first steps; give `from_betas` float64
-        betas where that matters.
+        float32 input costs relative accuracy 1e-3 at the first steps; float64 does not.
         """
         schedule = from_alphas_cumprod(alphas_cumprod)
-        return assemble(
-            schedule, _config("objectives", objective), _method(timesteps), learned_variance
-        )
+        return assemble(schedule, default(objective), parse(timesteps), learned_variance)
 
     @staticmethod
-    def from_betas(
-        betas: Tensor,
-        timesteps: str | MethodConfig = "speed",
-        objective: str = "epsilon",
-        learned_variance: bool = False,
+    def from_sigmas(
+        sigmas: Tensor,
+        timesteps: str | dict[str, Any] | MethodConfig = "uniform",
+        objective: str = "edm",
+        sigma_data: float = 0.5,
     ) -> StepTable:
-        """As `from_alphas_cumprod`, from the betas."""
-        schedule = from_betas("betas", torch.as_tensor(betas).detach().cpu())
-        return assemble(
-            schedule, _config("objectives", objective), _method(timesteps), learned_variance
-        )
+        """The table of x_t = x0 + sigma eps at the given noise levels ([T], positive, any order).
+
+        The network is told ln(sigma) / 4.
+        """
+        schedule = from_sigmas(sigmas, sigma_data)
+        return assemble(schedule, default(objective), parse(timesteps), False)
+
+    @staticmethod
+    def from_flow(
+        times: Tensor | None = None,
+        timesteps: str | dict[str, Any] | MethodConfig = "logit_normal",
+        objective: str = "flow",
+        time_scale: float = 1000.0,
+    ) -> StepTable:
+        """The table of rectified flow, x_t = (1 - t) x0 + t eps, target eps - x0.
+
+        `times` are a discrete scheduler's t in (0, 1] ([T], e.g. diffusers' scheduler.sigmas
+        without its final 0), None is continuous time. The network is told time_scale * t.
+        """
+        schedule = from_flow(times, time_scale)
+        return assemble(schedule, default(objective), parse(timesteps), False)
+
+    # ---------------------------------------------------------------- changing while training runs
+
+    def start(self, num_slots: int, shape: tuple[int, ...] = ()) -> None:
+        """Allocate the state of a method that changes, on the table's device; nothing for others.
+
+        `num_slots` is the global batch, `shape` a sample's shape (only `adaptive` looks at it).
+        """
+        if self.changes:
+            gain = self.objective.gain(self.schedule)
+            eps_gain = self.schedule.alpha / self.schedule.sigma
+            owns = [part.own_weight(gain, eps_gain) for part in self.method.factors]
+            fixed = (self.weight, gain, eps_gain, self.schedule.log_snr, self.schedule.measure)
+            facts = []
+            for part, own in zip(self.method.factors, owns, strict=True):
+                columns = (part.density, own, *fixed)
+                facts.append(Facts(*(column.to(self.device) for column in columns)))
+            kind = getattr(self.timesteps, "kind", "?")
+            parts = [part.online for part in self.method.factors]
+            self.session = Session(kind, parts, facts, num_slots, shape)
+        self._install(step=0)
+
+    def observe(self, address_2: Tensor, row_B: Tensor, losses_3B: Tensor) -> None:
+        """Note a micro-batch's losses: address_2, row_B as `noise` had them, losses_3B from `loss`."""
+        if self.session is not None:
+            self.session.observe(address_2, row_B, losses_3B)
+
+    def refresh(self, step: int, all_reduce: AllReduce | None = None) -> None:
+        """Bring the columns up to date after `step` finished steps; a no-op unless something is
+        due.
+
+        At most one `all_reduce` (a sum over the ranks, in place). Raises ValueError where a method
+        that learns from losses was never told any.
+        """
+        changed = self.session is not None and self.session.refresh(step, all_reduce)
+        if changed or 0 < step <= self.objective.clamp_steps:
+            self._install(step)
+
+    def state_dict(self, all_reduce: AllReduce | None = None) -> dict[str, Tensor]:
+        """What a resumed run needs, on the host, equal on every rank; empty for fixed methods.
+
+        Every rank has to call it: half an interval's observations are summed over the ranks.
+        """
+        return {} if self.session is None else self.session.state_dict(all_reduce)
+
+    def load_state_dict(self, state: dict[str, Tensor], step: int) -> None:
+        """Continue after `step` finished steps from what `state_dict` gave; to be called after
+        `start`.
+
+        Raises ValueError where the state belongs to another method or another batch.
+        """
+        if self.session is not None:
+            self.session.load_state_dict(state)
+        elif state:
+            raise ValueError(
+                "the saved run had a method that changes, this one is fixed; keep timesteps"
+            )
+        self._install(step)
+
+    def _install(self, step: int) -> None:
+        """Write the present columns into the tensors that the kernels read. Device work only."""
+        if self.session is not None:
+            density, weight = self.session.columns()
+            if self.timesteps.normalise:
+                weight = weight / (density * weight).sum()
+            self.density.copy_(density)
+            self.weight.copy_(weight)
+            self.cdf_T.copy_(integer_cdf(density))
+        weight = self.weight
+        ceiling = weight_ceiling(step, self.objective.clamp_steps)
+        if ceiling is not None:
+            gain = self.objective.gain(self.schedule).square().to(self.device)
+            weight = (weight * gain).clamp(max=ceiling) / gain
+        self.rows_T8[:, W] = weight.float()
 
 
 def build_step_table(
     schedule_config: BaseModel,
     objective_config: BaseModel,
-    timesteps_config: MethodConfig,
+    timesteps_config: BaseModel,
     learned_variance: bool = False,
 ) -> StepTable:
     """The table of three configurations (instances of the `Config` of a file in schedules,
@@ -183,171 +337,56 @@ def build_step_table(
 def assemble(
     schedule: Schedule,
     objective_config: BaseModel,
-    timesteps_config: MethodConfig,
+    timesteps_config: BaseModel,
     learned_variance: bool,
 ) -> StepTable:
     """The table on a schedule that already exists."""
+    assert isinstance(timesteps_config, MethodConfig)
     build_method = _build(timesteps_config)
     method: Method = build_method(timesteps_config, schedule)
-    if schedule.continuous:
+    if schedule.continuous and all(part.online is None for part in method.factors):
         # One row a cell of equal mass: the CDF becomes a straight line and the rows are exact.
         schedule = schedule.equal_mass(method.density)
-        method = replace(
-            build_method(timesteps_config, schedule),
-            density=torch.full_like(method.density, 1 / schedule.num_rows),
-        )
+        uniform = torch.full_like(method.density, 1 / schedule.num_rows)
+        method = replace(build_method(timesteps_config, schedule), density=uniform)
     if learned_variance and schedule.betas is None:
         raise ValueError(
             f"learned_variance needs a discrete schedule and {schedule.kind} is continuous; "
             "turn it off"
         )
     objective: Objective = _build(objective_config)(objective_config, schedule)
-    weight = _own_weight(schedule, objective, method)
+    gain, eps_gain = objective.gain(schedule), schedule.alpha / schedule.sigma
+    weights = [part.own_weight(gain, eps_gain) for part in method.factors]
+    weight = torch.stack(weights).prod(dim=0)
     if timesteps_config.normalise:
         weight = weight / (method.density * weight).sum()
-    return StepTable(
+    table = StepTable(
         schedule=schedule,
         objective=objective,
         method=method,
         timesteps=timesteps_config,
         learned_variance=learned_variance,
-        density=method.density,
+        density=method.density.clone(),
         weight=weight,
         cdf_T=integer_cdf(method.density),
-        rows_T8=_pack(schedule, objective, weight),
+        rows_T8=pack(schedule, objective, weight),
         tau_T=schedule.tau.float(),
     )
-
-
-def integer_cdf(density_T: Tensor) -> Tensor:
-    """cdf[j] = round(2^32 * sum_{i<=j} density_i) as int64 [T], the last exactly 2^32; on the
-    density's device, no sync.
-
-    Every row with a positive density keeps at least one of the 2^32 units, a row of density zero
-    has none. The sums are over integers, so every device and every rank gets the same table.
-    """
-    units = (density_T.double() / density_T.double().sum() * 2**52).round().long()
-    cumulative = units.cumsum(0)
-    cdf = (cumulative.double() / cumulative[-1].double() * 2**32).round().long()
-    positive = (density_T > 0).long().cumsum(0)
-    # Strictly rising over the positive rows: raise what rounding merged, then make room at the end.
-    cdf = (cdf - positive).clamp_min(0).cummax(0).values + positive
-    return torch.minimum(cdf, 2**32 - (positive[-1] - positive))
-
-
-def diffusion_loss(
-    model: Callable[..., Any],
-    x0: Tensor,
-    table: StepTable,
-    *,
-    step: int,
-    seed: int,
-    labels: Tensor | None = None,
-    model_kwargs: dict[str, Any] | None = None,
-    first_slot: int | None = None,
-    num_slots: int | None = None,
-    stratified: bool = True,
-    backend: str = "auto",
-) -> Tensor:
-    """The training loss of one batch, a scalar to call backward on: draw, noise, predict, compare.
-
-    `model(x_t, tau_B[, labels], **model_kwargs)` returns a tensor like x0 (two times its channels
-    with learned variance) or an object with such a `.sample`. `step` and `seed` decide every random
-    number: count the step up. `first_slot` and `num_slots` place this batch in the global batch; by
-    default the ranks of torch.distributed follow each other.
-    """
-    batch = x0.shape[0]
-    if first_slot is None or num_slots is None:
-        spread = torch.distributed.is_available() and torch.distributed.is_initialized()
-        rank = torch.distributed.get_rank() if spread else 0
-        first_slot = rank * batch
-        num_slots = batch * (torch.distributed.get_world_size() if spread else 1)
-    address_2 = torch.empty(2, dtype=torch.int64, device=x0.device)
-    address_2[0].fill_(
-        step
-    )  # fill_ takes the number as a kernel argument: no copy from the host, no wait
-    address_2[1].fill_(first_slot)
-    x_t, row_B, tau_B = table.noise(
-        x0, address_2, seed=seed, num_slots=num_slots, stratified=stratified, backend=backend
-    )
-    arguments = (x_t, tau_B) if labels is None else (x_t, tau_B, labels)
-    out = model(*arguments, **(model_kwargs or {}))
-    out = out if isinstance(out, Tensor) else out.sample
-    total, _ = table.loss(out, x0, row_B, address_2, seed=seed, backend=backend)
-    return total
-
-
-def _own_weight(schedule: Schedule, objective: Objective, method: Method) -> Tensor:
-    """The method's weight restated for the objective's own target (Objective.gain); float64 [T]."""
-    weight = method.weight
-    if method.weight_in == "eps":
-        eps_gain = schedule.alpha / schedule.sigma
-        weight = weight * eps_gain.square() / objective.gain(schedule).square()
-    elif method.weight_in == "x0":
-        weight = weight / objective.gain(schedule).square()
-    if not torch.isfinite(weight).all() or (weight < 0).any():
-        raise ValueError(
-            f"the weights of this time-step method are not finite on schedule {schedule.kind} with "
-            f"objective {objective.kind}; use another objective"
-        )
-    return weight
-
-
-def _pack(schedule: Schedule, objective: Objective, weight: Tensor) -> Tensor:
-    """rows_T8, float32: computed in float64, rounded once."""
-    zero = torch.zeros_like(weight)
-    log_min, log_max, gap = zero, zero, zero
-    if schedule.betas is not None:
-        betas, alpha_bar = schedule.betas, schedule.alpha.square()
-        previous = torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar[:-1]])
-        # q(x_{t-1} | x_t, x0): the variance at row 0 is 0 and takes its neighbour's (improved
-        # DDPM).
-        variance = betas * (1 - previous) / (1 - alpha_bar)
-        variance = torch.cat([variance[1:2], variance[1:]])
-        log_min, log_max = variance.log(), betas.log()
-        x0_factor = betas * previous.sqrt() / (1 - alpha_bar)
-        gap = -x0_factor / objective.gain(schedule)
-    scale = objective.input_scale
-    columns = (
-        schedule.alpha * scale,
-        schedule.sigma * scale,
-        objective.target_x0,
-        objective.target_eps,
-    )
-    return torch.stack([*columns, weight, log_min, log_max, gap], dim=1).float().contiguous()
+    table._install(step=0)
+    return table
 
 
 def _build(config: BaseModel) -> Callable[..., Any]:
-    """The `build` of the file that defines this configuration's class: also for files outside the
-    repository.
-    """
+    """The `build` of the file that defines this configuration's class: also for files elsewhere."""
     return importlib.import_module(type(config).__module__).build
 
 
-def _config(folder: str, kind: str) -> BaseModel:
-    """The default configuration of `kind` in one of the three folders. Raises ValueError that lists
-    what exists.
-    """
-    package = importlib.import_module(f"speed_engine.{folder}")
-    if kind not in package.names():
-        raise ValueError(
-            f"{folder} has no {kind!r}; it has: {', '.join(package.names())}"
-            + _near(kind, package.names())
-        )
-    return importlib.import_module(f"speed_engine.{folder}.{kind}").Config()
+def _words(address_2: Tensor, batch: int, seed: int) -> Tensor:
+    """The 32-bit words by which an independent draw chooses rows; int64 [B]."""
+    from speed_kernels import philox
 
-
-def _near(word: str, known: list[str]) -> str:
-    import difflib
-
-    matches = difflib.get_close_matches(word, known, n=1)
-    return f"; did you mean {matches[0]!r}?" if matches else ""
-
-
-def _method(timesteps: str | MethodConfig) -> MethodConfig:
-    if isinstance(timesteps, str):
-        return cast(MethodConfig, _config("timesteps", timesteps))
-    return timesteps
+    slot_B = address_2[1] + torch.arange(batch, device=address_2.device)
+    return philox.uniform_draw(seed, address_2[0], slot_B, 1, stratified=False)
 
 
 def _backend(op: str, x: Tensor, backend: str) -> str:

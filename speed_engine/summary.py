@@ -55,9 +55,10 @@ def _score_facts(score: dict[str, Any]) -> dict[str, Any]:
     facts = {
         "samples": score["num_samples"],
         "class_agreement": agreement["agreement"] if agreement else None,
-        "frechet_distance": frechet["distance"],
-        "frechet_floor": frechet["same_size"]["mean"],
-        "frechet_floor_std": frechet["same_size"]["std"],
+        "frechet_distance": frechet["same_size"]["mean"],
+        "frechet_floor": frechet["floor"]["mean"],  # as many real scans in the samples' place
+        "frechet_floor_std": frechet["floor"]["std"],
+        "nearest_scan_ratio": score["memorisation"]["ratio"],  # below 1: samples copy scans
     }
     return facts
 

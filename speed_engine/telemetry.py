@@ -113,6 +113,8 @@ class Journal:
             if self.bar is not None:
                 self.bar.stop()
             self.file.close()
+            for _, close in self.boards:
+                close()
 
     def say(self, text: str) -> None:
         """A line for the person who watches."""
@@ -130,8 +132,9 @@ class Journal:
             return
         self.file.write(json.dumps(line) + "\n")
         self.file.flush()
-        for board in self.boards:
-            board({k: v for k, v in line.items() if isinstance(v, (int, float))}, line["step"])
+        scalars = {k: v for k, v in line.items() if isinstance(v, (int, float))}
+        for show, _ in self.boards:
+            show(scalars, line["step"])
         text = f"loss {line['loss']:.4f}  {line['images_per_s']:.0f} images/s"
         if line.get("mfu"):
             text += f"  MFU {100 * line['mfu']:.1f} %"
@@ -168,8 +171,8 @@ def _bar(console: Any, first_step: int, num_steps: int) -> Any:
     return bar
 
 
-def _boards(run: Path, tensorboard: bool, wandb: bool) -> list[Any]:
-    """Functions (scalars, step) for the services asked for. Raises ValueError if one is missing."""
+def _boards(run: Path, tensorboard: bool, wandb: bool) -> list[tuple[Any, Any]]:
+    """(show(scalars, step), close()) of the services asked for. Raises ValueError if one is missing."""
     boards = []
     if tensorboard:
         try:
@@ -181,16 +184,15 @@ def _boards(run: Path, tensorboard: bool, wandb: bool) -> list[Any]:
         def to_tensorboard(scalars: dict[str, float], step: int) -> None:
             for name, value in scalars.items():
                 writer.add_scalar(name, value, step)
-            writer.flush()
 
-        boards.append(to_tensorboard)
+        boards.append((to_tensorboard, writer.close))
     if wandb:
         try:
             import wandb as service
         except ImportError as error:
             raise ValueError("log.wandb=true needs: pip install wandb") from error
         session = service.init(dir=str(run), name=run.name)
-        boards.append(lambda scalars, step: session.log(scalars, step=step))
+        boards.append((lambda scalars, step: session.log(scalars, step=step), session.finish))
     return boards
 
 

@@ -1,11 +1,11 @@
 """The loss op as one Triton kernel on CUDA GPUs (A100, H100, H200, B200).
 
 A program takes a run of one sample's elements: it makes the noise again, writes the gradient and keeps two partial
-sums. The program that finishes last (a ticket counter, the only atomic) adds all partial sums in a fixed order, so that
-the result is the same in every run whichever program is last. Nothing is read on the host; the launch, and the
-four-byte fill that resets the ticket before it, can be captured in a CUDA graph.
+sums. The sample's last program adds its partial sums, and the batch's last one the samples' losses. Who is last is told
+by ticket counters, the only atomics; sums are taken in a fixed order, so that every run gives the same result. Nothing
+is read on the host: the launch, and the small fill that resets the tickets, can be captured in a CUDA graph.
 
-Shape legend: E elements of a tile, B samples of the finish, C chunks of the finish.
+Shape legend: E elements of a tile, K lanes of a program.
 """
 
 # Triton's language is not Python: a jit function's constants and launch options are no parameters that pyright knows.
@@ -152,56 +152,14 @@ def run_tiles(
 
 
 @triton.jit
-def finish(
-    partial_ptr,
-    row_ptr,
-    rows_ptr,
-    total_ptr,
-    losses_ptr,
-    batch,
-    num_rows,
-    num_chunks,
-    inverse_elements,
-    vb_scale,
-    grad_scale,
-    LEARNED: tl.constexpr,
-    WEIGHT_VB: tl.constexpr,
-    FINISH_B: tl.constexpr,
-    FINISH_C: tl.constexpr,
-):
-    """Losses of all samples and their total from the partial sums [2, num_chunks, batch], in a fixed order."""
-    total = 0.0
-    num_partials = num_chunks.to(tl.int64) * batch
-    for first in range(0, batch, FINISH_B):
-        b_B = first + tl.arange(0, FINISH_B)
-        in_B = b_B < batch
-        square_CB = tl.zeros([FINISH_C, FINISH_B], tl.float32)
-        bound_CB = tl.zeros([FINISH_C, FINISH_B], tl.float32)
-        for chunk in range(0, num_chunks, FINISH_C):
-            c_C = chunk + tl.arange(0, FINISH_C)
-            mask_CB = (c_C < num_chunks)[:, None] & in_B[None, :]
-            offset_CB = c_C[:, None].to(tl.int64) * batch + b_B[None, :]
-            # Written by other processors: read past this one's first-level cache.
-            square_CB += tl.load(partial_ptr + offset_CB, mask_CB, 0.0, cache_modifier=".cg")
-            if LEARNED:
-                at_CB = num_partials + offset_CB
-                bound_CB += tl.load(partial_ptr + at_CB, mask_CB, 0.0, cache_modifier=".cg")
-        row_B = tl.load(row_ptr + b_B, mask=in_B, other=0)
-        valid_B = in_B & (row_B >= 0) & (row_B < num_rows)
-        weight_B = tl.load(rows_ptr + row_B * 8 + 4, mask=valid_B, other=float("nan"))
-        mse_B = tl.sum(square_CB, axis=0) * inverse_elements
-        vb_B = tl.sum(bound_CB, axis=0) * (inverse_elements * BITS_PER_NAT)
-        loss_B = weight_B * mse_B
-        if LEARNED:
-            if WEIGHT_VB:
-                loss_B += vb_scale * weight_B * vb_B
-            else:
-                loss_B += vb_scale * vb_B
-        tl.store(losses_ptr + b_B, loss_B, mask=in_B)
-        tl.store(losses_ptr + batch + b_B, mse_B, mask=in_B)
-        tl.store(losses_ptr + 2 * batch + b_B, vb_B, mask=in_B)
-        total += tl.sum(tl.where(in_B, loss_B, 0.0), axis=0)
-    tl.store(total_ptr, total * grad_scale)
+def ordered_sum(ptr, num, BLOCK: tl.constexpr):
+    """Sum of `num` floats that other programs wrote, always in the same order."""
+    total_K = tl.zeros([BLOCK], tl.float32)
+    for first in range(0, num, BLOCK):
+        index_K = first + tl.arange(0, BLOCK)
+        # Past this processor's first-level cache, which knows nothing of the others' stores.
+        total_K += tl.load(ptr + index_K, index_K < num, 0.0, cache_modifier=".cg")
+    return tl.sum(total_K, axis=0)
 
 
 @triton.jit(do_not_specialize=["key0", "key1", "num_rows", "batch", "num_chunks", "num_tiles"])
@@ -231,8 +189,6 @@ def loss_kernel(
     TILE: tl.constexpr,
     RUN: tl.constexpr,
     WIDE: tl.constexpr,
-    FINISH_B: tl.constexpr,
-    FINISH_C: tl.constexpr,
 ):
     """Program b * num_chunks + chunk: `num_tiles` tiles of sample b. WIDE: a sample has 2^31 elements or more."""
     chunk = tl.program_id(0) % num_chunks
@@ -280,32 +236,30 @@ def loss_kernel(
             LEARNED, False, TILE, RUN,
         )  # fmt: skip
 
-    partial = chunk.to(tl.int64) * batch + b
-    tl.store(partial_ptr + partial, square)
+    # The last program of a sample finishes the sample, the last of those the batch. A ticket is drawn after the
+    # program's stores, and what the drawer of the last one reads comes after all tickets.
+    tl.store(partial_ptr + b * num_chunks + chunk, square)
     if LEARNED:
-        num_partials = num_chunks.to(tl.int64) * batch
-        tl.store(partial_ptr + num_partials + partial, bound)
-    # All of this program's stores precede its ticket, and all tickets precede the last one's reads.
+        bounds_ptr = partial_ptr + batch.to(tl.int64) * num_chunks
+        tl.store(bounds_ptr + b * num_chunks + chunk, bound)
     tl.debug_barrier()
-    ticket = tl.atomic_add(ticket_ptr, 1, sem="acq_rel")
-    if ticket == tl.num_programs(0) - 1:
-        finish(
-            partial_ptr,
-            row_ptr,
-            rows_ptr,
-            total_ptr,
-            losses_ptr,
-            batch,
-            num_rows,
-            num_chunks,
-            inverse_elements,
-            vb_scale,
-            grad_scale,
-            LEARNED,
-            WEIGHT_VB,
-            FINISH_B,
-            FINISH_C,
-        )
+    if tl.atomic_add(ticket_ptr + 1 + b, 1, sem="acq_rel") == num_chunks - 1:
+        mse = ordered_sum(partial_ptr + b * num_chunks, num_chunks, 128) * inverse_elements
+        vb = 0.0
+        loss = weight * mse
+        if LEARNED:
+            vb = ordered_sum(bounds_ptr + b * num_chunks, num_chunks, 128)
+            vb = vb * (inverse_elements * BITS_PER_NAT)
+            if WEIGHT_VB:
+                loss += vb_scale * weight * vb
+            else:
+                loss += vb_scale * vb
+        tl.store(losses_ptr + b, loss)
+        tl.store(losses_ptr + batch + b, mse)
+        tl.store(losses_ptr + 2 * batch.to(tl.int64) + b, vb)
+        tl.debug_barrier()
+        if tl.atomic_add(ticket_ptr, 1, sem="acq_rel") == batch - 1:
+            tl.store(total_ptr, ordered_sum(losses_ptr, batch, 512) * grad_scale)
 
 
 def loss(
@@ -320,7 +274,7 @@ def loss(
     weight_vb: bool,
     grad_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See `speed_kernels.loss.op`. One launch, after a fill of the ticket."""
+    """See `speed_kernels.loss.op`. One launch, after a fill of the tickets."""
     out, x0, row_B, rows_T8, address_2 = (
         tensor.contiguous() for tensor in (out, x0, row_B, rows_T8, address_2)
     )
@@ -339,9 +293,8 @@ def loss(
     num_tiles = noise_gpu.tiles_per_program(batch, num_elements, device)
     num_chunks = triton.cdiv(num_elements, num_tiles * TILE)
     partial = torch.empty(2 * num_chunks * batch, dtype=torch.float32, device=device)
-    ticket = torch.zeros((), dtype=torch.int32, device=device)
+    tickets = torch.zeros(batch + 1, dtype=torch.int32, device=device)
     key0, key1 = philox.key_of(seed)
-    finish_chunks = min(32, triton.next_power_of_2(num_chunks))
     with torch.cuda.device_of(x0):
         loss_kernel[(batch * num_chunks,)](
             out,
@@ -351,7 +304,7 @@ def loss(
             address_2,
             grad_out,
             partial,
-            ticket,
+            tickets,
             total,
             losses_3B,
             num_elements,
@@ -369,8 +322,6 @@ def loss(
             TILE=TILE,
             RUN=noise_gpu.run_length(out, x0),
             WIDE=num_elements >= 2**31 - 8 * TILE,
-            FINISH_B=1024 // finish_chunks,
-            FINISH_C=finish_chunks,
             num_warps=NUM_WARPS,
             enable_fp_fusion=True,
         )

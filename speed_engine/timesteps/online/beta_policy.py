@@ -1,0 +1,65 @@
+"""A small network that looks at a clean sample and answers with the two numbers of a Beta
+distribution over time steps.
+
+Three 3x3 convolutions with pooling, an adaptive pool to 4x4 (so any latent shape will do: a
+sequence is one pixel high, a video is its frames one below the other, a vector one pixel), two
+hidden layers, softplus. The last layer starts at weight 0 and bias 0.5, so the policy starts as
+Beta(0.974, 0.974), nearly uniform.
+
+Shape legend: B samples, C channels, T rows.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+NUM_OUTPUTS = 2
+
+
+class BetaPolicy(nn.Module):
+    """x0 [B, C, ...] -> log probability of every row, float32 [B, T]."""
+
+    position_T: Tensor
+
+    def __init__(self, channels: int, num_rows: int, hidden: int = 256) -> None:
+        super().__init__()
+        # The same weights on every rank, and the caller's generator left alone.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.image = nn.Sequential(
+                *_stage(channels, 32), *_stage(32, 64), *_stage(64, 128), nn.AdaptiveAvgPool2d(4)
+            )
+            self.head = nn.Sequential(
+                nn.Linear(128 * 16, hidden),
+                nn.ReLU(),
+                nn.Linear(hidden, hidden),
+                nn.ReLU(),
+                nn.Linear(hidden, NUM_OUTPUTS),
+            )
+        last = self.head[-1]
+        assert isinstance(last, nn.Linear)
+        nn.init.zeros_(last.weight)
+        nn.init.constant_(last.bias, 0.5)
+        position_T = (torch.arange(num_rows) + 0.5) / num_rows
+        self.register_buffer("position_T", position_T, persistent=False)
+
+    def shapes(self, x0: Tensor) -> Tensor:
+        """The two positive numbers (alpha, beta) of every sample's Beta distribution; float32 [B,
+        2].
+        """
+        image = x0.float().reshape(x0.shape[0], x0.shape[1], -1, x0.shape[-1] if x0.ndim > 2 else 1)
+        features = self.image(image).flatten(1)
+        return nn.functional.softplus(self.head(features)) + 1e-5
+
+    def forward(self, x0: Tensor) -> Tensor:
+        """log P(row | x0): the Beta density at the middles of T equal cells, normalised over them."""
+        shapes_B2 = self.shapes(x0)
+        log_mass_BT = (shapes_B2[:, :1] - 1) * self.position_T.log()
+        log_mass_BT = log_mass_BT + (shapes_B2[:, 1:] - 1) * torch.log1p(-self.position_T)
+        return log_mass_BT.log_softmax(dim=1)
+
+
+def _stage(channels_in: int, channels_out: int) -> list[nn.Module]:
+    convolution = nn.Conv2d(channels_in, channels_out, 3, padding=1)
+    return [convolution, nn.ReLU(), nn.MaxPool2d(2, ceil_mode=True)]
