@@ -34,6 +34,7 @@ pytestmark = pytest.mark.timeout(1800)
 
 PROVIDERS = ("reference", "eager", "compile", "ours")
 GATE_SHAPE = (24, 3, 9, 7)  # besides the timed shape: odd sizes
+GATE_ELEMENTS = 2**20
 
 
 @dataclass(frozen=True)
@@ -102,11 +103,13 @@ def measure_shape(shape: Shape, settings: Settings) -> Measured:
 
 
 def _gate(problem: Problem, build: Callable[[Problem], Step], step: Step) -> Callable[[], None]:
-    """The timed step itself, then the same code in float32 on skewed draws, at the timed and at an odd shape."""
+    """The timed step itself, then the same code in float32 on skewed draws, with few such samples and odd ones."""
 
     def gate() -> None:
         diffusion_gate.check(problem, step)
-        for sizes in (tuple(problem.x0.shape), GATE_SHAPE):
+        batch, *rest = problem.x0.shape
+        few = max(4, min(batch, GATE_ELEMENTS // problem.x0[0].numel()))
+        for sizes in ((few, *rest), GATE_SHAPE):
             skewed = rivals.make_problem(sizes, problem.device, torch.float32, skewed=True, seed=1)
             diffusion_gate.check(skewed, build(skewed))
 

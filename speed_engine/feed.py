@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,7 +54,7 @@ class Feed:
         """Micro-batches of one process in one step."""
         return self.global_batch // (self.micro_batch * self.processes.world)
 
-    def batches(self, first_step: int, end_step: int) -> Iterator[Batch]:
+    def batches(self, first_step: int, end_step: int) -> Generator[Batch]:
         """The micro-batches of steps first_step .. end_step - 1, in order; errors of the reading
         thread are raised here."""
         ready: queue.Queue[Batch | BaseException] = queue.Queue(maxsize=AHEAD)

@@ -7,21 +7,26 @@ sums are read.
 
 from __future__ import annotations
 
+import contextlib
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
+from safetensors.torch import load_file, save_file
 from speed_kernels.contract import choose
+from torch import Tensor
 
-from speed_engine import checkpoint, exchange, optim, setup, telemetry
+from speed_engine import checkpoint, exchange, optim, probing, setup, telemetry
 from speed_engine.config import RunConfig, kind_module
 from speed_engine.feed import Batch, Feed
 from speed_engine.interrupt import Interrupt
 from speed_engine.processes import Processes, start, stop
 from speed_engine.step_table import StepTable
+from speed_engine.timesteps.online.policy import Reach
 
+METHOD_STATE = "timesteps.safetensors"  # of a method that changes while training runs
 OPS = ("noise", "loss", "adamw_ema")
 STOP_EVERY = 10  # steps between two agreements of many processes on whether to stop
 DONE, NOT_FINITE = 0, 3  # exit codes
@@ -29,17 +34,40 @@ DONE, NOT_FINITE = 0, 3  # exit codes
 
 @dataclass(frozen=True)
 class DiffusionStep:
-    """Forward and backward of one micro-batch."""
+    """One step of training on this process: forward, backward, update. Never waits for the device."""
 
     config: RunConfig
     table: StepTable
     engine: Any
     backends: dict[str, str]
-    grad_scale: float  # 1 / (micro batch x accumulation): gradients add up to the mean
+    reach: Reach
+    accumulation: int
+    meter: telemetry.Meter
 
-    def __call__(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """-> (losses_3B: total, mse, vb of each sample; row_B of the table). Never waits."""
-        train = self.config.train
+    def __call__(self, step: int, batches: Iterator[Batch]) -> None:
+        """Make the update that follows `step` finished steps, from the next micro-batches."""
+        lr = optim.learning_rate(self.config.optim, step)
+        for _ in range(self.accumulation - 1):
+            self.add_gradients(next(batches))
+            self.engine.step(lr)  # counts the micro-batch, changes nothing
+        batch = next(batches)
+        row_B = self.add_gradients(batch)
+        # A sample-wise policy looks at the network before and after the update.
+        probe = {"forward": self.forward, "seed": self.config.seed, "reach": self.reach}
+        probe |= {"dtype": self.engine.compute_dtype, "backends": self.backends}
+        probing.before_update(self.table, step, batch.x0, batch.labels, row_B, **probe)
+        self.engine.step(lr)
+        probing.after_update(self.table, step, **probe)
+        self.table.refresh(step + 1, self.reach.all_reduce)
+
+    def forward(self, x_t: Tensor, tau_B: Tensor, labels_B: Tensor | None) -> Tensor:
+        """The network as it trains."""
+        labels = () if labels_B is None else (labels_B,)
+        return self.engine.forward(x_t, tau_B, *labels)
+
+    def add_gradients(self, batch: Batch) -> Tensor:
+        """Forward and backward of one micro-batch -> row_B, the rows of the table that it drew."""
+        train, micro_batch = self.config.train, batch.x0.shape[0]
         x_t, row_B, tau_B = self.table.noise(
             batch.x0,
             batch.address,
@@ -49,21 +77,21 @@ class DiffusionStep:
             dtype=self.engine.compute_dtype,
             backend=self.backends["noise"],
         )
-        labels = () if batch.labels is None else (batch.labels,)
-        out = self.engine.forward(x_t, tau_B, *labels)
         loss, losses_3B = self.table.loss(
-            out,
+            self.forward(x_t, tau_B, batch.labels),
             batch.x0,
             row_B,
             batch.address,
             seed=self.config.seed,
             vb_scale=train.vb_scale,
-            grad_scale=self.grad_scale,
+            grad_scale=1.0 / (micro_batch * self.accumulation),  # gradients add up to the mean
             unit_upstream=True,  # both engines call backward on this very scalar
             backend=self.backends["loss"],
         )
         self.engine.backward(loss)
-        return losses_3B, row_B
+        self.table.observe(batch.address, row_B, losses_3B)
+        self.meter.add(losses_3B, row_B)
+        return row_B
 
 
 def train(config: RunConfig) -> int:
@@ -117,7 +145,9 @@ def _train(config: RunConfig, processes: Processes) -> int:
         backend=backends["adamw_ema"],
     )
     manifest = setup.describe(config, processes, source, model, choices, engine.facts())
-    first_step = resume(config, run, processes, engine, manifest)
+    reach = Reach(processes.rank, processes.world, processes.all_reduce())
+    table.start(config.train.global_batch, source.shape)
+    first_step = resume(config, run, processes, engine, table, manifest)
     if processes.first:
         checkpoint.write_json(run / "manifest.json", manifest)
     journal = telemetry.Journal(run, first_step, config, choices, silent=not processes.first)
@@ -125,13 +155,17 @@ def _train(config: RunConfig, processes: Processes) -> int:
     rate = telemetry.Rate(
         setup.macs_per_sample(config, source.shape, source.num_classes), processes, first_step
     )
-    do = DiffusionStep(config, table, engine, backends, 1.0 / (micro_batch * accumulation))
+    do = DiffusionStep(config, table, engine, backends, reach, accumulation, meter)
 
     def save(step: int) -> None:
+        method = table.state_dict(reach.all_reduce)
+
         def write(folder: Path) -> None:
             state = folder / "state"
             state.mkdir(exist_ok=True)
             engine.save(state)
+            if processes.first and method:
+                save_file(method, folder / METHOD_STATE)
             for name in ("model", "ema"):
                 weights = engine.weights(ema=name == "ema")
                 if weights is not None:
@@ -143,13 +177,10 @@ def _train(config: RunConfig, processes: Processes) -> int:
     # ------------------------------------------------------------------ the loop
     step, saved, skipped, code = first_step, first_step, engine.num_skipped(), DONE
     steps, log_every = config.train.steps, config.log.every
-    with Interrupt() as interrupt, journal:
-        for number, batch in enumerate(feed.batches(first_step, steps), start=1):
-            losses_3B, row_B = do(batch)
-            meter.add(losses_3B, row_B)
-            engine.step(optim.learning_rate(config.optim, step))
-            if number % accumulation:
-                continue
+    batches = feed.batches(first_step, steps)
+    with Interrupt() as interrupt, journal, contextlib.closing(batches):
+        while step < steps:
+            do(step, batches)
             step += 1
             journal.advance(step)
             if step % log_every == 0 or step == steps:
@@ -183,7 +214,12 @@ def _train(config: RunConfig, processes: Processes) -> int:
 
 
 def resume(
-    config: RunConfig, run: Path, processes: Processes, engine: Any, manifest: dict[str, Any]
+    config: RunConfig,
+    run: Path,
+    processes: Processes,
+    engine: Any,
+    table: StepTable,
+    manifest: dict[str, Any],
 ) -> int:
     """Load the newest good checkpoint and return its step; 0 if there is none. Collective.
 
@@ -214,4 +250,6 @@ def resume(
             "choose another run_dir, or go back to the old values"
         )
     engine.load(found.folder / "state")
+    method = found.folder / METHOD_STATE
+    table.load_state_dict(load_file(method) if method.exists() else {}, found.step)
     return found.step

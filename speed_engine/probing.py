@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from speed_engine.step_table import StepTable
-from speed_engine.timesteps.online.policy import Evaluate, Reach
+from speed_engine.timesteps.online.policy import ALONE, Evaluate, Reach
 
 Forward = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 # Training and probing never share a key of the random generator.
@@ -35,7 +35,7 @@ def before_update(
     *,
     forward: Forward,
     seed: int,
-    reach: Reach = Reach(),  # noqa: B008 (frozen)
+    reach: Reach = ALONE,
     dtype: torch.dtype | None = None,
     backends: dict[str, str] | None = None,
 ) -> None:
@@ -55,7 +55,7 @@ def after_update(
     *,
     forward: Forward,
     seed: int,
-    reach: Reach = Reach(),  # noqa: B008 (frozen)
+    reach: Reach = ALONE,
     dtype: torch.dtype | None = None,
     backends: dict[str, str] | None = None,
 ) -> None:

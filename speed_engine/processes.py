@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -51,13 +52,9 @@ class Processes:
             dist.all_reduce(tensor, group=self.host_group)
         return tensor
 
-    def from_first(self, value: Any) -> Any:
-        """The first process's `value` (any picklable object of our own making) on all of them."""
-        if self.world == 1:
-            return value
-        box = [value]
-        dist.broadcast_object_list(box, src=0, group=self.host_group)
-        return box[0]
+    def all_reduce(self) -> Callable[[torch.Tensor], object] | None:
+        """A sum over all processes, in place, on the training device; None for one process alone."""
+        return None if self.world == 1 else dist.all_reduce
 
 
 def start(device: str) -> Processes:

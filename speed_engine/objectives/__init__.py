@@ -33,8 +33,8 @@ def default(kind: str) -> BaseModel:
     """The default configuration of a kind. Raises ValueError that lists what exists."""
     if kind not in names():
         near = difflib.get_close_matches(kind, names(), n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ";"
-        raise ValueError(f"there is no objective {kind!r}{hint} there are: {', '.join(names())}")
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        raise ValueError(f"there is no objective {kind!r}{hint}; there are: {', '.join(names())}")
     return importlib.import_module(f"{__name__}.{kind}").Config()
 
 

@@ -99,9 +99,9 @@ def parse(value: Any) -> MethodConfig:
     kind = value.get("kind")
     if kind not in names():
         near = difflib.get_close_matches(str(kind), names(), n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
         raise ValueError(
-            f"there is no timesteps.kind {kind!r}{hint} There are: {', '.join(names())}"
+            f"there is no timesteps.kind {kind!r}{hint}; there are: {', '.join(names())}"
         )
     return importlib.import_module(f"{__name__}.{kind}").Config.model_validate(value)
 

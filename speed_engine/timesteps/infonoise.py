@@ -68,6 +68,10 @@ class Information(Online):
         low, high = log_T[known_T].min(), log_T[known_T].max()
         share_T = torch.where(known_T, (log_T - low) / (high - low), 1.0)
         self.bin_T = (share_T * config.num_bins).long().clamp(0, config.num_bins - 1)
+        # Between the middles of two bins the rate is interpolated, in logarithms.
+        place_T = (share_T * config.num_bins - 0.5).clamp(0, config.num_bins - 1)
+        self.left_T = place_T.long().clamp(max=config.num_bins - 2)
+        self.share_T = place_T - self.left_T
         edges = torch.linspace(0, 1, config.num_bins + 1, dtype=torch.float64, device=low.device)
         middles = (edges[1:] + edges[:-1]) / 2
         self.sigma_bins = (low + middles * (high - low)).exp()
@@ -92,7 +96,9 @@ class Information(Online):
         if step < config.warmup_steps:
             return None, None
         rate = self._filled(self.mean) * self._gate()
-        rho_T = rate[self.bin_T] * self.log_width_T
+        log_rate = rate.clamp_min(torch.finfo(torch.float64).tiny).log()
+        rate_T = log_rate[self.left_T].lerp(log_rate[self.left_T + 1], self.share_T).exp()
+        rho_T = rate_T * self.log_width_T
         density_T = rho_T * self.inverse_weight_T
         density_T = density_T / density_T.sum().clamp_min(torch.finfo(torch.float64).tiny)
         density_T = (1 - config.uniform_share) * density_T + config.uniform_share * self.uniform_T

@@ -68,7 +68,7 @@ def test_a_missing_preset_lists_what_exists(run):
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("optim.lr=1e-5", ["another configuration", "config.optim.lr: 0.001 -> 1e-05"]),
+        ("optim.lr=1e-5", ["another configuration", "config.optim.lr: 0.002 -> 1e-05"]),
         ("checkpoint.resume=never", ["checkpoint.resume=never", "step 2"]),
         ("seed=3", ["config.seed: 0 -> 3"]),
         ("timesteps.kind=uniform", ["config.timesteps.kind: speed -> uniform"]),

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from speed_kernels.loss.op import diffusion_loss, loss_op, sample_inputs
+from speed_kernels.noise.op import noise
 from torch import Tensor
 
 BACKENDS = [("reference", "cpu"), ("cpp", "cpu")]
@@ -98,6 +99,38 @@ def test_compiles_without_a_graph_break(backend: str, device: str, unit_upstream
         total.backward()
         results.append((total, losses, out.grad))
     assert all(map(torch.equal, *results))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_captured_step_follows_the_address() -> None:
+    """Noise and loss in a CUDA graph: a replay reads step and slot from the device, as an eager call does."""
+    cdf = torch.arange(1, 1001, device="cuda") * (2**32 // 1000)
+    cdf[-1] = 2**32
+    rows, tau = torch.rand(1000, 8, device="cuda"), torch.rand(1000, device="cuda")
+    x0, address = (
+        torch.randn(8, 4, 32, 32, device="cuda"),
+        torch.zeros(2, dtype=torch.int64, device="cuda"),
+    )
+
+    def step() -> tuple[Tensor, ...]:
+        x_t, row_B, tau_B = noise(
+            x0, cdf, rows, tau, address, seed=3, num_slots=64, backend="triton"
+        )
+        out = torch.cat((x_t, x_t), 1)
+        total, losses = diffusion_loss(
+            out, x0, row_B, rows, address, seed=3, learned_variance=True, backend="triton"
+        )
+        return x_t, row_B, tau_B, total, losses
+
+    step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for index in range(3):
+        address.copy_(torch.tensor([index, 8 * index]))
+        graph.replay()
+        for got, expected in zip(captured, step(), strict=True):
+            assert torch.equal(got, expected)
 
 
 Change = Callable[[dict[str, Any]], Any]

@@ -307,16 +307,16 @@ def test_wrong_arguments_are_refused(message: str, change: Callable[[dict[str, A
 
 
 @pytest.mark.skipif(not INTERPRETING, reason="runs in the interpreter")
-def test_addresses_of_64_bits() -> None:
-    """WIDE changes how offsets are computed, not what they are."""
+def test_addresses_of_64_bits_and_tiles_in_turn() -> None:
+    """WIDE changes how offsets are computed, not what they are; nor does a program that takes two tiles."""
     from speed_kernels.noise import triton_gpu
 
     cdf, rows, tau = table()
     x0, address = batch((2, 1500)), torch.tensor([5, 0])
     x_t, row_B, tau_B = torch.empty_like(x0), torch.empty(2, dtype=torch.int64), torch.empty(2)
-    kernel: Any = triton_gpu.noise_kernel[(4,)]
+    kernel: Any = triton_gpu.noise_kernel[(2,)]
     kernel(
-        x0, x_t, cdf, rows, tau, address, row_B, tau_B, 1500, 100, 77, 0, 64, philox.stratum_stride(64), 2, 1,
+        x0, x_t, cdf, rows, tau, address, row_B, tau_B, 1500, 100, 77, 0, 64, philox.stratum_stride(64), 1, 2,
         STRATIFIED=True, FANOUT=16, TILE=1024, RUN=4, WIDE=True,
     )  # fmt: skip
     for got, expected in zip((x_t, row_B, tau_B), run("triton", "cpu", x0), strict=True):

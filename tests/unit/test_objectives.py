@@ -36,7 +36,7 @@ def test_gain_is_the_sensitivity_of_the_target():
 
 def test_epsilon_is_refused_at_zero_snr():
     schedule = cosine.build(cosine.Config(zero_terminal_snr=True))
-    with pytest.raises(ValueError, match="use objective.kind=v"):
+    with pytest.raises(ValueError, match=r"use objective\.kind=v"):
         make("epsilon", schedule)
     assert torch.isfinite(make("v", schedule).gain(schedule)).all()
 

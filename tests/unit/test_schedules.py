@@ -107,7 +107,7 @@ def test_foreign_schedules_are_checked(values):
 def test_impossible_betas_are_refused():
     with pytest.raises(ValueError, match="betas must be"):
         from_betas("mine", torch.tensor([0.1, 1.5]))
-    with pytest.raises(ValueError, match="r=0.5 must be above 1"):
+    with pytest.raises(ValueError, match=r"r=0\.5 must be above 1"):
         make("linear").first_row(0.5)
 
 

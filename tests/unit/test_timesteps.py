@@ -1,4 +1,4 @@
-"""Time-step methods that are formulas: golden values of SpeeD, laws that every method keeps, refusals."""
+"""SpeeD, as in the paper, as released and on any schedule: golden values, thresholds, refusals."""
 
 import importlib
 import json
@@ -101,3 +101,133 @@ def test_change_aware_factor_moves_into_the_sampling():
 def test_wrong_parameters_of_speed_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         make("speed", **options)
+
+
+# As released.
+
+
+@pytest.mark.parametrize("golden", GOLDEN, ids=lambda row: row["schedule"])
+def test_official_matches_golden_values(golden):
+    method = make("speed_official", golden["schedule"], k=golden["k"], tau=golden["tau"])
+    assert method.resolved["mirror_step"] == golden["official_mirror"]
+    mass = method.density[700:].sum().item()
+    assert mass == pytest.approx(golden["official_mass_above_tau"], abs=1e-9)
+    for row, value in golden["official_weight"].items():
+        assert method.weight[int(row)].item() == pytest.approx(value, abs=1e-9)
+    paper = make("speed", golden["schedule"], k=golden["k"], tau=golden["tau"])
+    expected = (paper.density * method.weight).sum().item()
+    assert expected == pytest.approx(
+        golden["official_expected_weight_under_paper_density"], abs=1e-9
+    )
+
+
+def test_official_density_of_the_linear_schedule():
+    density = 1000 * make("speed_official").density
+    parts = {
+        (0, 1): 1.316,
+        (1, 100): 1.750,
+        (100, 360): 1.446,
+        (360, 642): 1.316,
+        (642, 700): 0.669,
+        (700, 1000): 0.132,
+    }
+    for (start, end), mean in parts.items():
+        assert density[start:end].mean().item() == pytest.approx(mean, abs=6e-4)
+
+
+@pytest.mark.parametrize(
+    ("k", "paper", "released"),
+    [
+        (1, 0.300, 0.150),
+        (2, 0.1765, 0.0882),
+        (5, 0.0789, 0.0395),
+        (10, 0.0411, 0.0205),
+        (25, 0.0169, 0.0084),
+    ],
+)
+def test_tails_of_paper_and_release(k, paper, released):
+    assert make("speed", k=k).density[700:].sum().item() == pytest.approx(paper, abs=6e-5)
+    official = make("speed_official", k=k).density
+    assert official[700:].sum().item() == pytest.approx(released, abs=6e-5)
+    assert torch.equal(
+        make("speed_official", k=k, mirror=False).density, make("speed", k=k).density
+    )
+
+
+def test_official_density_by_drawing_as_the_release_does():
+    """Half a batch from eq. 3, its mirror image, cut to the batch size."""
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.multinomial(make("speed").density, 500_001, replacement=True, generator=generator)
+    dual = torch.where(drawn < 642, 642 - drawn, drawn - 642)
+    steps = torch.cat([drawn, dual])[:1_000_000]
+    found = torch.histc(steps.double(), 50, 0, 1000) / 1_000_000
+    expected = make("speed_official").density.view(50, 20).sum(1)
+    assert (found - expected).abs().max() < 1e-3
+
+
+def test_release_baselines():
+    min_snr, p2 = make("min_snr_speed_release"), make("p2")
+    torch.testing.assert_close(min_snr.weight / p2.weight, torch.full((1000,), 5.0).double())
+    log_normal = make("log_normal_speed_release").density
+    assert int(log_normal.argmax()) == 348
+    assert log_normal[700:].sum().item() == pytest.approx(5.4e-5, abs=5e-7)
+    for kind in ("speed_official", "log_normal_speed_release", "clts_speed_release"):
+        with pytest.raises(ValueError, match=f"{kind} is defined for numbered steps"):
+            make(kind, "rectified_flow")
+
+
+# On any schedule.
+
+
+@pytest.mark.parametrize("schedule", ["linear", "continuous_vp", "edm", "ve", "rectified_flow"])
+def test_pure_du_is_the_logistic_law_of_log_snr(schedule):
+    """E_t[du/dt f] = E_{L ~ Logistic(0, 1)} f up to what the schedule's ends cut off."""
+    on = make_schedule(schedule)
+    method = make("speed_u", on, pure=True, k=1)
+    level = torch.linspace(-3, 3, 13, dtype=torch.float64)
+    found = torch.stack([method.density[on.log_snr <= edge].sum() for edge in level])
+    assert (found - level.sigmoid()).abs().max() < 5e-3
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "continuous_vp", "edm", "rectified_flow"])
+def test_the_identity_integral(schedule):
+    on = make_schedule(schedule)
+    density = make("speed_u", on, pure=True, k=1).density
+    # E_{u ~ U(0,1)} of 1/(1 + |L|) with L = ln((1-u)/u), on a fine grid of u
+    u = (torch.arange(2**20, dtype=torch.float64) + 0.5) / 2**20
+    expected = (1 / (1 + torch.logit(u).abs())).mean().item()
+    found = (density / (1 + on.log_snr.abs())).sum().item()
+    assert found == pytest.approx(expected, abs=3e-3)
+
+
+def test_speed_u_uses_its_threshold_everywhere():
+    assert make("speed_u", "cosine").tau == 945
+    flow = make_schedule("rectified_flow")
+    tau = make("speed_u", flow).tau
+    assert tau is not None
+    assert flow.coordinate[tau].item() == pytest.approx(0.9216, abs=2e-4)
+    edm = make_schedule("edm")
+    tau = make("speed_u", edm).tau
+    assert tau is not None
+    assert edm.sigma[tau].item() == pytest.approx(0.5 * 138**0.5, rel=1e-3)
+    with pytest.raises(ValueError, match="scaled_linear never reaches r=1000"):
+        make("speed_u", "scaled_linear", r=1000)
+    assert make("speed_u", "scaled_linear", r=1000, k=1).tau is None
+
+
+def test_speed_counts_no_steps_in_continuous_time():
+    with pytest.raises(ValueError, match=r"give timesteps\.r instead"):
+        make("speed", "edm", tau=700)
+    assert make("speed", "continuous_vp").tau is not None
+
+
+def test_suppression_of_edms_noise_levels():
+    """At r = 139 and k = 5 SpeeD moves only 0.67 % -> 0.13 % of EDM's mass; at r = 10, 9.0 % -> 2.0 %."""
+    edm = make_schedule("edm")
+    for r, before, after in ((139, 0.00665, 0.0013), (10, 0.0904, 0.0195)):
+        row = edm.first_row(r)
+        plain = make("log_normal", edm).density[row:].sum().item()
+        assert plain == pytest.approx(before, rel=2e-2)
+        speed = {"kind": "speed_u", "r": r, "change_aware": "off"}
+        combined = make("combine", edm, parts=["log_normal", speed]).density[row:].sum().item()
+        assert combined == pytest.approx(after, rel=4e-2)

@@ -31,6 +31,9 @@ class Reach:
     all_reduce: AllReduce | None = None
 
 
+ALONE = Reach()
+
+
 class Policy(Online):
     """A part that draws. `before` and `after` surround the optimizer's update, on every rank alike."""
 
