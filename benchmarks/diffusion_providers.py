@@ -76,7 +76,7 @@ def make_problem(
 ) -> Problem:
     """Latents of N(0, 1), and an output that keeps x0 within five standard deviations of the model's mean at t = 0.
 
-    Further out plain float32 torch loses the likelihood in cancellation, and the gate could not tell that from a mistake.
+    Further out plain float32 torch loses the likelihood in cancellation; the gate would take that for a mistake.
     """
     generator = torch.Generator().manual_seed(seed)
     x0 = torch.randn(shape, generator=generator).to(device)

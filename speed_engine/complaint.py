@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable
 
-BAD_INPUT = 2
+BAD_INPUT, INTERRUPTED = 2, 130  # exit codes
 
 
 def told_in_one_sentence(action: Callable[[], int]) -> int:
@@ -17,6 +17,9 @@ def told_in_one_sentence(action: Callable[[], int]) -> int:
 
     try:
         return action()
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues", file=sys.stderr, flush=True)
+        return INTERRUPTED
     except BrokenPipeError:  # the reader of our output has seen enough (`| head`)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

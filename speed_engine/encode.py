@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import sys
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -95,7 +94,9 @@ def encode(
         unused = (size, channels, min_side, vae)
         if mode != "pixels" or strict or mean_only or flip or unused != (None,) * len(unused):
             raise DataError("the digits are 8 x 8 grey pixels; leave out the other settings")
-        return digits.write(Path(out), shard_size=shard_size or digits.SHARD_SIZE)
+        index = digits.write(Path(out), shard_size=shard_size or digits.SHARD_SIZE)
+        console.print(f"{index.count} scanned digits in {len(index.shards)} shards in {out}")
+        return index
     size = 32 if size is None else size
     channels = 3 if channels is None else channels
     shard_size = 10_000 if shard_size is None else shard_size
@@ -238,22 +239,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Do what the arguments say; 0, or 1 for a set with faults, or 2 for a mistake or a full disk."""
+    """Do what the arguments say: 0, or 1 for a set with faults. Raises DataError and OSError."""
     console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
-    try:
-        return _run(args, console)
-    except DataError as error:
-        reason = str(error)
-    except OSError as error:
-        reason = f"{error.filename or 'file system'}: {error.strerror or error}"
-    except KeyboardInterrupt:
-        print("interrupted; give the same command to continue", file=sys.stderr)
-        return 130
-    print(f"encode: {reason}", file=sys.stderr)
-    return 2
-
-
-def _run(args: argparse.Namespace, console: Console) -> int:
     actions = [name for name in ("images", "verify", "reindex") if getattr(args, name) is not None]
     if len(actions) != 1:
         raise DataError("give one of --images DIR, --verify DIR and --reindex DIR")

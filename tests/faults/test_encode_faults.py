@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from speed_engine.complaint import told_in_one_sentence
 from speed_engine.data import DataError
 from speed_engine.data.shards import Shards
 from speed_engine.data.storage import pictures
@@ -184,7 +185,7 @@ def test_a_full_disk_is_one_sentence_and_the_run_can_go_on(
     args = parser.parse_args([*words, "--shard-size", "2"])
     with monkeypatch.context() as patch:
         patch.setattr(writer_file.os, "fsync", full)
-        assert run(args) == 2
+        assert told_in_one_sentence(lambda: run(args)) == 2
     said = capsys.readouterr().err
     assert "No space left on device" in said and "Traceback" not in said
     assert not (tmp_path / "out").exists()

@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from speed_engine.complaint import told_in_one_sentence
 from speed_engine.data import DataError
 from speed_engine.data.shards import Shards
 from speed_engine.data.storage import pictures
@@ -32,7 +33,8 @@ def image_folder(root: Path, num: int = 7, side: int = 12) -> Path:
 def command(*words: str | Path) -> int:
     parser = argparse.ArgumentParser()
     add_arguments(parser)
-    return run(parser.parse_args([str(word) for word in words]))
+    args = parser.parse_args([str(word) for word in words])
+    return told_in_one_sentence(lambda: run(args))
 
 
 def test_class_folders_become_labels(tmp_path: Path) -> None:

@@ -135,9 +135,10 @@ def test_foreign_alphas_cumprod():
     foreign = StepTable.from_alphas_cumprod(own.schedule.alpha_bar)
     torch.testing.assert_close(foreign.rows_T8, own.rows_T8, rtol=1e-6, atol=1e-7)
     assert torch.equal(foreign.cdf_T, own.cdf_T)
-    assert own.schedule.betas is not None
-    from_betas = StepTable.from_betas(own.schedule.betas, "uniform", "v", learned_variance=True)
-    assert (column(from_betas, "W") == 1).all()
+    other = StepTable.from_alphas_cumprod(
+        own.schedule.alpha_bar, {"kind": "speed", "lam": 0.5}, "v", learned_variance=True
+    )
+    assert (column(other, "W") == 0.5).all()
     with pytest.raises(ValueError, match="did you mean 'speed'"):
         StepTable.from_alphas_cumprod(own.schedule.alpha_bar, timesteps="sped")
 

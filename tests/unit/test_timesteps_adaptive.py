@@ -1,7 +1,8 @@
 """The learned sampler: it finds the steps at which the network can improve, resumes exactly, and agrees across ranks.
 
-The network is one number theta: it answers theta * eps on the noisier half of the steps and 0 on the other. An update moves theta
-by the share of the batch that was drawn there, from the same start every time, so the noisier half is where training pays.
+The network is one number theta: it answers theta * eps on the noisier half of the steps and 0 on
+the other. An update moves theta by the share of the batch that was drawn there, from the same start
+every time, so the noisier half is where training pays.
 """
 
 import importlib
@@ -97,14 +98,11 @@ def test_resuming_is_exact():
     for number in range(11):
         lesson(first, Toy(first), number)
     second.load_state_dict(first.state_dict(), step=11)
-    rows = [lesson(second, Toy(second), number) for number in range(11, 24)]
-    assert torch.equal(second.density, whole.density)
-    assert torch.equal(second.policy.adam.value, whole.policy.adam.value)
-    assert torch.equal(rows[-1], lesson(whole, Toy(whole), 24) * 0 + rows[-1])
-    state = whole.state_dict()
-    again = make()
-    again.load_state_dict(state, step=24)
-    torch.testing.assert_close(lesson(again, Toy(again), 25), lesson(whole, Toy(whole), 25))
+    for number in range(11, 24):
+        lesson(second, Toy(second), number)
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(second.state_dict()[name], tensor), name
+    assert torch.equal(lesson(second, Toy(second), 24), lesson(whole, Toy(whole), 24))
 
 
 def test_rows_are_drawn_from_the_policy():
