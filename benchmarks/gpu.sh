@@ -6,10 +6,10 @@
 # Needs no network and no installation: torch 2.11+ with CUDA, triton, pytest, pytest-benchmark; $PYTHON names the
 # interpreter (default python3). A red gate ends everything. Writes <what>_<gpu>_<yyyymm>_<who>.{json,md}.
 set -uo pipefail
+out=$(realpath -m "${1:-$(dirname "${BASH_SOURCE[0]}")/results}")
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 
 python=${PYTHON:-python3}
-out=${1:-benchmarks/results}
 who=${2:-anonymous}
 commit=${3:-}
 limit=465 # seconds for everything

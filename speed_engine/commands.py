@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -64,16 +65,33 @@ def plan(args: argparse.Namespace) -> int:
 def table_arguments(parser: argparse.ArgumentParser) -> None:
     config_arguments(parser, default="imagenet256_dit_xl2")
     shape = parser.add_mutually_exclusive_group()
-    shape.add_argument("--json", action="store_true", help="all rows as one JSON object")
+    shape.add_argument("--json", action="store_true", help="one JSON object, with all rows")
     shape.add_argument("--csv", action="store_true", help="all rows as CSV")
+    parser.add_argument(
+        "--compare", metavar="KIND,KIND,...", help="where each method's loss falls, by log-SNR"
+    )
+    parser.add_argument(
+        "--plot", type=Path, metavar="PNG", help="also draw (a folder without --compare)"
+    )
 
 
 def table(args: argparse.Namespace) -> int:
+    from speed_engine import plots_table, table_compare, table_report
     from speed_engine.setup import build_table
-    from speed_engine.table_report import report
 
-    rows = build_table(_config(args))
-    print(report(rows, "json" if args.json else "csv" if args.csv else "text"))
+    config = _config(args)
+    form = "json" if args.json else "csv" if args.csv else "text"
+    if args.compare is None:
+        one = build_table(config)
+        print(table_report.report(one, form))
+        drawn = plots_table.plot_table(one, args.plot) if args.plot else []
+    else:
+        kinds = args.compare.split(",")
+        many = table_compare.tables(config.schedule, config.objective, kinds)
+        print(table_compare.compare(many, form))
+        drawn = [plots_table.plot_comparison(many, args.plot)] if args.plot else []
+    for path in drawn:
+        print(path, file=sys.stderr)
     return 0
 
 

@@ -1,7 +1,8 @@
 """Pictures of step tables: P(t) and w(t), process increments with the three areas, and methods side by side.
 
-The first two are the counterparts of figures 1 to 3 of the SpeeD paper, drawn from the true table. matplotlib is imported when a
-picture is drawn, with the Agg backend, so that no display is needed.
+The first two are the counterparts of figures 1 to 3 of the SpeeD paper, drawn from the true table.
+matplotlib is imported when a picture is drawn and used through its object interface (Agg, no
+display, no global state).
 """
 
 from __future__ import annotations
@@ -61,13 +62,13 @@ def plot_comparison(tables: Mapping[str, StepTable], path: Path) -> Path:
     for row, title in enumerate(rows):
         axes[row][0].set_title(f"{title} by time", loc="left", fontsize=10)
         axes[row][1].set_title(f"{title} by log-SNR", loc="left", fontsize=10)
-        axes[row][1].invert_xaxis()
+        axes[row][1].set_xlim(12, -12)
         axes[row][0].set_ylabel("mean weight = 1" if row == 1 else "uniform = 1")
         axes[row][1].set_ylabel("mean weight = 1" if row == 1 else "per unit of log-SNR")
         for axis in axes[row]:
             axis.set_ylim(bottom=0)
     _limit_weights(axes[1])
-    axes[2][0].set_xlabel("t / T (0 = clean)")
+    axes[2][0].set_xlabel(_time_label(next(iter(tables.values()))))
     axes[2][1].set_xlabel("log-SNR (left = clean)")
     figure.legend(
         *axes[0][0].get_legend_handles_labels(),
@@ -92,30 +93,37 @@ def _sampling_and_weight(table: StepTable, path: Path) -> Path:
         axis.plot(time, column, color=LINES[row], lw=1.6)
         axis.set_title(title, loc="left", fontsize=10)
         axis.set_ylim(0, 1.12 * float(column.max()))
-    axes[1][0].set_xlabel("t / T (0 = clean, 1 = noise)")
+    axes[1][0].set_xlabel(_time_label(table))
     kind = getattr(table.timesteps, "kind", "")
     figure.suptitle(f"{kind} on the {table.schedule.kind} schedule", fontsize=11, color=INK)
     return _save(figure, path)
 
 
 def _increments(table: StepTable, path: Path) -> Path:
-    """Mean and variance of process increments, and the rate whose peak and decay divide the areas."""
-    on = table.schedule
-    figure, axes = _figure(3, 1, (7.5, 8.2), sharex=True)
-    time = _time(table)
-    between = (time[1:] + time[:-1]) / 2
-    panels: list[tuple[Tensor, Tensor, str]] = [
-        (between, increments.mean_factor(on).abs() * on.num_rows, "T |mean factor| of x(t+1) - x(t)"),
-        (between, increments.psi(on), "variance of x(t+1) - x(t) for two independent draws"),
-        (time, on.noise_rate / on.measure.mean() * on.measure.sum(), "du/dt, growth of the noise fraction"),
-    ]
+    """Mean and variance of process increments, and the rate whose peak and decay divide the areas.
+
+    Where the noise explodes the variance has no plateau; the noise fraction u takes its place.
+    """
+    on, time = table.schedule, _time(table)
+    extent = on.measure.sum()
+    (mean_rate,) = torch.gradient(on.alpha, spacing=(on.coordinate,))
+    panels: list[tuple[Tensor, Tensor, str]] = []
+    if mean_rate.abs().max() > 0:
+        panels.append((time, mean_rate.abs() * extent, "|d alpha / dt|, change of the mean"))
+    if on.sigma.max() <= 1:
+        between = (time[1:] + time[:-1]) / 2
+        panels.append((between, increments.psi(on), "Psi, variance of two independent neighbours"))
+    else:
+        panels.append((time, on.noise_fraction, "u = 1 / (1 + SNR), noise fraction"))
+    panels.append((time, on.noise_rate * extent, "du/dt, growth of the noise fraction"))
+    figure, axes = _figure(len(panels), 1, (7.5, 2.8 * len(panels)), sharex=True)
     for row, (x, y, title) in enumerate(panels):
         axis = axes[row][0]
         _shade(axis, table, named=row == 0)
         axis.plot(x, y, color=LINES[row], lw=1.6)
         axis.set_title(title, loc="left", fontsize=10)
-        axis.set_ylim(0, max(1.15 * float(y.max()), 1e-9))
-    axes[2][0].set_xlabel("t / T (0 = clean, 1 = noise)")
+        axis.set_ylim(0, 1.15 * float(y.max()))
+    axes[-1][0].set_xlabel(_time_label(table))
     figure.suptitle(f"process increments of the {on.kind} schedule", fontsize=11, color=INK)
     return _save(figure, path)
 
@@ -153,6 +161,11 @@ def _time(table: StepTable) -> Tensor:
     return (edges[1:] + edges[:-1]) / 2
 
 
+def _time_label(table: StepTable) -> str:
+    name = "ln sigma as a share of its range" if table.schedule.kind in ("edm", "ve") else "t / T"
+    return f"{name} (0 = clean, 1 = noise)"
+
+
 def _widths(level: Tensor) -> Tensor:
     """Width of the cell around every log-SNR (falling); float64 [T]."""
     middle = (level[1:] + level[:-1]) / 2
@@ -161,14 +174,10 @@ def _widths(level: Tensor) -> Tensor:
 
 
 def _figure(rows: int, columns: int, size: tuple[float, float], sharex: bool = False) -> Any:
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(
-        rows, columns, figsize=size, squeeze=False, sharex=sharex, layout="constrained"
-    )
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False, sharex=sharex)
     for axis in axes.flat:
         axis.spines[["top", "right"]].set_visible(False)
         axis.tick_params(labelsize=8, colors=INK)
@@ -176,8 +185,5 @@ def _figure(rows: int, columns: int, size: tuple[float, float], sharex: bool = F
 
 
 def _save(figure: Any, path: Path) -> Path:
-    from matplotlib import pyplot
-
     figure.savefig(path, dpi=120)
-    pyplot.close(figure)
     return path
