@@ -108,7 +108,7 @@ def _increments(table: StepTable, path: Path) -> Path:
     extent = on.measure.sum()
     (mean_rate,) = torch.gradient(on.alpha, spacing=(on.coordinate,))
     panels: list[tuple[Tensor, Tensor, str]] = []
-    if mean_rate.abs().max() > 0:
+    if on.alpha.max() - on.alpha.min() > 1e-9:
         panels.append((time, mean_rate.abs() * extent, "|d alpha / dt|, change of the mean"))
     if on.sigma.max() <= 1:
         between = (time[1:] + time[:-1]) / 2

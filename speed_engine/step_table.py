@@ -314,7 +314,8 @@ class StepTable:
         weight = self.weight
         ceiling = weight_ceiling(step, self.objective.clamp_steps)
         if ceiling is not None:
-            gain = self.objective.gain(self.schedule).square().to(self.device)
+            a, b, c, d = self.rows_T8[:, :4].double().unbind(dim=1)
+            gain = (c - d * a / b).square()  # Objective.gain, without a copy from the host
             weight = (weight * gain).clamp(max=ceiling) / gain
         self.rows_T8[:, W] = weight.float()
 

@@ -182,6 +182,30 @@ def test_two_ranks_learn_as_one():
     assert tables[0].policy.selection.count == 3
 
 
+def test_nothing_waits_for_the_device():
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class NoWaiting(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            waits = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "aten.equal")
+            assert not any(word in str(func) for word in waits), str(func)
+            return func(*args, **(kwargs or {}))
+
+    table = make()
+    x0, row_B = torch.randn(BATCH, 2, 4, 4), torch.arange(BATCH)
+    policy, reach = table.policy, Reach()
+
+    def evaluate(x0, labels, row_N, first_slot):
+        return row_N.float() / ROWS
+
+    with NoWaiting():
+        for number in range(12):
+            policy.draw(x0, torch.arange(BATCH) << 27)
+            policy.before(number, x0, None, row_B, evaluate, reach)
+            policy.after(evaluate, reach)
+            table.refresh(number + 1)
+
+
 @pytest.mark.parametrize("shape", [(3, 32, 32), (4, 7, 5), (8, 16), (5,), (2, 3, 8, 8)])
 def test_any_sample_shape(shape):
     network = BetaPolicy(shape[0], 100)

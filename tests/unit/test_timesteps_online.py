@@ -8,6 +8,7 @@ import importlib
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from speed_engine import timesteps
 from speed_engine.step_table import StepTable, build_step_table
@@ -235,6 +236,39 @@ def test_any_number_of_ranks_learns_the_same(kind):
         for table in ranks:
             assert torch.equal(table.cdf_T, single.cdf_T)
             assert torch.equal(table.rows_T8, single.rows_T8)
+
+
+class NoWaiting(TorchDispatchMode):
+    """Refuses what makes the host wait for a GPU: reading a number, and shapes that depend on values."""
+
+    WAITS = (
+        "_local_scalar_dense",
+        "nonzero",
+        "masked_select",
+        "is_nonzero",
+        "aten.equal",
+        "unique",
+    )
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = str(func)
+        assert not any(word in name for word in self.WAITS), name
+        if name.startswith(("aten.index.", "aten.index_put")):
+            masks = [i for i in args[1] if i is not None and i.dtype == torch.bool]
+            assert not masks, name
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", ONLINE)
+def test_nothing_waits_for_the_device(kind):
+    table = make(kind, **ONLINE[kind])
+    with NoWaiting():
+        for number in range(24):
+            losses_3B = torch.rand(3, BATCH)
+            table.observe(torch.tensor([number, 0]), torch.arange(BATCH) % 40, losses_3B)
+            table.refresh(number + 1)
+    with pytest.raises(AssertionError, match="_local_scalar_dense"), NoWaiting():
+        table.density.sum().item()
 
 
 def test_half_an_interval_is_saved_from_all_ranks():
