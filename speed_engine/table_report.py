@@ -72,6 +72,10 @@ def summary(table: StepTable) -> dict[str, Any]:
         area: float(table.density[_where(names, area)].sum())
         for area in ("acceleration", "deceleration", "convergence")
     }
+    decided = dict(table.method.resolved)
+    if table.method.tau is not None and table.method.tau < schedule.num_rows:
+        # What the threshold is in the paper's terms; far below 100 is no convergence area.
+        decided["r_at_tau"] = 1 / float(schedule.alpha_bar[table.method.tau])
     return {
         "schedule": {
             "kind": schedule.kind,
@@ -84,7 +88,7 @@ def summary(table: StepTable) -> dict[str, Any]:
         },
         "objective": {"kind": table.objective.kind, "learned_variance": table.learned_variance},
         "timesteps": table.timesteps.model_dump(mode="json")
-        | table.method.resolved
+        | decided
         | {"expected_weight": float(weighted.sum()), "area_mass": mass},
     }
 

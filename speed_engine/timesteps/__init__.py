@@ -1,10 +1,9 @@
-"""Which time steps are drawn and what their loss counts: one file a method, all of them become one
-`Method`.
+"""Which time steps are drawn and what their loss counts: one file a method.
 
-A method looks at a schedule and returns a density over its rows and a weight for each row. Adaptive
-ones also carry a `Refresher` that rewrites those two columns on the device while training runs. The
-word `timesteps.kind` of a configuration is the name of a file of this folder; `combine` takes the
-density of one and the weight of another.
+A method looks at a schedule and returns a `Method`: a density over its rows, a weight for each row
+and, if it changes while training runs, an `Online` part that rewrites the two on the device. The
+word `timesteps.kind` of a configuration is the name of a file of this folder; `combine` multiplies
+several methods.
 """
 
 from __future__ import annotations
@@ -52,8 +51,8 @@ class Method:
 
     `weight_in` names the loss that the weight belongs to, `tau` is the first row of the convergence
     area if the method has one, `resolved` is what the method decided (for the report). `online`
-    changes the two columns while training runs. `parts` (of `combine`): the density is the first
-    part's, the weight the product of all.
+    changes the two columns while training runs. `parts` (of `combine`): densities, relative to
+    uniform, and weights are multiplied.
     """
 
     density: Tensor

@@ -126,6 +126,13 @@ def test_theorem_1_bounds_hold_on_the_true_schedule():
     assert min(gaps) >= 0
     assert max(gaps) == pytest.approx(0.0023, abs=6e-5)
     assert gaps.index(max(gaps)) + 1 == 297
+    # with t (t + 1) in the exponent, as the proof has it on the way, the bound is tighter
+    tighter = [
+        theory.alpha_bar_bound(t) * math.exp(-theory.delta * t / 2000) - alpha_bar[t - 1]
+        for t in range(1, 1001)
+    ]
+    assert min(tighter) >= 0
+    assert max(tighter) == pytest.approx(0.0012, abs=6e-5)
     slack = [psi[t - 1] - theory.psi_hat(t) for t in range(1, 1000)]
     assert min(slack) >= 0
     assert max(slack) == pytest.approx(0.0071, abs=6e-5)
@@ -193,6 +200,56 @@ def test_tau_of_r_closed_and_numeric(r, closed, numeric):
     assert theory.tau(r) == pytest.approx(closed, abs=0.051)
     assert theory.r_hat(theory.tau(r)) == pytest.approx(r, rel=1e-9)
     assert make("linear").first_row(r) == numeric
+
+
+def test_the_printed_r_hat_lacks_a_2():
+    theory = LinearDDPM()
+    assert theory.r_hat(700) == pytest.approx(138.6, abs=0.05)
+    as_printed = math.exp((theory.beta_zero + theory.delta * 700 / 1000) * 700)
+    assert as_printed == pytest.approx(18162, rel=1e-4)
+
+
+def test_growth_of_the_noise_fraction_in_closed_form():
+    """du/d ln sigma = 2 u (1 - u); VP: beta exp(-B); flow: 2 t (1 - t) / (t^2 + (1 - t)^2)^2."""
+    for kind in ("edm", "ve"):
+        on = make(kind)
+        expected = 2 * on.noise_fraction * (1 - on.noise_fraction)
+        torch.testing.assert_close(on.noise_rate[1:-1], expected[1:-1], rtol=0, atol=1e-6)
+    vp, flow = make("continuous_vp"), make("rectified_flow")
+    t = vp.coordinate
+    expected = (0.1 + 19.9 * t) * torch.exp(-(0.1 * t + 19.9 * t.square() / 2))
+    torch.testing.assert_close(vp.noise_rate[1:-1], expected[1:-1], rtol=0, atol=1e-6)
+    t = flow.coordinate
+    expected = 2 * t * (1 - t) / (t.square() + (1 - t).square()).square()
+    torch.testing.assert_close(flow.noise_rate[1:-1], expected[1:-1], rtol=0, atol=1e-6)
+
+
+def test_literal_increments_of_exploding_noise_have_no_areas():
+    """With sigma^2 = t (VE) the variance grows at a constant rate, with sigma = t (EDM) ever faster."""
+    sigma = make("edm").sigma
+    time_of_ve, time_of_edm = sigma.square(), sigma
+    ve = torch.gradient(sigma.square(), spacing=(time_of_ve,))[0]
+    edm = torch.gradient(sigma.square(), spacing=(time_of_edm,))[0]
+    torch.testing.assert_close(ve, torch.ones_like(ve))
+    assert (edm.diff() > 0).all()
+
+
+def test_equal_mass_cells():
+    """A continuous schedule moved to the quantiles of a density."""
+    flow = make("rectified_flow", num_cells=1000)
+    density = 2 * flow.coordinate / 1000  # p(t) = 2 t, quantile sqrt
+    moved = flow.equal_mass(density / density.sum())
+    middles = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
+    torch.testing.assert_close(moved.coordinate, middles.sqrt(), rtol=0, atol=1e-3)
+    torch.testing.assert_close(moved.measure.sum(), torch.tensor(1.0).double())
+    torch.testing.assert_close(moved.sigma, moved.coordinate)
+
+
+def test_resolution_shift():
+    plain, shifted = make("rectified_flow"), make("rectified_flow", shift=3)
+    t = plain.coordinate
+    torch.testing.assert_close(shifted.sigma, 3 * t / (1 + 2 * t))
+    torch.testing.assert_close(shifted.tau, 1000 * shifted.sigma)
 
 
 def test_areas():

@@ -47,6 +47,9 @@ def test_the_resolved_threshold_is_printed():
     parsed = json.loads(report(make("cosine", r=139), "json"))
     assert parsed["timesteps"]["tau"] == 945
     assert parsed["timesteps"]["r"] == 139
+    assert parsed["timesteps"]["r_at_tau"] >= 139
+    fixed = json.loads(report(make("cosine"), "json"))["timesteps"]
+    assert fixed["r_at_tau"] == pytest.approx(4.95, abs=5e-3)  # 700 is no convergence area there
     assert "tau=945" in report(make("cosine", r=139), "text")
 
 

@@ -67,6 +67,23 @@ def test_speed_threshold():
         make("speed", r=1.00001)
 
 
+@pytest.mark.parametrize(
+    ("schedule", "threshold", "gain"),
+    [
+        ("linear", {"tau": 700}, 1.316),
+        ("linear", {"r": 139}, 1.320),
+        ("quadratic", {"r": 139}, 1.114),
+        ("quadratic", {"tau": 700}, 1.316),
+        ("cosine", {"r": 139}, 1.046),
+        ("cosine", {"tau": 700}, 1.316),
+    ],
+)
+def test_the_ceiling_of_the_idea(schedule, threshold, gain):
+    """How much more often the steps inside are drawn than uniformly."""
+    density = make("speed", schedule, **threshold).density
+    assert 1000 * density[0].item() == pytest.approx(gain, abs=2e-3)
+
+
 def test_half_lambda_is_no_weighting():
     assert (make("speed", lam=0.5).weight == 0.5).all()
 

@@ -281,3 +281,22 @@ def test_the_correction_weighs_by_the_inverse_density():
     for number in range(10):
         lesson(table, Toy(table), number)
     torch.testing.assert_close(table.density * table.weight, torch.full((ROWS,), 1 / ROWS).double())
+
+
+def test_a_broken_loss_teaches_nothing():
+    table = make()
+    toy = Toy(table)
+    lesson(table, toy, 0)
+    before = table.policy.adam.value.clone()
+    policy, x0 = table.policy, torch.zeros(BATCH, 2, 4, 4)
+    values = iter([0.5, 0.5, float("nan"), 0.5])
+
+    def evaluate(x0, labels, row_N, first_slot):
+        return torch.full(row_N.shape, next(values))
+
+    policy.before(1, x0, None, torch.arange(BATCH), evaluate, Reach())
+    policy.after(evaluate, Reach())
+    assert policy.adam.value.isfinite().all()
+    assert (policy.adam.value - before).abs().max() < 0.02  # momentum at most
+    table.refresh(2)
+    assert table.density.sum().item() == pytest.approx(1)

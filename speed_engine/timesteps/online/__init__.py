@@ -33,15 +33,15 @@ class Observations(NamedTuple):
         """(sum of `value_N`, number of observations) in each group; float64 [num_groups], unseen
         ones left out.
 
-        Added as integers of 2^-32, so that the order of the sum, which differs between devices, has
+        Added as integers of 2^-28, so that the order of the sum, which differs between devices, has
         no effect.
         """
-        fixed_N = (value_N.clamp(0, 2.0**16) * 2**32).round().long() * self.seen_N
+        fixed_N = (value_N.clamp(0, 2.0**14) * 2**28).round().long() * self.seen_N
         total = torch.zeros(num_groups, dtype=torch.int64, device=value_N.device)
         count = torch.zeros_like(total)
         total.index_add_(0, group_N, fixed_N)
         count.index_add_(0, group_N, self.seen_N.long())
-        return total.double() / 2**32, count.double()
+        return total.double() / 2**28, count.double()
 
 
 @dataclass
