@@ -22,12 +22,7 @@ from pydantic import BaseModel
 from torch import Tensor
 
 from speed_engine.objectives import Objective, W, default, pack, weight_ceiling
-from speed_engine.schedules import (
-    Schedule,
-    from_alphas_cumprod,
-    from_flow,
-    from_sigmas,
-)
+from speed_engine.schedules import Schedule, from_alphas_cumprod, from_flow, from_sigmas
 from speed_engine.timesteps import Method, MethodConfig, integer_cdf, parse
 from speed_engine.timesteps.online import Facts
 from speed_engine.timesteps.online.buffer import AllReduce
@@ -110,6 +105,8 @@ class StepTable:
         global batch. A method whose draw depends on the sample (`adaptive`) ignores `stratified`.
         """
         if self.policy is not None:
+            if self.session is None:
+                raise ValueError("this method has no state yet; call table.start(num_slots, shape)")
             word_B = _words(address_2, x0.shape[0], seed)
             row_B = self.policy.draw(x0, word_B)
             return self.noise_at(x0, row_B, address_2, seed=seed, dtype=dtype, backend=backend)

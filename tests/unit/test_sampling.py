@@ -20,7 +20,7 @@ from speed_engine.sampling import (
     kept_steps,
     sample,
 )
-from speed_engine.schedules import from_alphas_cumprod, on_curve, with_tau
+from speed_engine.schedules import from_alphas_cumprod, on_curve
 
 LINEAR = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
 COSINE = np.cumprod(
@@ -321,7 +321,7 @@ def test_model_is_told_tau_and_gets_its_dtype() -> None:
         return torch.zeros_like(x)
 
     facts = process()
-    facts = replace(facts, schedule=with_tau(facts.schedule, 10 * facts.schedule.tau))
+    facts = replace(facts, schedule=replace(facts.schedule, tau=10 * facts.schedule.tau))
     x = sample(model, facts, Recipe(steps=3), numbers=range(2), dtype=torch.bfloat16)
     assert seen == [9990.0, 5000.0, 0.0] and x.dtype == torch.float32
 

@@ -86,7 +86,7 @@ def test_entropy_keeps_the_policy_broad():
     broad, narrow = make(entropy=2.0), make(entropy=0.0)
     for table in (broad, narrow):
         toy = Toy(table)
-        for number in range(60):
+        for number in range(40):
             lesson(table, toy, number)
     assert broad.density[ROWS // 2 :].sum() < narrow.density[ROWS // 2 :].sum()
 
@@ -274,6 +274,8 @@ def test_what_it_needs_is_asked_for():
     )
     with pytest.raises(ValueError, match="needs the shape of a sample"):
         bare.start(16)
+    with pytest.raises(ValueError, match=r"call table\.start"):
+        bare.noise(torch.zeros(1, 2), torch.tensor([0, 0]), seed=0, num_slots=1)
 
 
 def test_the_correction_weighs_by_the_inverse_density():
