@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from speed_engine.processes import Processes
+from speed_engine.whole_file import sync, write_json, write_text
 
 MANIFEST = "manifest.json"
 NAME = re.compile(r"step-(\d{8})")
@@ -116,18 +117,18 @@ def _commit(partial: Path, folder: Path, step: int, facts: dict[str, Any]) -> No
     files = sorted(p for p in partial.rglob("*") if p.is_file())
     entries = {}
     for path in files:
-        _sync(path)
+        sync(path)
         entries[str(path.relative_to(partial))] = {
             "bytes": path.stat().st_size,
             "crc32": _crc(path),
         }
     write_json(partial / MANIFEST, {"step": step, **facts, "files": entries})
     for inner in {p.parent for p in files} | {partial}:
-        _sync(inner)
+        sync(inner)
     if folder.exists():  # the same step again, after a resume that chose an older one
         shutil.rmtree(folder)
     partial.rename(folder)
-    _sync(folder.parent)
+    sync(folder.parent)
     write_text(folder.parent / "latest", folder.name)
 
 
@@ -193,29 +194,6 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> l
         elif a != b:
             found.append(f"{prefix}{key}: {a} -> {b}")
     return found
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON so that a reader sees the old file or the new one, never half of it."""
-    write_text(path, json.dumps(value, indent=1, default=str) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a small file atomically and durably."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _crc(path: Path) -> int:

@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -238,7 +239,9 @@ def export(args: argparse.Namespace) -> int:
     if args.format == "diffusers":
         from speed_engine.diffusers_folder import export_diffusers
 
-        for caution in export_diffusers(args.out, model):
+        with warnings.catch_warnings(action="ignore"):  # the same cautions, told here once
+            cautions = export_diffusers(args.out, model)
+        for caution in cautions:
             print(f"note: {caution}")
     else:
         exchange.save(args.out, model, notes={"step": run.step, "weights": args.weights})
@@ -251,6 +254,12 @@ def import_arguments(parser: argparse.ArgumentParser) -> None:
         "--source", type=Path, required=True, help="a public .pt, or a diffusers folder"
     )
     parser.add_argument("--out", type=Path, required=True, help="the safetensors file to write")
+    parser.add_argument(
+        "--frequency-shift",
+        type=int,
+        choices=(0, 1),
+        help="of a diffusers folder: 0 if it was converted from public weights (default: as diffusers computes)",
+    )
 
 
 def import_weights(args: argparse.Namespace) -> int:
@@ -259,7 +268,7 @@ def import_weights(args: argparse.Namespace) -> int:
     if args.source.is_dir():
         from speed_engine.diffusers_folder import import_diffusers
 
-        model = import_diffusers(args.source)
+        model = import_diffusers(args.source, args.frequency_shift)
     else:
         model = exchange.import_pt(args.source)
     exchange.save(args.out, model, notes={"source": args.source.name})

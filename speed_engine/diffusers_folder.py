@@ -29,9 +29,9 @@ from speed_engine.exchange import (
     read_pt,
     read_safetensors,
     rebuild,
-    write_whole,
 )
 from speed_engine.models import dit
+from speed_engine.whole_file import atomic, write_text
 
 SIDECAR = "speed_engine.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -101,13 +101,14 @@ def export_diffusers(
     theirs = {key: tensor.clone() for key, tensor in _to_theirs(tensors, depth)}
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / WEIGHTS, lambda path: save_file(theirs, path, {"format": "pt"}))
+    with atomic(folder / WEIGHTS) as partial:
+        save_file(theirs, partial, {"format": "pt"})
     for name, content in (
         (SIDECAR, {"model": describe(model), "cautions": cautions}),
         ("config.json", description),  # last: without it the folder is no model
     ):
         text = json.dumps(content, indent=2) + "\n"
-        write_whole(folder / name, lambda path, text=text: path.write_text(text))
+        write_text(folder / name, text)
     for caution in cautions:
         warnings.warn(caution, stacklevel=2)
     return cautions

@@ -14,11 +14,10 @@ import importlib
 import importlib.util
 import json
 import math
-import os
 import pickle
 import re
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,6 +28,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from speed_engine.models import dit
+from speed_engine.whole_file import atomic
 
 METADATA_KEY = "speed_engine"
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -82,7 +82,8 @@ def save(
     tensors = merged(model, weights)
     header = {"model": describe(model), "notes": dict(notes or {})}
     metadata = {"format": "pt", METADATA_KEY: json.dumps(header, sort_keys=True)}
-    write_whole(Path(path), lambda partial: save_file(tensors, partial, metadata))
+    with atomic(Path(path)) as partial:
+        save_file(tensors, partial, metadata)
 
 
 def load(path: Path | str, device: torch.device | str = "cpu") -> tuple[nn.Module, dict[str, Any]]:
@@ -155,26 +156,6 @@ def merged(model: nn.Module, weights: Mapping[str, Tensor] | None) -> dict[str, 
             raise ValueError(f"the weights to save are NaN or infinite in {key}")
         tensors[key] = value.detach().cpu().contiguous().clone()
     return tensors
-
-
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` make a file beside `path`, push it to the disk, then rename it to `path`."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        write(partial)
-        _sync(partial)
-        os.replace(partial, path)
-        _sync(path.parent)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def read_safetensors(path: Path | str) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -25,6 +25,7 @@ from speed_engine.interrupt import Interrupt
 from speed_engine.processes import Processes, start, stop
 from speed_engine.step_table import StepTable
 from speed_engine.timesteps.online.policy import Reach
+from speed_engine.whole_file import write_json
 
 METHOD_STATE = "timesteps.safetensors"  # of a method that changes while training runs
 OPS = ("noise", "loss", "adamw_ema")
@@ -149,7 +150,7 @@ def _train(config: RunConfig, processes: Processes) -> int:
     table.start(config.train.global_batch, source.shape)
     first_step = resume(config, run, processes, engine, table, manifest)
     if processes.first:
-        checkpoint.write_json(run / "manifest.json", manifest)
+        write_json(run / "manifest.json", manifest)
     journal = telemetry.Journal(run, first_step, config, choices, silent=not processes.first)
     meter = telemetry.Meter(processes.device, table.num_rows)
     rate = telemetry.Rate(

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from speed_engine.sample_folder import atomic
+from speed_engine.whole_file import atomic
 
 INK, GREY, GRID, BLUE = "#222222", "#7a7a7a", "#e2e2e2", "#1f5fa8"
 STYLE: dict[Any, Any] = {
@@ -221,5 +221,5 @@ def _figure(title: str, subtitle: str, path: Path) -> Iterator[Any]:
         place = {"xytext": (0, 9), "textcoords": "offset points", "va": "bottom"}
         axes.annotate(subtitle, (0, 1), xycoords="axes fraction", fontsize=10, color=GREY, **place)
         yield axes
-        with atomic(path) as file:
+        with atomic(path) as partial, partial.open("wb") as file:
             figure.savefig(file, format="png", dpi=150)

@@ -13,12 +13,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,28 +25,11 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from speed_engine.sampling import Model, Process, Recipe, check, sample
+from speed_engine.whole_file import atomic, write_json
 
 SMALLEST_TILE = 64  # pixels of a picture's side in the grid: an 8x8 digit is enlarged 8 times
 SEPARATOR = 3  # pixels between two tiles of the grid
 PAPER, INK = (236, 236, 236), (40, 40, 40)
-
-
-@contextmanager
-def atomic(path: Path) -> Iterator[BinaryIO]:
-    """A file to write to: `path` is the old file or the whole new one, also after a crash."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-
-
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write `value` as indented JSON, atomically. Raises ValueError on a non-finite number."""
-    text = json.dumps(value, indent=2, allow_nan=False) + "\n"
-    with atomic(path) as file:
-        file.write(text.encode())
 
 
 def to_uint8(x_NCHW: Tensor) -> np.ndarray:
@@ -103,7 +85,7 @@ def save_images(
     """
     for pixels_HWC, number in zip(pixels_NHWC, numbers, strict=True):
         enlarged = pixels_HWC.repeat(upscale, axis=0).repeat(upscale, axis=1)
-        with atomic(image_path(out, number)) as file:
+        with atomic(image_path(out, number)) as partial, partial.open("wb") as file:
             _as_picture(enlarged).save(file, format="PNG")
 
 
@@ -124,9 +106,9 @@ def close_folder(out: Path, labels_N: np.ndarray | None, upscale: int = 1) -> No
     arrays = {"arr_0": pixels}
     if labels_N is not None:
         arrays["labels"] = labels_N.astype(np.int64)
-    with atomic(out / "samples.npz") as file:
+    with atomic(out / "samples.npz") as partial, partial.open("wb") as file:
         np.savez(file, **arrays)  # type: ignore[arg-type]
-    with atomic(out / "grid.png") as file:
+    with atomic(out / "grid.png") as partial, partial.open("wb") as file:
         grid_picture(pixels, labels_N).save(file, format="PNG")
 
 

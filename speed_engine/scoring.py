@@ -18,7 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from speed_engine.sample_folder import read_recipe, read_samples, write_json
+from speed_engine.sample_folder import read_recipe, read_samples
+from speed_engine.whole_file import write_json
 
 NUM_FEATURES = 32  # principal components of the real scans: 96.6 % of their variance
 NUM_SPLITS = 10  # random splits of the real scans behind the floor and its spread

@@ -10,13 +10,14 @@ from typing import Any
 
 from speed_engine import checkpoint
 from speed_engine.runs import open_run
+from speed_engine.whole_file import write_json
 
 
 def run(folder: Path, started: float | None) -> int:
     """Write `folder/summary.json` and print it as a short table. `started`: time.time() when the
     whole job began, if it was timed. Raises CheckpointError where the folder is no run."""
     facts = gather(folder, started)
-    checkpoint.write_json(folder / "summary.json", facts)
+    write_json(folder / "summary.json", facts)
     for name, value in facts.items():
         if isinstance(value, float):
             value = f"{value:.4g}"

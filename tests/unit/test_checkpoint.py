@@ -6,7 +6,7 @@ import os
 import pytest
 import torch
 
-from speed_engine import checkpoint
+from speed_engine import checkpoint, whole_file
 from speed_engine.checkpoint import CheckpointError
 from speed_engine.processes import Processes
 
@@ -104,12 +104,12 @@ def dying(function, number):
 @pytest.mark.parametrize(
     ("moment", "number", "survivor"),
     [
-        ("_sync", 0, 10),  # the first data file is not durable yet
-        ("_sync", 1, 10),
-        ("write_text", 0, 10),  # no manifest
-        ("_sync", 2, 10),  # manifest written, folder not renamed
-        ("_sync", 4, 20),  # renamed: committed
-        ("write_text", 1, 20),  # only `latest` is missing, which nothing reads
+        ("sync", 0, 10),  # the first data file is not durable yet
+        ("sync", 1, 10),
+        ("write_json", 0, 10),  # no manifest
+        ("sync", 2, 10),  # manifest written, folder not renamed
+        ("sync", 4, 20),  # renamed: committed
+        ("write_text", 0, 20),  # only `latest` is missing, which nothing reads
     ],
 )
 def test_death_between_any_two_steps_of_the_commit(tmp_path, monkeypatch, moment, number, survivor):
@@ -144,6 +144,6 @@ def test_differences():
 
 def test_written_json_is_whole(tmp_path):
     path = tmp_path / "x.json"
-    checkpoint.write_json(path, {"a": 1})
+    whole_file.write_json(path, {"a": 1})
     assert json.loads(path.read_text()) == {"a": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
