@@ -110,7 +110,12 @@ class Log(Section):
 class RunConfig(Section):
     """The whole run."""
 
-    run_dir: str = Field(default="runs/default", description="everything the run writes goes here")
+    name: str = Field(default="run", description="default: the name of the preset or file")
+    run_dir: str | None = Field(
+        default=None,
+        description="everything the run writes goes here; default: runs/NAME-HASH, where the hash "
+        "is of all settings that change the result, so that each run has a folder of its own",
+    )
     seed: int = Field(default=0, ge=0, lt=2**62, description="the one seed of all randomness")
     model: Kind
     data: Kind
@@ -301,7 +306,8 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
 
 def load(name: str, overrides: Sequence[str] = ()) -> RunConfig:
     """A preset or file with dotted overrides, checked. Raises ConfigError."""
-    return build(merge(read_yaml(find(name)), parse_overrides(overrides)))
+    tree = {"name": Path(name).stem, **read_yaml(find(name))}
+    return build(merge(tree, parse_overrides(overrides)))
 
 
 def build(tree: dict[str, Any]) -> RunConfig:

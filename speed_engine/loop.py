@@ -133,7 +133,7 @@ def _train(config: RunConfig, processes: Processes) -> int:
         processes,
         backends["noise"],
     )
-    run = Path(config.run_dir)
+    run = setup.run_folder(config, source.fingerprint, processes.world)
     run.mkdir(parents=True, exist_ok=True)
     held = checkpoint.lock(run) if processes.first else None
     engine = kind_module("engine", config.engine.kind).open_engine(

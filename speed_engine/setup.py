@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import platform
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +17,7 @@ from speed_engine.processes import Processes
 from speed_engine.step_table import StepTable, build_step_table
 
 # What may differ between a run and its continuation; everything else changes the result.
-FREE_TO_CHANGE = {"run_dir", "log", "checkpoint", "kernels"}
+FREE_TO_CHANGE = {"name", "run_dir", "log", "checkpoint", "kernels"}
 
 
 def split_batch(config: RunConfig, world: int) -> tuple[int, int]:
@@ -113,6 +116,19 @@ def describe(
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
         **engine_facts,
     }
+
+
+def run_folder(config: RunConfig, fingerprint: str, world: int) -> Path:
+    """Where the run writes: `run_dir`, or runs/NAME-HASH with the hash of what a resume compares."""
+    if config.run_dir is not None:
+        return Path(config.run_dir)
+    decided = {
+        "config": config.model_dump(mode="json"),
+        "data": {"fingerprint": fingerprint},
+        "processes": world,
+    }
+    text = json.dumps(comparable(decided), sort_keys=True)
+    return Path("runs") / f"{config.name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
 def comparable(manifest: dict[str, Any]) -> dict[str, Any]:

@@ -96,6 +96,7 @@ class Journal:
         path = run / "metrics.jsonl"
         _keep_lines_up_to(path, first_step)
         self.file = path.open("a", encoding="utf-8")
+        self.say(f"run folder {run}")
         for choice in choices:
             mark = "WARNING, slower than could be: " if choice.fallback else ""
             self.say(f"{mark}{choice.op} runs on {choice.backend} ({choice.reason})")

@@ -179,3 +179,35 @@ def test_gradients_that_are_not_finite_change_nothing_and_end_the_run(launcher):
         expect=3,
     )
     assert "not finite" in output
+
+
+@pytest.mark.parametrize("kind", ["adaptive", "infonoise"])
+def test_methods_that_learn_agree_on_any_number_of_processes(launcher, kind):
+    """The table that one process learns is the one that two learn, and that a resumed pair learns."""
+    common = (f"timesteps.kind={kind}", "engine.zero=1", "train.steps=60", "checkpoint.every=50")
+    launcher.train("one", *common)
+    launcher.train("two", *common, world=2)
+    shutil.copytree(launcher.folder / "two", launcher.folder / "resumed")
+    shutil.rmtree(checkpoint(launcher.folder / "resumed", 60))
+    launcher.train("resumed", *common, "checkpoint.resume=must", world=2)
+    one, two, resumed = (
+        load_file(checkpoint(launcher.folder / run, 60) / "timesteps.safetensors")
+        for run in ("one", "two", "resumed")
+    )
+    assert_equal(two, resumed)
+    assert one.keys() == two.keys()
+    for key, value in one.items():
+        torch.testing.assert_close(two[key], value, rtol=1e-3, atol=1e-4, msg=key)
+
+
+def test_each_run_has_a_folder_of_its_own(launcher):
+    """Without run_dir, other settings never meet in one folder, and the same settings go on there."""
+    arguments = launcher.arguments("unused", "train.steps=2")
+    arguments = [word for word in arguments if not word.startswith("run_dir=")]
+    for extra in ([], ["seed=1"], ["train.steps=3"]):
+        kept = [w for w in arguments if w.split("=")[0] not in {e.split("=")[0] for e in extra}]
+        launcher.wait(launcher.start(1, kept + extra))
+    folders = sorted((launcher.folder / "runs").iterdir())
+    assert len(folders) == 2 and all(f.name.startswith("digits_dit_tiny-") for f in folders)
+    steps = [{int(c.name[5:]) for c in (f / "checkpoints").glob("step-*")} for f in folders]
+    assert sorted(map(max, steps)) == [2, 3]
