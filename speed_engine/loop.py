@@ -160,6 +160,7 @@ def _train(config: RunConfig, processes: Processes) -> int:
 
     def save(step: int) -> None:
         method = table.state_dict(reach.all_reduce)
+        processes.assert_equal(method, "the table of time steps")
 
         def write(folder: Path) -> None:
             state = folder / "state"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -51,6 +52,17 @@ class Processes:
         if self.world > 1:
             dist.all_reduce(tensor, group=self.host_group)
         return tensor
+
+    def assert_equal(self, tensors: dict[str, torch.Tensor], what: str) -> None:
+        """Raise RuntimeError on every process unless all hold the same bits in these host tensors."""
+        digest = 0
+        for name in sorted(tensors):
+            raw = tensors[name].detach().cpu().contiguous().flatten().view(torch.uint8)
+            digest = zlib.crc32(raw.numpy().tobytes(), digest)
+        # A mean that equals everybody's own number: all numbers are equal.
+        mean = self.sum(torch.tensor(digest, dtype=torch.float64)).item() / self.world
+        if self.any(mean != digest):
+            raise RuntimeError(f"{what} differs between processes: a bug in a time-step method")
 
     def all_reduce(self) -> Callable[[torch.Tensor], object] | None:
         """A sum over all processes, in place, on the training device; None for one process alone."""
