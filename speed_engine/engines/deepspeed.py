@@ -50,6 +50,7 @@ class DeepSpeedEngine:
         model: nn.Module,
         optim_config: optim.Config,
         processes: Processes,
+        *,
         micro_batch: int,
         accumulation: int,
         backend: str,
@@ -171,17 +172,4 @@ class DeepSpeedEngine:
         }
 
 
-def open_engine(
-    config: Config,
-    model: nn.Module,
-    optim_config: optim.Config,
-    processes: Processes,
-    *,
-    micro_batch: int,
-    accumulation: int,
-    backend: str,
-) -> DeepSpeedEngine:
-    """The engine around `model`. Raises ValueError where a DeepSpeed JSON contradicts us."""
-    return DeepSpeedEngine(
-        config, model, optim_config, processes, micro_batch, accumulation, backend
-    )
+open_engine = DeepSpeedEngine  # the name by which the loop finds it

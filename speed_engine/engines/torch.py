@@ -44,6 +44,7 @@ class TorchEngine:
         model: nn.Module,
         optim_config: optim.Config,
         processes: Processes,
+        *,
         micro_batch: int,
         accumulation: int,
         backend: str,
@@ -126,15 +127,4 @@ class TorchEngine:
         }
 
 
-def open_engine(
-    config: Config,
-    model: nn.Module,
-    optim_config: optim.Config,
-    processes: Processes,
-    *,
-    micro_batch: int,
-    accumulation: int,
-    backend: str,
-) -> TorchEngine:
-    """The engine around `model`, whose parameters it moves to the device."""
-    return TorchEngine(config, model, optim_config, processes, micro_batch, accumulation, backend)
+open_engine = TorchEngine  # the name by which the loop finds it
