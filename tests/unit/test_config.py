@@ -33,7 +33,7 @@ def test_another_kind_drops_the_old_kinds_keys():
     changed = load("digits_dit_tiny", ["timesteps.kind=uniform"])
     assert changed.timesteps.kind == "uniform"
     kept = load("digits_dit_tiny", ["timesteps.k=7"])
-    assert (kept.timesteps.k, kept.timesteps.tau) == (7, 700)
+    assert (kept.timesteps.k, kept.timesteps.lam) == (7, 0.6)
     both = parse_overrides(["engine=torch", "engine.precision=bf16"])
     assert merge({"engine": {"kind": "deepspeed", "zero": 3}}, both) == {
         "engine": {"kind": "torch", "precision": "bf16"}
@@ -48,7 +48,6 @@ def test_another_kind_drops_the_old_kinds_keys():
         ("timesteps.kind=spede", ["timesteps.kind", "did you mean 'speed'", "uniform"]),
         ("timesteps.k=0.2", ["timesteps.k", "greater than or equal to 1", "0.2"]),
         ("timesteps.lam=1.5", ["timesteps.lam", "less than or equal to 1"]),
-        ("timesteps.r=10", ["timesteps.tau", "timesteps.r"]),
         ("optim.lr=fast", ["optim.lr", "valid number"]),
         ("train.global_batch=0", ["train.global_batch"]),
         ("engine.zero=7", ["engine.zero"]),
@@ -64,6 +63,11 @@ def test_mistakes_are_named(override, words):
     for word in words:
         assert word in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_two_thresholds_are_refused():
+    with pytest.raises(ConfigError, match=r"timesteps\.tau and timesteps\.r both name"):
+        load("digits_dit_tiny", ["timesteps.tau=700", "timesteps.r=139"])
 
 
 def test_unknown_preset_lists_what_exists():

@@ -4,11 +4,15 @@ import csv
 import importlib
 import io
 import json
+import sys
+from pathlib import Path
 
 import pytest
 
 from speed_engine.step_table import build_step_table
 from speed_engine.table_report import ROW_KEYS, report
+
+GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "timesteps.json"
 
 
 def make(
@@ -76,3 +80,29 @@ def test_short_and_unthresholded_tables():
 def test_unknown_format():
     with pytest.raises(ValueError, match="not as 'xml'"):
         report(make(), "xml")
+
+
+@pytest.mark.parametrize("row", json.loads(GOLDEN.read_text())["rows"], ids=lambda r: r["schedule"])
+def test_the_command_line_agrees_with_the_golden_file(row, capsys, monkeypatch):
+    """`python -m speed_engine table --json ...`, as a user types it, with tau and with r."""
+    from speed_engine.__main__ import main
+
+    def table(*words: str) -> dict:
+        words = (
+            "table",
+            "--json",
+            f"schedule.kind={row['schedule']}",
+            "timesteps.kind=speed",
+            *words,
+        )
+        monkeypatch.setattr(sys, "argv", ["speed_engine", *words])
+        assert main() == 0
+        return json.loads(capsys.readouterr().out)
+
+    shown = table(
+        f"timesteps.k={row['k']}", f"timesteps.lam={row['lam']}", f"timesteps.tau={row['tau']}"
+    )
+    for key in ("alpha_bar", "density", "weight"):
+        for t, value in row[key].items():
+            assert shown["rows"][int(t)][key] == pytest.approx(value, rel=1e-9), (key, t)
+    assert table(f"timesteps.r={row['r']}")["timesteps"]["tau"] == row["tau_from_r"]
