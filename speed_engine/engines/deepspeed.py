@@ -64,7 +64,8 @@ class DeepSpeedEngine:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         zero: dict[str, Any] = {"stage": config.zero}
         if processes.device.type == "cpu":
-            # A CPU has no streams to order an overlapped reduction before its use.
+            # Precaution: ZeRO 3 overlaps by default, and without streams nothing visible orders the
+            # reduction before its use. One test of many failed with it; the cause is not proven.
             zero["overlap_comm"] = False
         settings = {
             "train_micro_batch_size_per_gpu": micro_batch,

@@ -58,7 +58,7 @@ class Training:
         config: dict[str, Any] = {
             "train_micro_batch_size_per_gpu": BATCH // world,
             "zero_allow_untested_optimizer": True,
-            # Without streams, as on a CPU, an overlapped reduction is not ordered before its use.
+            # As speed_engine/engines/deepspeed.py does on a CPU, and for its reason.
             "zero_optimization": {
                 "stage": stage,
                 "stage3_param_persistence_threshold": 0,
@@ -225,4 +225,4 @@ def test_stages_agree_to_the_bit(results: dict[int, list[dict]]) -> None:
 if __name__ == "__main__":
     process(Path(sys.argv[1]), sys.argv[2:])
     sys.stdout.flush()
-    os._exit(0)  # as train.py does: gloo's threads may abort the interpreter's end
+    os._exit(0)  # as train.py does, and for its reason
