@@ -62,18 +62,13 @@ class DeepSpeedEngine:
         # On CPUs DeepSpeed would first compile a shared-memory all-reduce for most of a minute;
         # gloo does the same sums.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        zero: dict[str, Any] = {"stage": config.zero}
-        if processes.device.type == "cpu":
-            # Precaution: ZeRO 3 overlaps by default, and without streams nothing visible orders the
-            # reduction before its use. One test of many failed with it; the cause is not proven.
-            zero["overlap_comm"] = False
         settings = {
             "train_micro_batch_size_per_gpu": micro_batch,
             "gradient_accumulation_steps": accumulation,
             "train_batch_size": micro_batch * accumulation * processes.world,
             # DeepSpeed's own default is 1.0; DiT trains without clipping.
             "gradient_clipping": optim_config.clip,
-            "zero_optimization": zero,
+            "zero_optimization": {"stage": config.zero},
             "bf16": {"enabled": config.precision == "bf16"},
             "zero_allow_untested_optimizer": True,
             "steps_per_print": 2**31,
