@@ -47,6 +47,7 @@ class Problem:
     tables: HostTables
     x0: Tensor
     out: Tensor
+    one: Tensor
     skewed: bool = False
 
     @property
@@ -83,7 +84,8 @@ def make_problem(
     prediction = 0.1 * torch.randn(shape, generator=generator)
     v = 2.0 + 0.3 * torch.randn(shape, generator=generator)
     out = torch.cat([prediction, v], dim=1).to(device=device, dtype=dtype)
-    return Problem(host_tables(), x0, out.requires_grad_(), skewed)
+    one = torch.ones((), device=device)
+    return Problem(host_tables(), x0, out.requires_grad_(), one, skewed)
 
 
 def num_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
@@ -92,9 +94,12 @@ def num_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
     return int(np.prod(shape)) * (4 + size + 4 + 2 * size + 2 * size)
 
 
-def gradient(loss: Tensor, out: Tensor) -> Tensor:
-    """What backward hands to the network: no accumulation into a leaf's `grad`."""
-    (grad,) = torch.autograd.grad(loss, out)
+def gradient(loss: Tensor, out: Tensor, one: Tensor) -> Tensor:
+    """What backward hands to the network: no accumulation into a leaf's `grad`.
+
+    `one` float32 [] is d loss / d loss, kept by the caller: autograd would make, and launch a fill for, a new one.
+    """
+    (grad,) = torch.autograd.grad(loss, out, one)
     return grad
 
 
@@ -150,7 +155,7 @@ def reference(problem: Problem) -> Step:
         targets = {"previous": posterior(x0, x_t, t_B)[0], "x0": x0, "eps": eps}
         mse_B = mean_flat((targets["eps"] - prediction) ** 2)
         loss = (mse_B + vb_B).mean()
-        return Result(loss.detach(), gradient(loss, out), x_t, t_B)
+        return Result(loss.detach(), gradient(loss, out, problem.one), x_t, t_B)
 
     return step
 
@@ -227,7 +232,7 @@ def eager(problem: Problem) -> tuple[Step, Callable[[], Result]]:
             nll_K = likelihood_bits(error[at], v[at], x0[at], rows_BC[at])
             vb_B = vb_B.index_copy(0, at, nll_K)
         loss = (mse_B + vb_B).mean()
-        return Result(loss.detach(), gradient(loss, out), x_t, t_B)
+        return Result(loss.detach(), gradient(loss, out, problem.one), x_t, t_B)
 
     nothing = torch.zeros(0, dtype=torch.int64)
 
@@ -269,7 +274,7 @@ def compiled(
     def on_device(t_B: Tensor, with_first: bool) -> Result:
         eps = None if noise_inside else torch.randn_like(x0)
         loss, x_t = fast(x0, out, t_B, eps, with_first)
-        return Result(loss.detach(), gradient(loss, out), x_t, t_B)
+        return Result(loss.detach(), gradient(loss, out, problem.one), x_t, t_B)
 
     def step() -> Result:
         if mode == "reduce-overhead":
@@ -302,6 +307,7 @@ def ours(problem: Problem) -> tuple[Step, Callable[[], Result], dict[str, str]]:
         cdf_T = (cdf_T + 2**32) // 2
     cdf_T = cdf_T.to(device)
     tau_T = torch.arange(problem.tables.num_rows, dtype=torch.float32, device=device)
+    ticket = torch.zeros(1, dtype=torch.int32, device=device)
     batch = x0.shape[0]
     step_number = 0
 
@@ -327,9 +333,10 @@ def ours(problem: Problem) -> tuple[Step, Callable[[], Result], dict[str, str]]:
             seed=SEED,
             learned_variance=True,
             unit_upstream=True,
+            ticket=ticket,
             backend=choices[1].backend,
         )
-        return Result(total.detach(), gradient(total, out), x_t, row_B)
+        return Result(total.detach(), gradient(total, out, problem.one), x_t, row_B)
 
     def step() -> Result:
         nonlocal step_number

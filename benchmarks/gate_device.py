@@ -35,6 +35,7 @@ def diffusion_step(
     )
     out = out.bfloat16().requires_grad_()
     next_step = torch.tensor([1, 0], device=device)
+    ticket = torch.zeros(1, dtype=torch.int32, device=device)
 
     def run() -> tuple[Tensor, ...]:
         address_2.add_(next_step)
@@ -50,6 +51,7 @@ def diffusion_step(
             seed=inputs["seed"],
             learned_variance=True,
             unit_upstream=True,
+            ticket=ticket,
             backend=backend,
         )
         (grad,) = torch.autograd.grad(total, out)

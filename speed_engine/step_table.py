@@ -50,6 +50,7 @@ class StepTable:
     cdf_T: Tensor
     rows_T8: Tensor
     tau_T: Tensor
+    ticket: Tensor  # int32 [1], zero between the calls of `loss`: its kernel counts here
     session: Session | None = None  # the running state of a method that changes
 
     @property
@@ -83,6 +84,7 @@ class StepTable:
             cdf_T=self.cdf_T.to(device),
             rows_T8=self.rows_T8.to(device),
             tau_T=self.tau_T.to(device),
+            ticket=self.ticket.to(device),
         )
 
     # ---------------------------------------------------------------- the two ops
@@ -193,6 +195,7 @@ class StepTable:
             weight_vb=self.timesteps.weight_vb,
             grad_scale=grad_scale,
             unit_upstream=unit_upstream,
+            ticket=self.ticket,
             backend=_backend("loss", x0, backend),
         )
 
@@ -369,6 +372,7 @@ def assemble(
         cdf_T=integer_cdf(method.density),
         rows_T8=pack(schedule, objective, weight),
         tau_T=schedule.tau.float(),
+        ticket=torch.zeros(1, dtype=torch.int32),
     )
     table._install(step=0)
     return table

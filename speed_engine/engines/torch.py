@@ -59,6 +59,7 @@ class TorchEngine:
         self.processes = processes
         self.accumulation = accumulation
         self.micro_steps = 0
+        self.one = torch.ones((), device=processes.device)  # autograd would make one at each call
         self.precision = config.precision
         self.compute_dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
         self.network: nn.Module = self.module
@@ -82,7 +83,7 @@ class TorchEngine:
 
     def backward(self, loss: torch.Tensor) -> None:
         with self._communication():
-            loss.backward()
+            loss.backward(self.one)
         self.micro_steps += 1
 
     def step(self, lr: float) -> None:

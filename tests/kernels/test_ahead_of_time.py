@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -115,7 +114,7 @@ def loss_report(arch: int, out: str, x0: str, learned: bool, wide: bool = False)
     }  # fmt: skip
     constexprs: dict[str, Any] = {
         "LEARNED": learned, "WEIGHT_VB": True, "TILE": loss_gpu.TILE, "RUN": 4 if out == x0 == "fp32" else 8,
-        "WIDE": wide, 
+        "WIDE": wide, "CHUNKS": 8, "SAMPLES": 64,
     }  # fmt: skip
     return report(
         loss_gpu.loss_kernel,
@@ -150,7 +149,8 @@ def test_loss_kernel(arch: int, out: str, x0: str, learned: bool) -> None:
     found = loss_report(arch, out, x0, learned)
     assert found.spills == 0 and found.stack_bytes == 0
     assert found.registers <= (72 if learned else 40)
-    assert found.shared_bytes <= 64
+    # The last program's sum alone; the tiles exchange nothing between threads.
+    assert found.shared_bytes <= 4 * loss_gpu.LAST_TILE
     assert found.load_bits >= 128 and found.store_bits >= 128
     assert 16 not in found.loads and 16 not in found.stores
 
@@ -170,11 +170,11 @@ def test_counters_are_64_bits_wide_before_they_are_multiplied() -> None:
         assert "mul.lo.s64" in found.ptx or "mad.lo.s64" in found.ptx or "mul.wide.s32" in found.ptx
 
 
-def test_a_barrier_and_memory_order_at_every_ticket() -> None:
+def test_a_barrier_and_memory_order_at_the_ticket() -> None:
     """Partial results are stored, then a barrier, then a ticket with acquire and release; then past the first cache."""
     parts = loss_report(90, "bf16", "bf16", True).ptx.split("atom.")
-    assert len(parts) == 3, "one ticket for the sample, one for the batch"
-    for before, after in pairwise(parts):
-        assert after.startswith("global.gpu.acq_rel")
-        assert "bar.sync" in before.rsplit("st.global", 1)[1]
-        assert "ld.global.cg" in after
+    assert len(parts) == 2, "one ticket a program"
+    before, after = parts
+    assert after.startswith("global.gpu.acq_rel")
+    assert "bar.sync" in before.rsplit("st.global", 1)[1]
+    assert "ld.global.cg" in after

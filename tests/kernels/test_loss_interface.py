@@ -80,6 +80,22 @@ def test_opcheck(backend: str, device: str, case: int) -> None:
 
 
 @every_backend
+def test_a_kept_ticket_is_left_at_zero_and_changes_nothing(backend: str, device: str) -> None:
+    """Batches of several sizes share one ticket; opcheck sees that it is not changed."""
+    ticket = torch.zeros(1, dtype=torch.int32, device=device)
+    out, x0, row_B, *rest = tensors(device)
+    for batch in (out.shape[0], 1, out.shape[0]):
+        args = (out[:batch], x0[:batch], row_B[:batch], *rest)
+        options = {"seed": 5, "learned_variance": True, "backend": backend}
+        with_ticket = diffusion_loss(*args, **options, ticket=ticket)
+        without = diffusion_loss(*args, **options)
+        assert all(map(torch.equal, with_ticket, without))
+        assert ticket.item() == 0
+    args = (out.detach(), x0, row_B, *rest, 5, True, 1.0, False, 0.5, backend, True, ticket)
+    torch.library.opcheck(loss_op, args)
+
+
+@every_backend
 @pytest.mark.parametrize("unit_upstream", [True, False])
 def test_compiles_without_a_graph_break(backend: str, device: str, unit_upstream: bool) -> None:
     def step(out: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
@@ -142,6 +158,8 @@ REFUSALS: list[tuple[str, Change]] = [
     (r"row_B is torch.int64 \(2,\)", lambda a: a.update(row_B=a["row_B"][1:])),
     ("row_B is on meta", lambda a: a.update(row_B=a["row_B"].to("meta"))),
     ("rows_T8 is torch.float64", lambda a: a.update(rows_T8=a["rows_T8"].double())),
+    ("ticket is torch.int64", lambda a: a.update(ticket=torch.zeros(1, dtype=torch.int64))),
+    (r"ticket is torch.int32 \(2,\)", lambda a: a.update(ticket=torch.zeros(2, dtype=torch.int32))),
     ("seed=-3", lambda a: a.update(seed=-3)),
     ("needs a channel dimension", lambda a: a.update(out=torch.zeros(4), x0=torch.zeros(4))),
 ]

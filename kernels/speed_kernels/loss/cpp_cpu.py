@@ -41,6 +41,7 @@ def loss(
     vb_scale: float,
     weight_vb: bool,
     grad_scale: float,
+    ticket: Tensor | None,  # the Triton kernel's
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `speed_kernels.loss.op`. Threads: torch.get_num_threads(); the result does not depend on their number."""
     out, x0, row_B, rows_T8, address_2 = (

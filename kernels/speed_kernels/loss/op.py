@@ -49,6 +49,7 @@ def diffusion_loss(
     weight_vb: bool = False,
     grad_scale: float | None = None,
     unit_upstream: bool = False,
+    ticket: Tensor | None = None,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """The loss of a batch. Returns (total float32 scalar, losses_3B float32 [3, B]: total, mse, vb in bits).
@@ -62,6 +63,8 @@ def diffusion_loss(
                 the gradient is rounded to out's dtype as soon as it is computed
     unit_upstream  promise that `backward()` is called on the total itself, whose upstream gradient is 1; saves a pass
                 over the gradient
+    ticket      int32 [1] zero on out's device, left zero: memory for the Triton kernel's programs to count themselves.
+                Kept by the caller it saves a launch; one for each CUDA stream that runs this op. Default: a new one
     backend     triton, cpp or reference (`speed_kernels.contract.choose`)
 
     Differentiable once, by `out` through `total` alone. Raises ValueError on wrong arguments.
@@ -80,6 +83,7 @@ def diffusion_loss(
         float(scale),
         backend,
         unit_upstream,
+        ticket,
     )
     return total, losses_3B
 
@@ -98,9 +102,10 @@ def loss_op(
     grad_scale: float,
     backend: str,
     unit_upstream: bool = False,
+    ticket: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(total, losses_3B, gradient of total by out); see `diffusion_loss`."""
-    _check(out, x0, row_B, rows_T8, address_2, seed, learned_variance, backend)
+    _check(out, x0, row_B, rows_T8, address_2, seed, learned_variance, ticket, backend)
     module = contract.implementation("loss", backend)
     return module.loss(
         out,
@@ -113,6 +118,7 @@ def loss_op(
         vb_scale,
         weight_vb,
         grad_scale,
+        ticket,
     )
 
 
@@ -130,8 +136,9 @@ def _(
     grad_scale: float,
     backend: str,
     unit_upstream: bool = False,
+    ticket: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _check(out, x0, row_B, rows_T8, address_2, seed, learned_variance, backend)
+    _check(out, x0, row_B, rows_T8, address_2, seed, learned_variance, ticket, backend)
     return (
         out.new_empty((), dtype=torch.float32),
         out.new_empty((3, out.shape[0]), dtype=torch.float32),
@@ -148,7 +155,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     (grad_out,) = ctx.saved_tensors
-    return (grad_out if ctx.unit_upstream else grad_out * upstream, *[None] * 11)
+    return (grad_out if ctx.unit_upstream else grad_out * upstream, *[None] * 12)
 
 
 loss_op.register_autograd(_backward, setup_context=_setup_context)
@@ -162,6 +169,7 @@ def _check(
     address_2: Tensor,
     seed: int,
     learned_variance: bool,
+    ticket: Tensor | None,
     backend: str,
 ) -> None:
     check_table(rows_T8, address_2, x0, seed, backend)
@@ -186,6 +194,13 @@ def _check(
     if row_B.shape != (x0.shape[0],) or row_B.dtype != torch.int64:
         raise ValueError(
             f"row_B is {row_B.dtype} {tuple(row_B.shape)}; it must be int64 [{x0.shape[0]}], as the noise op returns it"
+        )
+    if ticket is not None and (
+        ticket.shape != (1,) or ticket.dtype != torch.int32 or ticket.device != x0.device
+    ):
+        raise ValueError(
+            f"ticket is {ticket.dtype} {tuple(ticket.shape)} on {ticket.device}; it must be a zero int32 [1] on "
+            f"{x0.device}, or None"
         )
     for name, tensor in (("out", out), ("row_B", row_B)):
         if tensor.device != x0.device:

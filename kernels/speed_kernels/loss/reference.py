@@ -30,6 +30,7 @@ def loss(
     vb_scale: float,
     weight_vb: bool,
     grad_scale: float,
+    ticket: Tensor | None,  # the Triton kernel's
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `speed_kernels.loss.op`."""
     f, v = (out.double().chunk(2, dim=1)) if learned_variance else (out.double(), None)

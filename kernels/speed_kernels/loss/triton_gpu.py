@@ -1,11 +1,11 @@
 """The loss op as one Triton kernel on CUDA GPUs (A100, H100, H200, B200).
 
 A program takes a run of one sample's elements: it makes the noise again, writes the gradient and keeps two partial
-sums. The sample's last program adds its partial sums, and the batch's last one the samples' losses. Who is last is told
-by ticket counters, the only atomics; sums are taken in a fixed order, so that every run gives the same result. Nothing
-is read on the host: the launch, and the small fill that resets the tickets, can be captured in a CUDA graph.
+sums. The program that finishes last adds all partial sums. Who is last is told by a counter, the only atomic; sums are
+taken in a fixed order, so that every run gives the same result. The last program sets the counter back to zero, so a
+caller that keeps it pays one launch a call and no fill. Nothing is read on the host: a CUDA graph can capture it all.
 
-Shape legend: E elements of a tile, K lanes of a program.
+Shape legend: E elements of a tile, K lanes of a program, S samples and C chunks of samples in the last sum.
 """
 
 # Triton's language is not Python: a jit function's constants and launch options are no parameters that pyright knows.
@@ -25,6 +25,8 @@ from torch import Tensor
 TILE = 1024
 ROW_0_TILE = tl.constexpr(512)
 NUM_WARPS = 4
+LAST_TILE = 512  # partial sums that the last program adds at a time, of
+LAST_SAMPLES = 64  # at most so many samples
 BITS_PER_NAT = tl.constexpr(1.4426950408889634)
 BINS = tl.constexpr(255.0)
 
@@ -152,14 +154,62 @@ def run_tiles(
 
 
 @triton.jit
-def ordered_sum(ptr, num, BLOCK: tl.constexpr):
-    """Sum of `num` floats that other programs wrote, always in the same order."""
-    total_K = tl.zeros([BLOCK], tl.float32)
-    for first in range(0, num, BLOCK):
-        index_K = first + tl.arange(0, BLOCK)
+def sum_of_chunks(ptr, b_S, batch, num_chunks, CHUNKS: tl.constexpr, SAMPLES: tl.constexpr):
+    """Sums over the chunks of samples b_S of [num_chunks, batch] floats that others wrote, in a fixed order."""
+    total_S = tl.zeros([SAMPLES], tl.float32)
+    for first in range(0, num_chunks, CHUNKS):
+        chunk_C = first + tl.arange(0, CHUNKS)
+        mask_CS = (chunk_C < num_chunks)[:, None] & (b_S < batch)[None, :]
+        at_CS = chunk_C.to(tl.int64)[:, None] * batch + b_S[None, :]
         # Past this processor's first-level cache, which knows nothing of the others' stores.
-        total_K += tl.load(ptr + index_K, index_K < num, 0.0, cache_modifier=".cg")
-    return tl.sum(total_K, axis=0)
+        total_S += tl.sum(tl.load(ptr + at_CS, mask_CS, 0.0, cache_modifier=".cg"), axis=0)
+    return total_S
+
+
+@triton.jit
+def finish(
+    partial_ptr,
+    row_ptr,
+    rows_ptr,
+    total_ptr,
+    losses_ptr,
+    batch,
+    num_chunks,
+    num_rows,
+    inverse_elements,
+    vb_scale,
+    grad_scale,
+    LEARNED: tl.constexpr,
+    WEIGHT_VB: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    SAMPLES: tl.constexpr,
+):
+    """The samples' losses and their scaled sum from everybody's partial sums."""
+    batch_64 = batch.to(tl.int64)
+    all_S = tl.zeros([SAMPLES], tl.float32)
+    for first in range(0, batch, SAMPLES):
+        b_S = first + tl.arange(0, SAMPLES)
+        mask_S = b_S < batch
+        row_S = tl.load(row_ptr + b_S, mask_S, 0)
+        valid_S = (row_S >= 0) & (row_S < num_rows)
+        weight_S = tl.load(rows_ptr + row_S * 8 + 4, valid_S, float("nan"))
+        mse_S = sum_of_chunks(partial_ptr, b_S, batch, num_chunks, CHUNKS, SAMPLES)
+        mse_S = mse_S * inverse_elements
+        vb_S = tl.zeros([SAMPLES], tl.float32)
+        loss_S = weight_S * mse_S
+        if LEARNED:
+            bounds_ptr = partial_ptr + batch_64 * num_chunks
+            vb_S = sum_of_chunks(bounds_ptr, b_S, batch, num_chunks, CHUNKS, SAMPLES)
+            vb_S = vb_S * (inverse_elements * BITS_PER_NAT)
+            if WEIGHT_VB:
+                loss_S += vb_scale * weight_S * vb_S
+            else:
+                loss_S += vb_scale * vb_S
+        tl.store(losses_ptr + b_S, loss_S, mask_S)
+        tl.store(losses_ptr + batch_64 + b_S, mse_S, mask_S)
+        tl.store(losses_ptr + 2 * batch_64 + b_S, vb_S, mask_S)
+        all_S += tl.where(mask_S, loss_S, 0.0)
+    tl.store(total_ptr, tl.sum(all_S, axis=0) * grad_scale)
 
 
 @triton.jit(do_not_specialize=["key0", "key1", "num_rows", "batch", "num_chunks", "num_tiles"])
@@ -189,6 +239,8 @@ def loss_kernel(
     TILE: tl.constexpr,
     RUN: tl.constexpr,
     WIDE: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    SAMPLES: tl.constexpr,
 ):
     """Program b * num_chunks + chunk: `num_tiles` tiles of sample b. WIDE: a sample has 2^31 elements or more."""
     chunk = tl.program_id(0) % num_chunks
@@ -236,30 +288,18 @@ def loss_kernel(
             LEARNED, False, TILE, RUN,
         )  # fmt: skip
 
-    # The last program of a sample finishes the sample, the last of those the batch. A ticket is drawn after the
-    # program's stores, and what the drawer of the last one reads comes after all tickets.
-    tl.store(partial_ptr + b * num_chunks + chunk, square)
+    # The ticket is drawn after this program's stores; what the drawer of the last one reads comes after all tickets.
+    tl.store(partial_ptr + chunk.to(tl.int64) * batch + b, square)
     if LEARNED:
         bounds_ptr = partial_ptr + batch.to(tl.int64) * num_chunks
-        tl.store(bounds_ptr + b * num_chunks + chunk, bound)
+        tl.store(bounds_ptr + chunk.to(tl.int64) * batch + b, bound)
     tl.debug_barrier()
-    if tl.atomic_add(ticket_ptr + 1 + b, 1, sem="acq_rel") == num_chunks - 1:
-        mse = ordered_sum(partial_ptr + b * num_chunks, num_chunks, 128) * inverse_elements
-        vb = 0.0
-        loss = weight * mse
-        if LEARNED:
-            vb = ordered_sum(bounds_ptr + b * num_chunks, num_chunks, 128)
-            vb = vb * (inverse_elements * BITS_PER_NAT)
-            if WEIGHT_VB:
-                loss += vb_scale * weight * vb
-            else:
-                loss += vb_scale * vb
-        tl.store(losses_ptr + b, loss)
-        tl.store(losses_ptr + batch + b, mse)
-        tl.store(losses_ptr + 2 * batch.to(tl.int64) + b, vb)
-        tl.debug_barrier()
-        if tl.atomic_add(ticket_ptr, 1, sem="acq_rel") == batch - 1:
-            tl.store(total_ptr, ordered_sum(losses_ptr, batch, 512) * grad_scale)
+    if tl.atomic_add(ticket_ptr, 1, sem="acq_rel") == tl.num_programs(0) - 1:
+        finish(
+            partial_ptr, row_ptr, rows_ptr, total_ptr, losses_ptr, batch, num_chunks, num_rows,
+            inverse_elements, vb_scale, grad_scale, LEARNED, WEIGHT_VB, CHUNKS, SAMPLES,
+        )  # fmt: skip
+        tl.store(ticket_ptr, 0)
 
 
 def loss(
@@ -273,8 +313,9 @@ def loss(
     vb_scale: float,
     weight_vb: bool,
     grad_scale: float,
+    ticket: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See `speed_kernels.loss.op`. One launch, after a fill of the tickets."""
+    """See `speed_kernels.loss.op`. One launch; without a `ticket`, after a fill of a new one."""
     out, x0, row_B, rows_T8, address_2 = (
         tensor.contiguous() for tensor in (out, x0, row_B, rows_T8, address_2)
     )
@@ -293,7 +334,9 @@ def loss(
     num_tiles = noise_gpu.tiles_per_program(batch, num_elements, device)
     num_chunks = triton.cdiv(num_elements, num_tiles * TILE)
     partial = torch.empty(2 * num_chunks * batch, dtype=torch.float32, device=device)
-    tickets = torch.zeros(batch + 1, dtype=torch.int32, device=device)
+    if ticket is None:
+        ticket = torch.zeros(1, dtype=torch.int32, device=device)
+    samples = min(LAST_SAMPLES, triton.next_power_of_2(batch))
     key0, key1 = philox.key_of(seed)
     with torch.cuda.device_of(x0):
         loss_kernel[(batch * num_chunks,)](
@@ -304,7 +347,7 @@ def loss(
             address_2,
             grad_out,
             partial,
-            tickets,
+            ticket,
             total,
             losses_3B,
             num_elements,
@@ -322,6 +365,8 @@ def loss(
             TILE=TILE,
             RUN=noise_gpu.run_length(out, x0),
             WIDE=num_elements >= 2**31 - 8 * TILE,
+            CHUNKS=LAST_TILE // samples,
+            SAMPLES=samples,
             num_warps=NUM_WARPS,
             enable_fp_fusion=True,
         )
