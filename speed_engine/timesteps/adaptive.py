@@ -129,7 +129,7 @@ class Sampler(Policy):
         num_rows = facts.density_T.numel()
         self.bits_T = self.bits_T.to(device) / facts.gain_T.square()  # per error of the own target
         self.uniform_T = facts.measure_T / facts.measure_T.sum()
-        self.network = BetaPolicy(shape[0], num_rows).to(device)
+        self.network = BetaPolicy(shape, num_rows).to(device)
         self.parameters = list(self.network.parameters())
         flat = torch.cat([parameter.detach().flatten() for parameter in self.parameters])
         pieces = flat.split([parameter.numel() for parameter in self.parameters])

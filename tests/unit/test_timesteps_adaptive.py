@@ -16,7 +16,7 @@ from speed_engine.foreign_loop import diffusion_loss
 from speed_engine.probing import after_update, before_update
 from speed_engine.step_table import StepTable, build_step_table
 from speed_engine.timesteps import adaptive, parse
-from speed_engine.timesteps.online.beta_policy import BetaPolicy
+from speed_engine.timesteps.online.beta_policy import BetaPolicy, Halved
 from speed_engine.timesteps.online.feature_selection import FeatureSelection
 from speed_engine.timesteps.online.policy import Reach
 
@@ -208,7 +208,7 @@ def test_nothing_waits_for_the_device():
 
 @pytest.mark.parametrize("shape", [(3, 32, 32), (4, 7, 5), (8, 16), (5,), (2, 3, 8, 8)])
 def test_any_sample_shape(shape):
-    network = BetaPolicy(shape[0], 100)
+    network = BetaPolicy(shape, 100)
     log_BT = network(torch.randn(3, *shape))
     assert log_BT.shape == (3, 100)
     torch.testing.assert_close(log_BT.exp().sum(1), torch.ones(3))
@@ -219,6 +219,12 @@ def test_any_sample_shape(shape):
     middles = (torch.arange(100) + 0.5) / 100
     expected = beta.log_prob(middles)
     torch.testing.assert_close(log_BT[0], expected - expected.logsumexp(0), rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (4, 6), (5, 8), (7, 3)])
+def test_halved_is_max_pooling(size):
+    x = torch.randn(2, 3, *size)
+    assert torch.equal(Halved()(x), torch.nn.MaxPool2d(2, ceil_mode=True)(x))
 
 
 def test_feature_selection_is_univariate_regression():

@@ -1,15 +1,17 @@
 """A small network that looks at a clean sample and answers with the two numbers of a Beta
 distribution over time steps.
 
-Three 3x3 convolutions with pooling, an adaptive pool to 4x4 (so any latent shape will do: a
-sequence is one pixel high, a video is its frames one below the other, a vector one pixel), two
-hidden layers, softplus. The last layer starts at weight 0 and bias 0.5, so the policy starts as
+Three 3x3 convolutions with pooling, an adaptive pool to 4x4 or to what is left of a smaller image
+(so any latent shape will do: a sequence is one pixel high, a video is its frames one below the
+other, a vector one pixel), two hidden layers, softplus. The last layer starts at weight 0 and bias 0.5, so the policy starts as
 Beta(0.974, 0.974), nearly uniform.
 
 Shape legend: B samples, C channels, T rows.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor, nn
@@ -18,20 +20,24 @@ NUM_OUTPUTS = 2
 
 
 class BetaPolicy(nn.Module):
-    """x0 [B, C, ...] -> log probability of every row, float32 [B, T]."""
+    """x0 [B, *shape] -> log probability of every row, float32 [B, T]; `shape` is [C, ...]."""
 
     position_T: Tensor
 
-    def __init__(self, channels: int, num_rows: int, hidden: int = 256) -> None:
+    def __init__(self, shape: tuple[int, ...], num_rows: int, hidden: int = 256) -> None:
         super().__init__()
+        height, width = (min(4, -(-size // 8)) for size in _as_image(shape)[1:])
         # The same weights on every rank, and the caller's generator left alone.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             self.image = nn.Sequential(
-                *_stage(channels, 32), *_stage(32, 64), *_stage(64, 128), nn.AdaptiveAvgPool2d(4)
+                *_stage(shape[0], 32),
+                *_stage(32, 64),
+                *_stage(64, 128),
+                nn.AdaptiveAvgPool2d((height, width)),
             )
             self.head = nn.Sequential(
-                nn.Linear(128 * 16, hidden),
+                nn.Linear(128 * height * width, hidden),
                 nn.ReLU(),
                 nn.Linear(hidden, hidden),
                 nn.ReLU(),
@@ -48,8 +54,9 @@ class BetaPolicy(nn.Module):
         """The two positive numbers (alpha, beta) of every sample's Beta distribution; float32 [B,
         2].
         """
-        image = x0.float().reshape(x0.shape[0], x0.shape[1], -1, x0.shape[-1] if x0.ndim > 2 else 1)
-        features = self.image(image).flatten(1)
+        image = x0.float().reshape(x0.shape[0], *_as_image(x0.shape[1:]))
+        # The draw is made at every training step, and pooling is twice as fast in this format.
+        features = self.image(image.contiguous(memory_format=torch.channels_last)).flatten(1)
         return nn.functional.softplus(self.head(features)) + 1e-5
 
     def forward(self, x0: Tensor) -> Tensor:
@@ -60,6 +67,28 @@ class BetaPolicy(nn.Module):
         return log_mass_BT.log_softmax(dim=1)
 
 
+class Halved(nn.Module):
+    """2x2 max-pooling; of an odd size the last row or column is pooled alone.
+
+    nn.MaxPool2d says the same, but on CPUs it also notes where each maximum was, one by one; the
+    draw of every training step waits for it. The ReLU behind it commutes with a maximum.
+    """
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        x, odd = x_BCHW, (0, x_BCHW.shape[3] % 2, 0, x_BCHW.shape[2] % 2)
+        if any(odd):
+            x = nn.functional.pad(x, odd, value=float("-inf"))
+        columns = torch.maximum(x[..., ::2], x[..., 1::2])
+        return torch.maximum(columns[:, :, ::2], columns[:, :, 1::2])
+
+
+def _as_image(shape: tuple[int, ...]) -> tuple[int, int, int]:
+    """[C, ...] -> [C, H, W] with the same elements."""
+    channels, *rest = shape
+    width = rest[-1] if rest else 1
+    return channels, math.prod(rest[:-1]), width
+
+
 def _stage(channels_in: int, channels_out: int) -> list[nn.Module]:
     convolution = nn.Conv2d(channels_in, channels_out, 3, padding=1)
-    return [convolution, nn.ReLU(), nn.MaxPool2d(2, ceil_mode=True)]
+    return [convolution, Halved(), nn.ReLU()]
