@@ -16,7 +16,7 @@ from speed_engine.foreign_loop import diffusion_loss
 from speed_engine.probing import after_update, before_update
 from speed_engine.step_table import StepTable, build_step_table
 from speed_engine.timesteps import adaptive, parse
-from speed_engine.timesteps.online.beta_policy import BetaPolicy, Halved
+from speed_engine.timesteps.online.beta_policy import BetaPolicy, Halved, Pooled
 from speed_engine.timesteps.online.feature_selection import FeatureSelection
 from speed_engine.timesteps.online.policy import Reach
 
@@ -225,6 +225,13 @@ def test_any_sample_shape(shape):
 def test_halved_is_max_pooling(size):
     x = torch.randn(2, 3, *size)
     assert torch.equal(Halved()(x), torch.nn.MaxPool2d(2, ceil_mode=True)(x))
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 3), (4, 5), (9, 32)])
+def test_pooled_is_adaptive_average_pooling(size):
+    x = torch.randn(2, 3, *size)
+    pooled = Pooled((8 * size[0], 8 * size[1] - 7))(x)
+    torch.testing.assert_close(pooled, torch.nn.AdaptiveAvgPool2d(4)(x))
 
 
 def test_feature_selection_is_univariate_regression():

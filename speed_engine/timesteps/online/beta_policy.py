@@ -1,9 +1,9 @@
 """A small network that looks at a clean sample and answers with the two numbers of a Beta
 distribution over time steps.
 
-Three 3x3 convolutions with pooling, an adaptive pool to 4x4 or to what is left of a smaller image
-(so any latent shape will do: a sequence is one pixel high, a video is its frames one below the
-other, a vector one pixel), two hidden layers, softplus. The last layer starts at weight 0 and bias 0.5, so the policy starts as
+Three 3x3 convolutions with pooling, an adaptive pool to 4x4 (so any latent shape will do: a
+sequence is one pixel high, a video is its frames one below the other, a vector one pixel), two
+hidden layers, softplus. The last layer starts at weight 0 and bias 0.5, so the policy starts as
 Beta(0.974, 0.974), nearly uniform.
 
 Shape legend: B samples, C channels, T rows.
@@ -26,7 +26,6 @@ class BetaPolicy(nn.Module):
 
     def __init__(self, shape: tuple[int, ...], num_rows: int, hidden: int = 256) -> None:
         super().__init__()
-        height, width = (min(4, -(-size // 8)) for size in _as_image(shape)[1:])
         # The same weights on every rank, and the caller's generator left alone.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
@@ -34,10 +33,10 @@ class BetaPolicy(nn.Module):
                 *_stage(shape[0], 32),
                 *_stage(32, 64),
                 *_stage(64, 128),
-                nn.AdaptiveAvgPool2d((height, width)),
+                Pooled(_as_image(shape)[1:]),
             )
             self.head = nn.Sequential(
-                nn.Linear(128 * height * width, hidden),
+                nn.Linear(128 * 16, hidden),
                 nn.ReLU(),
                 nn.Linear(hidden, hidden),
                 nn.ReLU(),
@@ -80,6 +79,31 @@ class Halved(nn.Module):
             x = nn.functional.pad(x, odd, value=float("-inf"))
         columns = torch.maximum(x[..., ::2], x[..., 1::2])
         return torch.maximum(columns[:, :, ::2], columns[:, :, 1::2])
+
+
+class Pooled(nn.Module):
+    """Averages of an 8 times smaller image than [H, W] over 4x4 parts, as nn.AdaptiveAvgPool2d(4).
+
+    Two small products, several times faster on a CPU.
+    """
+
+    down: Tensor
+    across: Tensor
+
+    def __init__(self, size: tuple[int, int]) -> None:
+        super().__init__()
+        self.register_buffer("down", _averages(-(-size[0] // 8)), persistent=False)
+        self.register_buffer("across", _averages(-(-size[1] // 8)).T, persistent=False)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        return self.down @ (x_BCHW @ self.across)
+
+
+def _averages(size: int) -> Tensor:
+    """[4, size]: row i averages the places from floor(i size / 4) to ceil((i + 1) size / 4)."""
+    place, part = torch.arange(size), torch.arange(4)[:, None]
+    inside = (place >= part * size // 4) & (place < -(-(part + 1) * size // 4))
+    return inside / inside.sum(dim=1, keepdim=True)
 
 
 def _as_image(shape: tuple[int, ...]) -> tuple[int, int, int]:
