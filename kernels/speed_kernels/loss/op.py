@@ -149,11 +149,15 @@ def _(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _, losses_3B, grad_out = output
     ctx.mark_non_differentiable(losses_3B, grad_out)
+    # Otherwise autograd fills zeros for both, one of them as large as the network's output.
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(grad_out)
     ctx.unit_upstream = inputs[11]
 
 
-def _backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    if upstream is None:
+        return (None,) * 13
     (grad_out,) = ctx.saved_tensors
     return (grad_out if ctx.unit_upstream else grad_out * upstream, *[None] * 12)
 

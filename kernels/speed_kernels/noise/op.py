@@ -103,11 +103,14 @@ def _(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _, row_B, tau_B = output
     ctx.mark_non_differentiable(row_B, tau_B)
+    ctx.set_materialize_grads(False)  # no zeros for those two
     ctx.save_for_backward(inputs[2], row_B)
     ctx.dtype = inputs[0].dtype
 
 
-def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 10
     rows_T8, row_B = ctx.saved_tensors
     a_B = rows_T8[:, 0][row_B].view(-1, *[1] * (grad.dim() - 1))
     return ((grad * a_B).to(ctx.dtype), *[None] * 9)
