@@ -178,6 +178,19 @@ def test_psi_rate_and_the_peak():
     torch.testing.assert_close(true, 2 * schedule.noise_rate, rtol=1e-9, atol=1e-12)
 
 
+def test_increments_of_edm():
+    """Psi = (t + dt)^2 + t^2 and its rate 2 [(t + dt) + t] (the paper's text has the factor 2 in the wrong one)."""
+    schedule = make("edm")
+    t = schedule.sigma / schedule.alpha
+    assert torch.equal(schedule.alpha, torch.ones_like(t))
+    torch.testing.assert_close(increments.psi(schedule), t[1:] ** 2 + t[:-1] ** 2)
+    (speed,) = torch.gradient(t, spacing=(schedule.coordinate,))
+    inner = slice(5, -5)
+    torch.testing.assert_close(
+        increments.psi_rate(schedule)[inner], (4 * t * speed)[inner], rtol=1e-2, atol=0
+    )
+
+
 @pytest.mark.parametrize(
     ("r", "closed", "numeric"),
     [

@@ -210,11 +210,14 @@ def test_pure_du_is_the_logistic_law_of_log_snr(schedule):
 def test_the_identity_integral(schedule):
     on = make_schedule(schedule)
     density = make("speed_u", on, pure=True, k=1).density
-    # E_{u ~ U(0,1)} of 1/(1 + |L|) with L = ln((1-u)/u), on a fine grid of u
+
+    def f(log_snr):
+        return torch.exp(-((log_snr - 1) ** 2) / 8)
+
+    # E_{u ~ U(0,1)} f(ln((1-u)/u)) on a fine grid of u, the same number for every schedule
     u = (torch.arange(2**20, dtype=torch.float64) + 0.5) / 2**20
-    expected = (1 / (1 + torch.logit(u).abs())).mean().item()
-    found = (density / (1 + on.log_snr.abs())).sum().item()
-    assert found == pytest.approx(expected, abs=3e-3)
+    assert f(-torch.logit(u)).mean().item() == pytest.approx(0.70435, abs=5e-6)
+    assert (density * f(on.log_snr)).sum().item() == pytest.approx(0.70435, abs=3e-3)
 
 
 def test_speed_u_uses_its_threshold_everywhere():
