@@ -33,7 +33,7 @@ from speed_engine.whole_file import atomic
 METADATA_KEY = "speed_engine"
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 # The parts of a model's configuration that say how to compute, not what was learned.
-NOT_LEARNED = {"attention", "activation_checkpointing"}
+NOT_LEARNED = {"attention", "residual", "recompute", "products"}
 
 
 def describe(model: nn.Module) -> dict[str, Any]:

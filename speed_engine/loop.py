@@ -116,11 +116,13 @@ def _train(config: RunConfig, processes: Processes) -> int:
     # ------------------------------------------------------------------ the parts
     micro_batch, accumulation = setup.split_batch(config, processes.world)
     kernels = config.kernels
-    choices = [choose(op, processes.device, kernels.backend, kernels.strict) for op in OPS]
+    ops = OPS + setup.model_ops(config)
+    choices = [choose(op, processes.device, kernels.backend, kernels.strict) for op in ops]
     backends = {choice.op: choice.backend for choice in choices}
     source = setup.build_source(config)
-    model = setup.build_model(config, source.shape, source.num_classes)
-    blueprint = setup.build_model(config, source.shape, source.num_classes, "meta")
+    facts = (config, source.shape, source.num_classes)
+    model = setup.build_model(*facts, processes.device, backends)
+    blueprint = setup.build_model(*facts, "meta")
     table = setup.build_table(config).to(processes.device)
     feed = Feed(
         source,

@@ -67,13 +67,25 @@ def model_facts(config: RunConfig, shape: tuple[int, int, int], num_classes: int
     }
 
 
+def model_ops(config: RunConfig) -> tuple[str, ...]:
+    """The ops of speed_kernels that the network uses, besides those of every training step."""
+    return kind_module("model", config.model.kind).KERNELS
+
+
 def build_model(
-    config: RunConfig, shape: tuple[int, int, int], num_classes: int, device: str = "cpu"
+    config: RunConfig,
+    shape: tuple[int, int, int],
+    num_classes: int,
+    device: torch.device | str = "cpu",
+    backends: dict[str, str] | None = None,
 ) -> Any:
-    """The freshly initialised network; on the device `meta` it takes no memory."""
+    """The freshly initialised network; on the device `meta` it takes no memory.
+
+    backends: op -> backend for the network's fused kernels; None: plain torch.
+    """
     module = kind_module("model", config.model.kind)
     facts = model_facts(config, shape, num_classes)
-    return module.build(config.model, **facts, seed=config.seed, device=device)
+    return module.build(config.model, **facts, seed=config.seed, device=device, backends=backends)
 
 
 def macs_per_sample(config: RunConfig, shape: tuple[int, int, int], num_classes: int) -> int:

@@ -14,14 +14,19 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from typing import Literal, NamedTuple
+from collections.abc import Mapping
+from typing import Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field, model_validator
-from speed_kernels.attention.op import choose_attention, implementation
+from speed_kernels.attention.op import choose_attention
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+
+from speed_engine.models.parts.blocks import Block, FinalLayer, Recompute, Stream
+from speed_engine.models.parts.fp8 import convert, fp8_unavailable
+from speed_engine.models.parts.glue import OPS, Glue
+from speed_engine.models.parts.modulation import project_all
 
 
 class Size(NamedTuple):
@@ -39,6 +44,7 @@ SIZES = {
     **{f"XL/{patch}": Size(1152, 28, 16, patch) for patch in (2, 4, 8)},
     **{f"tiny/{patch}": Size(128, 6, 4, patch) for patch in (1, 2)},
 }
+KERNELS = OPS  # the ops of speed_kernels that `build` can use
 NUM_FREQUENCIES = 128  # a cosine and a sine of each: 256 numbers tell the network the time
 MAX_PERIOD = 10_000.0
 
@@ -69,9 +75,18 @@ class Config(BaseModel):
     attention: Literal["auto", "sdpa", "xformers"] = Field(
         default="auto", description="implementation"
     )
-    activation_checkpointing: bool = Field(
-        default=False,
-        description="keep only the blocks' inputs for the backward pass: less memory, slower",
+    residual: Literal["fp32", "compute"] = Field(
+        default="fp32", description="dtype of the residual stream: fp32, or that of the products"
+    )
+    products: Literal["native", "fp8_tensor", "fp8_row"] = Field(
+        default="native",
+        description="the blocks' matrix products: in the dtype of the weights, or in e4m3 with a "
+        "scale a tensor or a row (an experiment; GPUs from sm_89 on)",
+    )
+    recompute: Recompute = Field(
+        default="none",
+        description="what the backward pass computes again instead of keeping it: none; selective: "
+        "norms and GELU, which cost no product; full: whole blocks",
     )
 
     @model_validator(mode="after")
@@ -89,20 +104,6 @@ class Config(BaseModel):
         """The named size with the overrides applied."""
         named = SIZES[self.size]
         return Size(*(getattr(self, key) or getattr(named, key) for key in Size._fields))
-
-
-# Everything elementwise between the matrix products: the place where fused kernels go.
-
-
-def modulated_norm(x_BTD: Tensor, shift_BD: Tensor, scale_BD: Tensor) -> Tensor:
-    """LayerNorm without parameters, statistics in fp32 whatever the dtype; then scale and shift."""
-    normed_BTD = F.layer_norm(x_BTD, x_BTD.shape[-1:], eps=1e-6)
-    return normed_BTD * (1 + scale_BD[:, None]) + shift_BD[:, None]
-
-
-def gated_add(x_BTD: Tensor, branch_BTD: Tensor, gate_BD: Tensor) -> Tensor:
-    """The residual stream plus a gated branch."""
-    return x_BTD + gate_BD[:, None] * branch_BTD
 
 
 def position_embedding(hidden_size: int, grid: int) -> Tensor:
@@ -148,65 +149,6 @@ class TimeEmbedder(nn.Module):
         return self.mlp(torch.cat([angle_BF.cos(), angle_BF.sin()], dim=1).to(dtype))
 
 
-class Attention(nn.Module):
-    """Self-attention over all tokens; q, k and v stay where the one product of `qkv` wrote them."""
-
-    def __init__(self, hidden_size: int, num_heads: int, backend: str) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
-        self.proj = nn.Linear(hidden_size, hidden_size)
-        self.attend = implementation(backend)
-
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        qkv_BT3NK = self.qkv(x_BTD).unflatten(-1, (3, self.num_heads, -1))
-        return self.proj(self.attend(qkv_BT3NK).flatten(2))
-
-
-class Mlp(nn.Module):
-    def __init__(self, hidden_size: int, width: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(hidden_size, width)
-        self.fc2 = nn.Linear(width, hidden_size)
-
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x_BTD), approximate="tanh"))
-
-
-def modulation(hidden_size: int, num_outputs: int) -> nn.Sequential:
-    """Conditioning [B, D] -> shifts, scales, gates. Number 0 is a SiLU in the checkpoints' naming;
-    it would see the same vector in every block, so DiT.forward applies it once for all."""
-    return nn.Sequential(nn.Identity(), nn.Linear(hidden_size, num_outputs * hidden_size))
-
-
-class Block(nn.Module):
-    """A transformer block with adaLN-Zero: attention, then MLP, each normed, modulated, gated."""
-
-    def __init__(self, hidden_size: int, num_heads: int, mlp_width: int, backend: str) -> None:
-        super().__init__()
-        self.attn = Attention(hidden_size, num_heads, backend)
-        self.mlp = Mlp(hidden_size, mlp_width)
-        self.adaLN_modulation = modulation(hidden_size, 6)
-
-    def forward(self, x_BTD: Tensor, c_BD: Tensor) -> Tensor:
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(c_BD).chunk(6, 1)
-        x_BTD = gated_add(x_BTD, self.attn(modulated_norm(x_BTD, shift_a, scale_a)), gate_a)
-        return gated_add(x_BTD, self.mlp(modulated_norm(x_BTD, shift_m, scale_m)), gate_m)
-
-
-class FinalLayer(nn.Module):
-    """Tokens [B, T, D] -> patches [B, T, patch * patch * C']."""
-
-    def __init__(self, hidden_size: int, num_outputs: int) -> None:
-        super().__init__()
-        self.linear = nn.Linear(hidden_size, num_outputs)
-        self.adaLN_modulation = modulation(hidden_size, 2)
-
-    def forward(self, x_BTD: Tensor, c_BD: Tensor) -> Tensor:
-        shift_BD, scale_BD = self.adaLN_modulation(c_BD).chunk(2, 1)
-        return self.linear(modulated_norm(x_BTD, shift_BD, scale_BD))
-
-
 class DiT(nn.Module):
     """The whole network; made and initialised by `build`, whose arguments it keeps as attributes.
 
@@ -222,6 +164,7 @@ class DiT(nn.Module):
         num_classes: int,
         learned_variance: bool,
         device: torch.device,
+        glue: Glue,
     ) -> None:
         super().__init__()
         hidden_size, depth, num_heads, patch_size = config.resolved()
@@ -240,9 +183,9 @@ class DiT(nn.Module):
             self.y_embedder = nn.Sequential(OrderedDict(embedding_table=table))
         self.pos_embed = nn.Buffer(torch.empty(1, self.grid**2, hidden_size))
         sizes = (hidden_size, num_heads, mlp_width, self.attention_choice.backend)
-        self.blocks = nn.ModuleList(Block(*sizes) for _ in range(depth))
+        self.blocks = nn.ModuleList(Block(*sizes, glue, config.recompute) for _ in range(depth))
         num_outputs = patch_size**2 * channels * (1 + learned_variance)
-        self.final_layer = FinalLayer(hidden_size, num_outputs)
+        self.final_layer = FinalLayer(hidden_size, num_outputs, glue)
 
     @torch.no_grad()
     def initialise(self, seed: int) -> None:
@@ -262,6 +205,20 @@ class DiT(nn.Module):
                 nn.init.xavier_uniform_(drawn, generator=generator)
                 weight.copy_(drawn.view(weight.shape))
         self.pos_embed.copy_(position_embedding(self.pos_embed.shape[2], self.grid))
+
+    def projections(self) -> list[nn.Linear]:
+        """The adaLN layers of all blocks and of the last layer."""
+        owners = (*self.blocks, self.final_layer)
+        return [cast("nn.Linear", owner.get_submodule("adaLN_modulation.1")) for owner in owners]
+
+    def memory_order(self) -> list[nn.Parameter]:
+        """All parameters, in the order in which an engine that keeps them in one buffer should lay
+        them: the adaLN weights together, and their biases, so that they make one product."""
+        linears = self.projections()
+        first = [cast("nn.Parameter", linear.weight) for linear in linears]
+        first += [cast("nn.Parameter", linear.bias) for linear in linears]
+        known = {id(parameter) for parameter in first}
+        return first + [each for each in self.parameters() if id(each) not in known]
 
     def forward(self, x_BCHW: Tensor, tau_B: Tensor, labels_B: Tensor | None = None) -> Tensor:
         """Noisy inputs [B, C, H, W] -> output [B, C', H, W], C' = C or 2C (learned variance).
@@ -285,14 +242,14 @@ class DiT(nn.Module):
         if self.y_embedder is not None:
             c_BD = c_BD + self.y_embedder(labels_B)
         c_BD = F.silu(c_BD)
-        x_BTD = self.x_embedder(x_BCHW.to(dtype)) + self.pos_embed.to(dtype)
-        recompute = self.config.activation_checkpointing and torch.is_grad_enabled()
-        for block in self.blocks:
-            if recompute:
-                x_BTD = checkpoint(block, x_BTD, c_BD, use_reentrant=False)
-            else:
-                x_BTD = block(x_BTD, c_BD)
-        out_BTX = self.final_layer(x_BTD, c_BD)
+        x_BTD = self.x_embedder(x_BCHW.to(dtype))
+        if self.config.residual == "fp32":
+            x_BTD = x_BTD.to(torch.promote_types(x_BTD.dtype, torch.float32))
+        stream = Stream(x_BTD + self.pos_embed.to(x_BTD.dtype))
+        *modulations, last = project_all(c_BD, self.projections())
+        for block, modulation_BX in zip(self.blocks, modulations, strict=True):
+            stream = block(stream, modulation_BX)
+        out_BTX = self.final_layer(stream, last)
         patch = self.sample_size // self.grid
         tiles = out_BTX.unflatten(1, (self.grid, self.grid)).unflatten(3, (patch, patch, -1))
         return tiles.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
@@ -307,11 +264,15 @@ def build(
     learned_variance: bool,
     seed: int = 0,
     device: torch.device | str = "cpu",
+    backends: Mapping[str, str] | None = None,
 ) -> DiT:
     """An initialised DiT in fp32 on `device`; the same `seed` gives the same weights everywhere.
 
-    num_classes 0: unconditional. On the `meta` device nothing is allocated (to count parameters).
-    Raises ValueError where the sample is not a whole number of patches, and
+    backends: for the ops of `KERNELS`, between the products, the backend of their fused kernels;
+    None: plain torch, which computes the same. num_classes 0: unconditional. On the `meta` device
+    nothing is allocated (to count parameters).
+    Raises ValueError where the sample is not a whole number of patches or the products asked for
+    cannot run on `device`, and
     speed_kernels.contract.BackendError where the attention asked for cannot run.
     """
     patch = config.resolved().patch_size
@@ -322,12 +283,17 @@ def build(
         )
     if channels < 1 or num_classes < 0:
         raise ValueError(f"channels {channels} must be > 0 and num_classes {num_classes} >= 0")
-    device = torch.device(device)
+    facts = (config, channels, sample_size, num_classes, learned_variance)
     with torch.device("meta"):  # no memory, no default initialisation
-        model = DiT(config, channels, sample_size, num_classes, learned_variance, device)
-    if device.type != "meta":
+        model = DiT(*facts, torch.device(device), Glue(backends))
+    if torch.device(device).type != "meta":
         model.to_empty(device=device)
         model.initialise(seed)
+    if config.products != "native":
+        why_not = fp8_unavailable(torch.device(device))
+        if why_not and torch.device(device).type != "meta":
+            raise ValueError(f"model.products={config.products}: {why_not}")
+        convert(model, "row" if config.products == "fp8_row" else "tensor")
     return model
 
 
@@ -348,20 +314,30 @@ def macs_per_sample(
 
 
 def activation_bytes_per_sample(
-    config: Config, *, sample_size: int, precision: Literal["fp32", "bf16", "autocast"] = "bf16"
+    config: Config,
+    *,
+    sample_size: int,
+    precision: Literal["fp32", "bf16", "autocast"] = "bf16",
+    fused: bool = True,
 ) -> int:
-    """Estimate of what one sample keeps in memory for the backward pass, in bytes: what the plain
-    code above saves (attention never stores its matrix), without the allocator's losses.
+    """Estimate of what one sample keeps in memory for the backward pass, in bytes, without the
+    allocator's losses; attention never stores its matrix.
 
-    `bf16`: parameters in bf16; `autocast`: fp32 parameters and residual stream, products in bf16.
-    XL/2 with 32x32 latents, 256 samples: 85 GB in bf16, 101 GB under autocast.
+    `bf16`: parameters in bf16; `autocast`: fp32 parameters, products in bf16. `fused`: with the
+    fused kernels between the products. XL/2 with 32x32 latents and a bf16 stream, 256 samples in
+    bf16: 76 GB, with selective recompute 51 GB.
     """
     hidden, depth, _, patch = config.resolved()
     product = 4 if precision == "fp32" else 2  # bytes of a matrix product's operand
-    stream = 2 if precision == "bf16" else 4  # bytes of an element of the residual stream
-    # Both branches: the norm's input and output, the branch's input and output. Attention: q, k, v
-    # and the result. MLP: before and after GELU.
-    block = 4 * (stream + product) + product * (4 + 2 * config.mlp_ratio)
-    kept = stream * depth + block if config.activation_checkpointing else block * depth
-    last = 2 * stream + product
+    stream = 4 if config.residual == "fp32" else product  # bytes of an element of the stream
+    # For both branches the stream, the branch's output and, unless they are computed again, its
+    # normed input (plain torch: before and after the modulation); q, k, v and their attention; the
+    # MLP before and, unless it is computed again, after GELU.
+    again = config.recompute == "selective"
+    normed, width = 0 if again else 1 if fused else 2, (1 if again else 2) * config.mlp_ratio
+    block = 2 * (stream + (1 + normed) * product) + product * (4 + width)
+    kept = block * depth
+    if config.recompute == "full":
+        kept = (stream + product) * depth + block
+    last = stream + (2 if fused else 3) * product
     return int((kept + last) * (sample_size // patch) ** 2 * hidden)

@@ -86,7 +86,7 @@ def test_a_model_on_the_meta_device_is_a_blueprint(tmp_path):
 
 def test_how_to_compute_is_not_stored(tmp_path):
     """A file from a machine with xformers loads on a laptop."""
-    model = randomised(SMALL.model_copy(update={"activation_checkpointing": True}))
+    model = randomised(SMALL.model_copy(update={"recompute": "full"}))
     model.config = model.config.model_copy(update={"attention": "xformers"})
     exchange.save(tmp_path / "m.safetensors", model)
     again, _ = exchange.load(tmp_path / "m.safetensors")

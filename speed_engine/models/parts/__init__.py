@@ -1,0 +1,1 @@
+"""Pieces of networks: blocks, embeddings, and what runs between the matrix products."""

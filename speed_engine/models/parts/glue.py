@@ -1,0 +1,100 @@
+"""What runs between the matrix products of a DiT: residual stream, norm, modulation, GELU.
+
+A `Glue` offers each piece once, either as fused kernels or as plain torch. The fused kernels add the
+biases of the products before them, so a `Product` leaves its bias to the glue where that is fused.
+"""
+
+# Shape suffixes: B samples, T tokens, D hidden size, X any.
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from speed_kernels.bias_gelu.op import bias_gelu
+from speed_kernels.gate_residual_norm_modulate.op import (
+    gate_residual_norm_modulate,
+    norm_modulate,
+)
+from torch import Tensor, nn
+
+NORM, GELU = "gate_residual_norm_modulate", "bias_gelu"
+OPS = (NORM, GELU)  # what a model asks of speed_kernels
+EPS = 1e-6
+
+
+class Product(nn.Linear):
+    """A linear layer, whose bias the next piece of glue adds where `bias_later`."""
+
+    def __init__(self, num_inputs: int, num_outputs: int, bias_later: bool) -> None:
+        super().__init__(num_inputs, num_outputs)
+        self.bias_later = bias_later
+
+    def forward(self, input: Tensor) -> Tensor:  # the name that nn.Linear gives it
+        return F.linear(input, self.weight, None if self.bias_later else self.bias)
+
+
+class Glue:
+    """`backends`: op of `OPS` -> triton, cpp or reference, for fused kernels; None: plain torch."""
+
+    def __init__(self, backends: Mapping[str, str] | None) -> None:
+        self.fused = backends is not None
+        self.backends = dict(backends or {})
+
+    def norm(self, x_BTD: Tensor, shift_BD: Tensor, scale_BD: Tensor) -> Tensor:
+        """LayerNorm without parameters, statistics in fp32 whatever the dtype; then scale and
+        shift, in their dtype."""
+        if self.fused:
+            return norm_modulate(x_BTD, shift_BD, scale_BD, eps=EPS, backend=self.backends[NORM])
+        return modulated_norm(x_BTD, shift_BD, scale_BD)
+
+    def add_and_norm(
+        self,
+        x_BTD: Tensor,
+        branch_BTD: Tensor,
+        bias_D: Tensor,
+        gate_BD: Tensor,
+        shift_BD: Tensor,
+        scale_BD: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """The residual stream plus a gated branch, and `norm` of that.
+
+        branch_BTD is what a `Product` gave, bias_D that product's bias.
+        """
+        if self.fused:
+            return gate_residual_norm_modulate(
+                x_BTD,
+                branch_BTD,
+                gate_BD,
+                shift_BD,
+                scale_BD,
+                bias_D=bias_D.to(branch_BTD.dtype),
+                eps=EPS,
+                backend=self.backends[NORM],
+            )
+        x_BTD = gated_add(x_BTD, branch_BTD, gate_BD)
+        return x_BTD, modulated_norm(x_BTD, shift_BD, scale_BD)
+
+    def gelu(self, hidden_BTX: Tensor, bias_X: Tensor) -> Tensor:
+        """GELU in the tanh form of what a `Product` gave; bias_X is that product's bias."""
+        if self.fused:
+            bias_X = bias_X.to(hidden_BTX.dtype)
+            return bias_gelu(hidden_BTX, bias_X, backend=self.backends[GELU])
+        return F.gelu(hidden_BTX, approximate="tanh")
+
+
+# The same in plain torch.
+
+
+def modulated_norm(x_BTD: Tensor, shift_BD: Tensor, scale_BD: Tensor) -> Tensor:
+    """LayerNorm without parameters, statistics in fp32 whatever the dtype; then scale and shift."""
+    # autocast would return fp32, and does no harm to the statistics if it is not asked.
+    with torch.autocast(x_BTD.device.type, enabled=False):
+        normed_BTD = F.layer_norm(x_BTD, x_BTD.shape[-1:], eps=EPS).to(shift_BD.dtype)
+    return normed_BTD * (1 + scale_BD[:, None]) + shift_BD[:, None]
+
+
+def gated_add(x_BTD: Tensor, branch_BTD: Tensor, gate_BD: Tensor) -> Tensor:
+    """The residual stream, in its dtype, plus a gated branch."""
+    return x_BTD + gate_BD[:, None] * branch_BTD

@@ -1,0 +1,73 @@
+"""All adaLN projections of a network at once: they all see the same conditioning vector.
+
+Where the weights lie one behind the other in memory (where an engine keeps all parameters in one
+buffer, in the order that the model asks for) the many small products are one large one, forward and
+backward. Elsewhere (DeepSpeed has its own places for parameters) each is made by itself; the numbers
+are the same up to rounding.
+"""
+
+# Shape suffixes: B samples, D hidden size, X outputs of one projection, S outputs of all.
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def adjacent(tensors: Sequence[Tensor]) -> bool:
+    """Whether contiguous tensors follow one another in one storage."""
+    first = tensors[0]
+    storage, end = first.untyped_storage().data_ptr(), first.data_ptr()
+    for tensor in tensors:
+        same = tensor.untyped_storage().data_ptr() == storage and tensor.dtype == first.dtype
+        if not same or tensor.data_ptr() != end or not tensor.is_contiguous():
+            return False
+        end += tensor.nbytes
+    return True
+
+
+def _joined(tensors: Sequence[Tensor]) -> Tensor:
+    """Adjacent tensors as one, along their first dimension; no copy."""
+    first = tensors[0].detach()
+    rows = sum(tensor.shape[0] for tensor in tensors)
+    return first.as_strided((rows, *first.shape[1:]), first.stride())
+
+
+class _OneProduct(torch.autograd.Function):
+    """c W^T + b for adjacent weights; the gradients of the single weights are parts of one."""
+
+    @staticmethod
+    def forward(ctx: Any, c_BD: Tensor, *parameters: Tensor) -> Tensor:
+        half = len(parameters) // 2
+        weight_SD = _joined(parameters[:half])
+        ctx.save_for_backward(c_BD, *parameters[:half])
+        ctx.sizes = [parameter.shape[0] for parameter in parameters[:half]]
+        return F.linear(c_BD, weight_SD, _joined(parameters[half:]))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad_BS,) = grads
+        c_BD, *weights = ctx.saved_tensors
+        grad_weights = (grad_BS.T @ c_BD).split(ctx.sizes)
+        return grad_BS @ _joined(weights), *grad_weights, *grad_BS.sum(0).split(ctx.sizes)
+
+
+def project_all(c_BD: Tensor, linears: Sequence[nn.Linear]) -> list[Tensor]:
+    """[B, D] -> for every layer [B, X]: rows of one large product, so with its stride, or tensors
+    of their own."""
+    # autocast casts the weights one by one, and a compiler cannot look at addresses.
+    alone = torch.is_autocast_enabled(c_BD.device.type) or torch.compiler.is_compiling()
+    # Not by attribute: ZeRO 3 would fetch every parameter that is touched, and all at once.
+    weights, biases = zip(*(linear.parameters(recurse=False) for linear in linears), strict=True)
+    here = all(
+        weight.shape == (linear.out_features, linear.in_features)
+        for weight, linear in zip(weights, linears, strict=True)
+    )
+    if alone or not (here and adjacent(weights) and adjacent(biases)):
+        return [linear(c_BD) for linear in linears]
+    outputs_BS = _OneProduct.apply(c_BD, *weights, *biases)
+    return list(outputs_BS.split([weight.shape[0] for weight in weights], dim=1))
