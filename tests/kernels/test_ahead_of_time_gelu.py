@@ -22,8 +22,9 @@ BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 def forward(arch: int, dtype: str, width: int = 4608, bias: bool = True) -> Report:
     rows, columns = triton_gpu.tile_shape(triton_gpu.FORWARD_TILE, width)
-    pointers = dict.fromkeys(("x_ptr", "bias_ptr", "y_ptr"), f"*{dtype}")
-    numbers = dict.fromkeys(("num_rows", "num_columns", "num_blocks"), "i32")
+    names = ("x_ptr", "bias_ptr", "y_ptr")
+    pointers: dict[str, str] = dict.fromkeys(names, f"*{dtype}")
+    numbers: dict[str, str] = dict.fromkeys(("num_rows", "num_columns", "num_blocks"), "i32")
     return report(
         triton_gpu.forward_kernel,
         pointers | numbers,
