@@ -10,22 +10,24 @@ from typing import Any
 
 import torch
 
+ATTENTION_HEAD = 72  # the head size of DiT-XL/2
 PACKAGES = ("torch", "triton", "deepspeed", "xformers", "webdataset", "diffusers", "safetensors")
 
 
 def examine() -> dict[str, Any]:
     """Everything the doctor knows, as one JSON-able mapping."""
     from speed_kernels import build, contract
+    from speed_kernels.attention.op import choose_attention
 
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     kernels = []
     for device in devices:
-        for op in contract.ops():
-            if contract.backends(op):
-                choice = contract.choose(op, device)
-                kernels.append(
-                    {"op": op, "device": device, "backend": choice.backend, "reason": choice.reason}
-                )
+        choices = [contract.choose(op, device) for op in contract.ops() if contract.backends(op)]
+        choices.append(choose_attention(device, head_dim=ATTENTION_HEAD))
+        kernels += [
+            {"op": each.op, "device": device, "backend": each.backend, "reason": each.reason}
+            for each in choices
+        ]
     return {
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in PACKAGES} | {"apex": _apex()},

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from speed_kernels.attention.op import BACKENDS
 from speed_kernels.contract import Choice
 
 from speed_engine.config import RunConfig, kind_module
@@ -85,7 +86,20 @@ def build_model(
     """
     module = kind_module("model", config.model.kind)
     facts = model_facts(config, shape, num_classes)
-    return module.build(config.model, **facts, seed=config.seed, device=device, backends=backends)
+    precision = getattr(config.engine, "precision", "fp32")
+    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+    options = {"seed": config.seed, "device": device, "dtype": dtype, "backends": backends}
+    return module.build(config.model, **facts, **options)
+
+
+def agree_on_attention(model: Any, processes: Processes) -> None:
+    """All processes use what the first one measured to be fastest. Collective."""
+    choice: Choice = model.attention_choice
+    words = list(BACKENDS)
+    mine = float(words.index(choice.backend)) if processes.first else 0.0
+    word = words[int(processes.sum(torch.tensor(mine, dtype=torch.float64)).item())]
+    if word != choice.backend:
+        model.attend_by(word)
 
 
 def macs_per_sample(config: RunConfig, shape: tuple[int, int, int], num_classes: int) -> int:

@@ -12,6 +12,7 @@ DiT checkpoints. This file knows nothing of noise, losses or data.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -20,7 +21,7 @@ from typing import Literal, NamedTuple, cast
 import torch
 import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field, model_validator
-from speed_kernels.attention.op import choose_attention
+from speed_kernels.attention.op import choose_attention, implementation
 from torch import Tensor, nn
 
 from speed_engine.models.parts.blocks import Block, FinalLayer, Recompute, Stream
@@ -72,9 +73,16 @@ class Config(BaseModel):
     frequency_shift: Literal[0, 1] = Field(
         default=0, description="time frequencies: 0 as in the public checkpoints, 1 as in diffusers"
     )
-    attention: Literal["auto", "sdpa", "xformers"] = Field(
-        default="auto", description="implementation"
-    )
+    attention: Literal[
+        "auto",
+        "sdpa",
+        "sdpa_cudnn",
+        "sdpa_flash",
+        "sdpa_efficient",
+        "flash3",
+        "flash4",
+        "xformers",
+    ] = Field(default="auto", description="implementation; auto measures which is fastest on a GPU")
     residual: Literal["fp32", "compute"] = Field(
         default="fp32", description="dtype of the residual stream: fp32, or that of the products"
     )
@@ -164,6 +172,7 @@ class DiT(nn.Module):
         num_classes: int,
         learned_variance: bool,
         device: torch.device,
+        dtype: torch.dtype,
         glue: Glue,
     ) -> None:
         super().__init__()
@@ -173,7 +182,16 @@ class DiT(nn.Module):
         self.config, self.channels, self.sample_size = config, channels, sample_size
         self.num_classes, self.learned_variance = num_classes, learned_variance
         self.null_label = num_classes if num_classes > 0 and config.label_dropout > 0 else None
-        self.attention_choice = choose_attention(device, config.attention, head_dim=head_dim)
+        tokens = self.grid**2
+        self.choose_attention = functools.partial(
+            choose_attention,
+            device,
+            head_dim=head_dim,
+            num_tokens=tokens,
+            num_heads=num_heads,
+            dtype=dtype,
+        )
+        self.attention_choice = self.choose_attention(config.attention)
         projection = PatchProjection(channels, hidden_size, patch_size, stride=patch_size)
         self.x_embedder = nn.Sequential(OrderedDict(proj=projection))
         self.t_embedder = TimeEmbedder(hidden_size, config.frequency_shift)
@@ -205,6 +223,12 @@ class DiT(nn.Module):
                 nn.init.xavier_uniform_(drawn, generator=generator)
                 weight.copy_(drawn.view(weight.shape))
         self.pos_embed.copy_(position_embedding(self.pos_embed.shape[2], self.grid))
+
+    def attend_by(self, word: str) -> None:
+        """Use another implementation of attention from now on. Raises BackendError."""
+        self.attention_choice = self.choose_attention(word)
+        for block in self.blocks:
+            cast("Block", block).attn.attend = implementation(word)
 
     def projections(self) -> list[nn.Linear]:
         """The adaLN layers of all blocks and of the last layer."""
@@ -264,10 +288,12 @@ def build(
     learned_variance: bool,
     seed: int = 0,
     device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.bfloat16,
     backends: Mapping[str, str] | None = None,
 ) -> DiT:
     """An initialised DiT in fp32 on `device`; the same `seed` gives the same weights everywhere.
 
+    dtype: what the products will be computed in, for which the attention is chosen.
     backends: for the ops of `KERNELS`, between the products, the backend of their fused kernels;
     None: plain torch, which computes the same. num_classes 0: unconditional. On the `meta` device
     nothing is allocated (to count parameters).
@@ -285,7 +311,7 @@ def build(
         raise ValueError(f"channels {channels} must be > 0 and num_classes {num_classes} >= 0")
     facts = (config, channels, sample_size, num_classes, learned_variance)
     with torch.device("meta"):  # no memory, no default initialisation
-        model = DiT(*facts, torch.device(device), Glue(backends))
+        model = DiT(*facts, torch.device(device), dtype, Glue(backends))
     if torch.device(device).type != "meta":
         model.to_empty(device=device)
         model.initialise(seed)

@@ -1,13 +1,14 @@
 """Attention by xformers' memory_efficient_attention.
 
-The only file that imports xformers, and only when it is asked for.
+The only file that imports xformers, and only when it is asked for. It takes multiples of 8 as the size of a head; below
+it are the kernels of torch (FlashAttention 2 or CUTLASS), with their padding.
 """
 
 from __future__ import annotations
 
 import importlib.util
 
-import torch
+from speed_kernels.attention.interface import Backend, Case, no_gpu
 from torch import Tensor
 
 
@@ -15,8 +16,8 @@ def unavailable() -> str | None:
     """Why xformers cannot be used here, or None."""
     if importlib.util.find_spec("xformers") is None:
         return "xformers is not installed; pip install 'speed-engine[xformers]'"
-    if not torch.cuda.is_available():
-        return "xformers needs a CUDA device, and there is none"
+    if why_not := no_gpu("xformers"):
+        return why_not
     try:
         import xformers.ops  # pyright: ignore[reportMissingImports] # noqa: F401
     except (ImportError, OSError) as error:  # built for another torch, or a library is missing
@@ -24,12 +25,12 @@ def unavailable() -> str | None:
     return None
 
 
-def unsupported(device: torch.device, head_dim: int) -> str | None:
-    """Why it cannot run on this device with heads of this size, or None."""
-    if device.type != "cuda":
-        return f"xformers runs on CUDA devices, not on {device.type}"
-    if head_dim % 8 != 0:
-        return f"xformers needs a head size that is a multiple of 8, not {head_dim}"
+def unsupported(case: Case) -> str | None:
+    """Why it does not take the case, or None."""
+    if case.device.type != "cuda":
+        return f"xformers runs on CUDA devices, not on {case.device.type}"
+    if case.head_dim % 8 != 0:
+        return f"xformers needs a head size that is a multiple of 8, not {case.head_dim}"
     return None
 
 
@@ -41,3 +42,6 @@ def attend(qkv_BT3NK: Tensor) -> Tensor:
 
     q_BTNK, k_BTNK, v_BTNK = qkv_BT3NK.unbind(2)
     return memory_efficient_attention(q_BTNK, k_BTNK, v_BTNK)
+
+
+XFORMERS = Backend(attend, unavailable, unsupported)
