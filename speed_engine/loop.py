@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +44,17 @@ class DiffusionStep:
     reach: Reach
     accumulation: int
     meter: telemetry.Meter
+    graph: Callable[..., tuple[Tensor, Tensor]] | None = None  # see `captured`
 
     def __call__(self, step: int, batches: Iterator[Batch]) -> None:
         """Make the update that follows `step` finished steps, from the next micro-batches."""
         lr = optim.learning_rate(self.config.optim, step)
+        if self.graph is not None:
+            batch = next(batches)
+            noted = self.graph(lr, batch.x0, batch.labels, batch.address)
+            self.table.observe(batch.address, *noted)
+            self.table.refresh(step + 1, self.reach.all_reduce)
+            return
         for _ in range(self.accumulation - 1):
             self.add_gradients(next(batches))
             self.engine.step(lr)  # counts the micro-batch, changes nothing
@@ -61,6 +68,15 @@ class DiffusionStep:
         probing.after_update(self.table, step, **probe)
         self.table.refresh(step + 1, self.reach.all_reduce)
 
+    def captured(self) -> DiffusionStep:
+        """The same step as one CUDA graph (`engine.cuda_graph`). Raises ValueError for a policy."""
+        if self.table.policy is not None:
+            raise ValueError(
+                f"timesteps.kind={self.config.timesteps.kind} looks at the network between gradients and update, "
+                "where one CUDA graph of both has no gap; set engine.cuda_graph=false"
+            )
+        return replace(self, graph=self.engine.captured(self.gradients))
+
     def forward(self, x_t: Tensor, tau_B: Tensor, labels_B: Tensor | None) -> Tensor:
         """The network as it trains."""
         labels = () if labels_B is None else (labels_B,)
@@ -68,10 +84,18 @@ class DiffusionStep:
 
     def add_gradients(self, batch: Batch) -> Tensor:
         """Forward and backward of one micro-batch -> row_B, the rows of the table that it drew."""
-        train, micro_batch = self.config.train, batch.x0.shape[0]
+        row_B, losses_3B = self.gradients(batch.x0, batch.labels, batch.address)
+        self.table.observe(batch.address, row_B, losses_3B)
+        return row_B
+
+    def gradients(
+        self, x0: Tensor, labels: Tensor | None, address_2: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """What `add_gradients` does on the device alone -> (row_B, losses_3B of the loss op)."""
+        train, micro_batch = self.config.train, x0.shape[0]
         x_t, row_B, tau_B = self.table.noise(
-            batch.x0,
-            batch.address,
+            x0,
+            address_2,
             seed=self.config.seed,
             num_slots=train.global_batch,
             stratified=train.stratified,
@@ -79,10 +103,10 @@ class DiffusionStep:
             backend=self.backends["noise"],
         )
         loss, losses_3B = self.table.loss(
-            self.forward(x_t, tau_B, batch.labels),
-            batch.x0,
+            self.forward(x_t, tau_B, labels),
+            x0,
             row_B,
-            batch.address,
+            address_2,
             seed=self.config.seed,
             vb_scale=train.vb_scale,
             grad_scale=1.0 / (micro_batch * self.accumulation),  # gradients add up to the mean
@@ -90,9 +114,8 @@ class DiffusionStep:
             backend=self.backends["loss"],
         )
         self.engine.backward(loss)
-        self.table.observe(batch.address, row_B, losses_3B)
         self.meter.add(losses_3B, row_B)
-        return row_B
+        return row_B, losses_3B
 
 
 def train(config: RunConfig) -> int:
@@ -122,6 +145,7 @@ def _train(config: RunConfig, processes: Processes) -> int:
     source = setup.build_source(config)
     facts = (config, source.shape, source.num_classes)
     model = setup.build_model(*facts, processes.device, backends)
+    setup.agree_on_attention(model, processes)
     blueprint = setup.build_model(*facts, "meta")
     table = setup.build_table(config).to(processes.device)
     feed = Feed(
@@ -159,6 +183,8 @@ def _train(config: RunConfig, processes: Processes) -> int:
         setup.macs_per_sample(config, source.shape, source.num_classes), processes, first_step
     )
     do = DiffusionStep(config, table, engine, backends, reach, accumulation, meter)
+    if getattr(config.engine, "cuda_graph", False):
+        do = do.captured()
 
     def save(step: int) -> None:
         method = table.state_dict(reach.all_reduce)

@@ -8,7 +8,7 @@ a foreach lerp after the step, and they apply a gradient that is not finite, whi
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -69,13 +69,14 @@ def build(
     clip_norm: float = 0.0,
     guard: bool = True,
     deepspeed_adam: Callable[..., torch.optim.Optimizer] | None = None,
+    copies: Mapping[Tensor, Tensor] | None = None,
 ) -> torch.optim.Optimizer:
     """The optimizer that `config` names, over `params` (fp32 tensors or torch's parameter groups).
 
     `backend` of our kernel: auto, cpp, triton, reference. `clip_norm` is given by an engine that does not clip by
     itself; it must see the whole gradient, so under ZeRO DeepSpeed clips. `guard=False` saves our kernel one read of
     the gradient where the engine refuses non-finite ones itself: DeepSpeed does, except in ZeRO 0 with float32.
-    `deepspeed_adam` is DeepSpeed's FusedAdam.
+    `deepspeed_adam` is DeepSpeed's FusedAdam. `copies`, of our kernel alone: parameter -> its bf16 weights (AdamWEMA).
     Raises ValueError where the chosen peer is missing or cannot run.
     """
     params = list(params)
@@ -93,6 +94,7 @@ def build(
             clip_norm=clip_norm,
             guard=guard,
             backend=backend,
+            copies=copies,
         )
     if config.name == "torch_fused":
         optimizer: torch.optim.Optimizer = torch.optim.AdamW(params, **numbers, fused=True)

@@ -18,7 +18,7 @@ GIB = 2**30
 def state_bytes(parameters: int, zero: int, precision: str, world: int) -> float:
     """Bytes of weights, gradients, AdamW moments and EMA on one process (Rajbhandari et al. 2020,
     section 3, plus 4 bytes a parameter for the EMA)."""
-    weights, gradients, states = (4, 4, 12) if precision == "fp32" else (2, 2, 16)
+    weights, gradients, states = (4, 4, 12) if precision != "bf16" else (2, 2, 16)
     share = [1.0 if zero < stage else 1.0 / world for stage in (3, 2, 1)]
     return parameters * (weights * share[0] + gradients * share[1] + states * share[2])
 

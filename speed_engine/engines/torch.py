@@ -1,22 +1,33 @@
 """`engine: torch`: one device, or plain DDP. The same training without DeepSpeed.
 
-bf16 means autocast over float32 weights. For one GPU, for reading, and for measuring what DeepSpeed costs.
+`precision: autocast` is torch.autocast over float32 weights; `bf16` computes and keeps the network's weights in bf16
+and updates float32 masters, moments and EMA from the bf16 gradients in one pass of adamw_ema. For one GPU, for reading,
+and for measuring what DeepSpeed costs.
 """
 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+from speed_kernels.adamw_ema.optimizer import AdamWEMA
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from speed_engine import optim
 from speed_engine.engines import frozen_weights
+from speed_engine.engines.captured import (
+    CapturedStep,
+    CudaRecorder,
+    Recorder,
+    refuse_what_cannot_be_captured,
+)
+from speed_engine.engines.masters import GradientSums, Masters
 from speed_engine.processes import Processes
 
 
@@ -29,10 +40,21 @@ class Config(BaseModel):
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="auto: a GPU if there is one"
     )
-    precision: Literal["fp32", "bf16"] = Field(
-        "fp32", description="bf16: autocast, float32 weights"
+    precision: Literal["fp32", "bf16", "autocast"] = Field(
+        "fp32",
+        description="bf16: bf16 weights and compute, float32 master weights; autocast: bf16 products, float32 weights",
     )
-    compile: bool = Field(False, description="torch.compile the network")
+    compile: Literal["off", "block", "model"] = Field(
+        "off", description="torch.compile each block of the network, or all of it"
+    )
+    cuda_graph: bool = Field(
+        False, description="the whole step as one CUDA graph; one process, no accumulation"
+    )
+
+    @field_validator("compile", mode="before")
+    @classmethod
+    def _off_is_a_word(cls, value: Any) -> Any:
+        return "off" if value is False else value  # YAML reads a bare `off` as false
 
 
 class TorchEngine:
@@ -49,73 +71,130 @@ class TorchEngine:
         accumulation: int,
         backend: str,
     ) -> None:
-        self.module = model.to(processes.device)
-        self.optimizer = optim.build(
-            optim_config,
-            [p for p in self.module.parameters() if p.requires_grad],
-            backend,
-            clip_norm=optim_config.clip,
-        )
+        if config.cuda_graph:
+            refuse_what_cannot_be_captured(
+                processes.device,
+                processes.world,
+                accumulation,
+                optim_config.name,
+                config.compile != "off",
+            )
+        bf16 = config.precision == "bf16"
+        if bf16 and optim_config.name != "adamw_ema":
+            raise ValueError(
+                f"engine.precision=bf16 updates float32 masters from bf16 gradients, which optim.name="
+                f"{optim_config.name} cannot; set optim.name=adamw_ema or engine.precision=autocast"
+            )
+        self.config = config
         self.processes = processes
         self.accumulation = accumulation
         self.micro_steps = 0
         self.one = torch.ones((), device=processes.device)  # autograd would make one at each call
-        self.precision = config.precision
-        self.compute_dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+        self.compute_dtype = torch.float32 if config.precision == "fp32" else torch.bfloat16
+        self.module = model.to(processes.device)
+        self.masters = Masters(self.module, torch.bfloat16 if bf16 else torch.float32)
+        self.sums = GradientSums(self.masters) if bf16 and accumulation > 1 else None
+        self.optimizer = optim.build(
+            optim_config,
+            self.masters.tensors,
+            backend,
+            clip_norm=optim_config.clip,
+            copies=self.masters.copies,
+        )
+        self.graph: CapturedStep | None = None
+        if config.compile == "block":
+            for block in _blocks(self.module):
+                block.compile()
         self.network: nn.Module = self.module
         if processes.world > 1:
             ids = [processes.device.index] if processes.device.type == "cuda" else None
             self.network = DistributedDataParallel(self.module, device_ids=ids)
-        if config.compile:
+        if config.compile == "model":
             self.network.compile()
 
     def _communication(self) -> contextlib.AbstractContextManager[None]:
-        """DDP averages the gradients once an update: in its last micro-batch."""
-        last = (self.micro_steps + 1) % self.accumulation == 0
+        """DDP averages the gradients once an update: in its last micro-batch, or `sums` does."""
+        last = (self.micro_steps + 1) % self.accumulation == 0 and self.sums is None
         if last or not isinstance(self.network, DistributedDataParallel):
             return contextlib.nullcontext()
         return self.network.no_sync()
 
     def forward(self, *inputs: Any) -> torch.Tensor:
-        kind, bf16 = self.processes.device.type, self.precision == "bf16"
-        with self._communication(), torch.autocast(kind, torch.bfloat16, enabled=bf16):
+        kind, cast = self.processes.device.type, self.config.precision == "autocast"
+        with self._communication(), torch.autocast(kind, torch.bfloat16, enabled=cast):
             return self.network(*inputs)
 
     def backward(self, loss: torch.Tensor) -> None:
         with self._communication():
             loss.backward(self.one)
+        if self.sums is not None:
+            self.sums.add()
         self.micro_steps += 1
 
     def step(self, lr: float) -> None:
         if self.micro_steps % self.accumulation:
             return
+        self._set_rate(lr)
+        self._update()
+
+    def _set_rate(self, lr: float) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+
+    def _update(self) -> None:
+        if self.sums is not None:
+            self.sums.average(self.processes.world)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+
+    def captured(
+        self, add_gradients: Callable[..., Any], recorder: Recorder | None = None
+    ) -> Callable[..., Any]:
+        """`step(lr, *inputs)`: `add_gradients(*inputs)`, then the update, as one CUDA graph (`cuda_graph: true`).
+
+        `add_gradients` calls `forward` and `backward` and returns tensors; see CapturedStep for what it may do.
+        `recorder` stands in for CUDA in tests. Call `load` before the first step.
+        """
+        optimizer = self.optimizer
+        assert isinstance(optimizer, AdamWEMA), "refused when the engine was made"
+
+        def work(*inputs: Any) -> Any:
+            result = add_gradients(*inputs)
+            self._update()
+            return result
+
+        graph = self.graph = CapturedStep(work, recorder or CudaRecorder(self.processes.device))
+
+        def step(lr: float, *inputs: Any) -> Any:
+            self._set_rate(lr)
+            optimizer.refresh()  # a replay reads the rate from the device
+            return graph(*inputs)
+
+        return step
 
     def num_skipped(self) -> int:
         return optim.num_skipped(self.optimizer)
 
     def save(self, folder: Path) -> None:
         if self.processes.first:  # all processes hold the same state
-            state = {"model": self.module.state_dict(), "optimizer": self.optimizer.state_dict()}
+            state = {"model": self.masters.state_dict(), "optimizer": self.optimizer.state_dict()}
             torch.save(state, folder / "state.pt")
 
     def load(self, folder: Path) -> None:
+        if self.graph is not None and self.graph.replay is not None:
+            raise RuntimeError("the step was captured with the state there is; load before it runs")
         device = self.processes.device
         state = torch.load(folder / "state.pt", map_location=device, weights_only=True)
-        self.module.load_state_dict(state["model"])
+        self.masters.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
 
     def weights(self, ema: bool) -> dict[str, torch.Tensor] | None:
         if not self.processes.first:
             return None
-        result = frozen_weights(self.module)
-        for name, parameter in self.module.named_parameters():
-            if parameter.requires_grad:
-                source = optim.ema_of(self.optimizer, parameter) if ema else parameter
-                result[name] = source.detach().float().cpu().clone()
+        result = frozen_weights(self.module) | self.masters.frozen
+        for name, master in self.masters.named():
+            source = optim.ema_of(self.optimizer, master) if ema else master
+            result[name] = source.detach().float().cpu().clone()
         return result
 
     def facts(self) -> dict[str, Any]:
@@ -126,6 +205,16 @@ class TorchEngine:
             else "one process",
             "optimizer": type(self.optimizer).__name__,
         }
+
+
+def _blocks(module: nn.Module) -> nn.ModuleList:
+    blocks = getattr(module, "blocks", None)
+    if not isinstance(blocks, nn.ModuleList):
+        raise ValueError(
+            f"engine.compile=block compiles each module of `blocks`, a ModuleList that {type(module).__name__} does "
+            "not have; set engine.compile=model or off"
+        )
+    return blocks
 
 
 open_engine = TorchEngine  # the name by which the loop finds it

@@ -54,6 +54,28 @@ def joined(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [first.as_strided((total,), (1,), first.storage_offset())]
 
 
+def side_by_side(tensors: Sequence[Tensor], dtype: torch.dtype | None = None) -> list[Tensor]:
+    """Copies of `tensors` in `dtype` that follow each other in one new buffer: `joined` sees one flat range.
+
+    Shapes and, where a tensor is dense, strides are kept. All tensors are on one device; of one dtype if `dtype` is
+    None.
+    """
+    if not tensors:
+        return []
+    buffer = torch.empty(
+        sum(tensor.numel() for tensor in tensors),
+        dtype=dtype or tensors[0].dtype,
+        device=tensors[0].device,
+    )
+    parts, start = [], 0
+    for tensor in tensors:
+        tensor = tensor.detach() if is_dense(tensor) else tensor.detach().contiguous()
+        part = buffer.as_strided(tensor.shape, tensor.stride(), start)
+        parts.append(part.copy_(tensor))
+        start += tensor.numel()
+    return parts
+
+
 def parts_like(params: Sequence[Tensor]) -> list[Tensor]:
     """Zeros with the shapes and strides of `params`, all in one new buffer.
 

@@ -4,6 +4,14 @@ State per parameter: `exp_avg`, `exp_avg_sq`, `ema` (and `ema2`) like the parame
 The EMA is elementwise state like any other, so it is sharded, saved and restored wherever optimizer state is: under
 ZeRO it costs no communication. A gradient with a NaN or an infinity anywhere changes nothing (see op.py). No call waits
 for the host, but the properties that return Python numbers do. Parameters are fp32 (masters).
+
+A network that computes in bf16 trains from its masters in one pass:
+
+    masters = [param.detach().float() for param in network.parameters()]     # network.bfloat16() afterwards
+    optimizer = AdamWEMA(masters, copies=dict(zip(masters, network.parameters())))
+    loss.backward(); optimizer.step(); optimizer.zero_grad()
+
+torch keeps a gradient in its weight's dtype, so a master has none: its gradient is the bf16 `.grad` of its copy.
 """
 
 from __future__ import annotations
@@ -38,7 +46,8 @@ class AdamWEMA(torch.optim.Optimizer):
 
     params: fp32 tensors or torch's parameter groups. ema: one or two decays. clip_norm: largest norm of the gradient
     over all groups, 0 = off. guard: leave everything untouched when the gradient is not finite. backend: auto, cpp,
-    triton or reference. copies: parameter -> bf16 tensor of its shape that receives the rounded new weights.
+    triton or reference. copies: parameter -> bf16 tensor of its shape and strides that receives the rounded new
+    weights; give one for every parameter, or none. A parameter without a `.grad` takes that of its copy.
     reduce_square_sum: called with the float32 [] sum of squares of the local gradient, to sum it over ranks in place
     when the parameters are shards, so that all ranks skip, and clip, together.
 
@@ -152,9 +161,32 @@ class AdamWEMA(torch.optim.Optimizer):
             )
         return copy
 
+    def _grad(self, param: Tensor) -> Tensor | None:
+        """The parameter's gradient, else its copy's; None where there is neither."""
+        grad = param.grad
+        if grad is None and param in self._copies:
+            grad = self._copies[param].grad
+        if grad is not None and grad.is_sparse:
+            raise ValueError(
+                "AdamWEMA takes no sparse gradients; build the embedding with sparse=False"
+            )
+        return grad
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop (or zero) the gradients of the parameters and of their copies."""
+        super().zero_grad(set_to_none)
+        for copy in self._copies.values():
+            if copy.grad is not None and set_to_none:
+                copy.grad = None
+            elif copy.grad is not None:
+                copy.grad.detach_().zero_()
+
     def _buckets(self, group: dict[str, Any]) -> list[_Bucket]:
         """The group's parameters with gradients, by their step counter; state is made where it is missing."""
-        present = [param for param in group["params"] if param.grad is not None]
+        grads = {
+            param: grad for param in group["params"] if (grad := self._grad(param)) is not None
+        }
+        present = list(grads)
         new = [param for param in present if not self.state.get(param)]
         if new:
             self._initialize(new)
@@ -169,7 +201,7 @@ class AdamWEMA(torch.optim.Optimizer):
         absent = {
             id(self._steps[param])
             for param in group["params"]
-            if param.grad is None and param in self._steps
+            if param not in grads and param in self._steps
         }
         buckets = []
         for key, params in by_step.items():
@@ -177,8 +209,8 @@ class AdamWEMA(torch.optim.Optimizer):
             if key in absent:  # some that share this counter miss this step: part company
                 step = step.clone()
                 self._share(params, step)
-            grads = [flat.like_strides(_grad(param), param) for param in params]
-            buckets.append(_Bucket(group, params, grads, step))
+            like = [flat.like_strides(grads[param], param) for param in params]
+            buckets.append(_Bucket(group, params, like, step))
         return buckets
 
     def _share(self, params: Sequence[Tensor], step: Tensor) -> None:
@@ -312,28 +344,23 @@ class AdamWEMA(torch.optim.Optimizer):
 
     @contextlib.contextmanager
     def swapped_ema(self, which: int = 0) -> Iterator[None]:
-        """Inside this context the parameters hold the EMA; afterwards their own values again."""
+        """Inside this context the parameters, and their copies, hold the EMA; afterwards their own values again."""
         pairs = [(param, ema) for param, ema in self.ema_parameters(which) if ema is not param]
         with torch.no_grad():
             kept = [param.detach().clone() for param, _ in pairs]
             for param, ema in pairs:
-                param.copy_(ema)
+                self._overwrite(param, ema)
         try:
             yield
         finally:
             with torch.no_grad():
                 for (param, _), old in zip(pairs, kept, strict=True):
-                    param.copy_(old)
+                    self._overwrite(param, old)
 
-
-def _grad(param: Tensor) -> Tensor:
-    grad = param.grad
-    assert grad is not None
-    if grad.is_sparse:
-        raise ValueError(
-            "AdamWEMA takes no sparse gradients; build the embedding with sparse=False"
-        )
-    return grad
+    def _overwrite(self, param: Tensor, values: Tensor) -> None:
+        param.copy_(values)
+        if param in self._copies:
+            self._copies[param].copy_(values)
 
 
 def _lies_like(tensor: Tensor, param: Tensor) -> bool:
