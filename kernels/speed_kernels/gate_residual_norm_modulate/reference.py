@@ -5,7 +5,6 @@ Shape legend: B samples, T tokens, D channels.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 
@@ -23,7 +22,7 @@ def forward(
     scale_BD: Tensor,
     eps: float,
 ) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
-    """(sum_BTD, y_BTD, mean_BT, rstd_BT); no sum without a branch. See `speed_kernels.gate_residual_norm_modulate.op`."""
+    """(sum_BTD, y_BTD, mean_BT float32, rstd_BT float32), as in op.py; without a branch there is no sum."""
     sum_BTD = None
     if branch_BTD is not None and gate_BD is not None:
         sum_BTD = x_BTD.double() + gate_BD.double()[:, None] * biased(branch_BTD, bias_D)

@@ -2,11 +2,11 @@
 
 A program of the first kernel walks down a run of one sample's rows, a few at a time, while the next ones are copied to
 shared memory. Its threads keep the sums over tokens of their own channels in registers and write them once, as row
-(b, chunk) of `partial` [B, chunks, NUM_SUMS, D] float32. The second kernel adds the chunks, and for the bias the samples,
-in a fixed order.
+(b, chunk) of `partial` [B, chunks, NUM_SUMS, D] float32. The second kernel adds the chunks, and for the bias the
+samples, in a fixed order.
 
-Shape legend: K runs, R rows, C channels of a run, L lanes of a row (`triton_rows`); Q lines of `partial` of one sample, P
-of all samples, W channels of a block.
+Shape legend: K runs, R rows, C channels of a run, L lanes of a row (`triton_rows`); Q lines of `partial` of one
+sample, P of all samples, W channels of a block.
 """
 
 # Triton's language is not Python: a jit function's constants and launch options are no parameters that pyright knows.
@@ -216,7 +216,9 @@ def backward_kernel(
             if GATED:
                 rest_gate_sum += rest_branch.to(tl.float32) * d_x_KRC
                 d_branch_KRC = rest_gate_KRC * d_x_KRC
-                store_piece(d_branch_ptr, d_branch_KRC, row_R * D, mask_R, MAIN, REST, REST_RUN, VECTOR, D)
+                store_piece(
+                    d_branch_ptr, d_branch_KRC, row_R * D, mask_R, MAIN, REST, REST_RUN, VECTOR, D
+                )
             if BIASED:
                 rest_d_x_sum += d_x_KRC
 

@@ -1,9 +1,15 @@
 """The op on CUDA GPUs (A100, H100, H200, B200): how the Triton kernels are launched.
 
 Forward: one launch. Backward: two, the second of which only adds partial sums. Nothing is read on the host and nothing
-is copied to the device, so that the launches can be captured in a CUDA graph. No atomics: the order of every sum is that
-of the shapes.
+is copied to the device, so that the launches can be captured in a CUDA graph. No atomics: shapes alone decide the order
+of every sum.
+
+Beside its data the backward pass of XL/2 with 32 samples, all in bfloat16 and with a bias, writes 2 % in partial sums
+on an H200 and reads them again, most likely from the second-level cache.
 """
+
+# Launch options are no parameters that pyright knows.
+# pyright: reportCallIssue=false
 
 from __future__ import annotations
 
@@ -73,7 +79,9 @@ def device_limits(device: torch.device) -> tuple[int, int]:
 
 
 @functools.cache
-def chunks(batch: int, num_tokens: int, num_channels: int, rows: int, processors: int) -> tuple[int, int]:
+def chunks(
+    batch: int, num_tokens: int, num_channels: int, rows: int, processors: int
+) -> tuple[int, int]:
     """(chunks per sample, tokens per chunk) of the backward pass: the fewest waves of programs, of the fewest turns.
 
     A processor holds one program at a time. A chunk is less than 2^30 elements long.
@@ -195,9 +203,7 @@ def backward(
     constants: dict[str, Any] = backward_constants(
         num_channels, width, bytes_per_channel, shared_bytes
     )
-    num_chunks, chunk_rows = chunks(
-        batch, num_tokens, num_channels, constants["ROWS"], processors
-    )
+    num_chunks, chunk_rows = chunks(batch, num_tokens, num_channels, constants["ROWS"], processors)
     partial = torch.empty(
         batch, num_chunks, num_sums, num_channels, dtype=torch.float32, device=sum_BTD.device
     )

@@ -79,7 +79,9 @@ def load_sample(
     FIRST: tl.constexpr, WIDTH: tl.constexpr, RUN: tl.constexpr, VECTOR: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     """[K, R, C] as float32: one row for all R, each thread's part loaded by that thread."""
-    return load_piece(ptr, mask_R.to(tl.int32) * 0, mask_R, FIRST, WIDTH, RUN, VECTOR, D).to(tl.float32)
+    return load_piece(ptr, mask_R.to(tl.int32) * 0, mask_R, FIRST, WIDTH, RUN, VECTOR, D).to(
+        tl.float32
+    )
 
 
 @triton.jit
