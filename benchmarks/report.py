@@ -1,4 +1,4 @@
-"""One JSON and one Markdown page of a run: `python benchmarks/report.py --json bench.json --gate gate.json --who NAME`.
+"""One JSON and one Markdown page of a run: `python -m benchmarks.report --json bench.json --gate gate.json --who NAME`.
 
 Reads what pytest-benchmark (`--benchmark-json`) and the gate wrote, and writes
 `<what>_<device>_<yyyymm>_<who>.{json,md}`. A red gate gives no page. Paths and host or user names are removed: the
@@ -14,10 +14,12 @@ import platform
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
+
+from benchmarks.report_targets import case_of, verdicts
+from benchmarks.report_targets import number as _number
 
 RESULTS = Path(__file__).parent / "results"
 SHARED = (
@@ -56,43 +58,11 @@ Times are wall clock from an idle device to an idle device, the providers of a c
 one process. A ratio is the median over the rounds of rival / ours (quartiles in brackets); above 1, ours is faster.
 Floor is the time of the least traffic (every input read once, every output written once) at the bandwidth of a large
 copy in the same rounds, over the measured time. GPU time is one call in a CUDA graph with a cold L2 cache, without
-the host's share."""
+the host's share; that of the kernels alone, with warm caches, is the kernels' time.
 
-
-@dataclass(frozen=True)
-class Target:
-    """What the README promises of a column of our row, on the cases whose name matches."""
-
-    op: str
-    device: str
-    case: str  # regular expression
-    column: str
-    must: float | None
-    goal: float | None
-    smaller: bool = False  # whether small is good
-
-
-TARGETS = (
-    Target("diffusion_step", "cuda", "latents32", "ratio_vs_reference", 20, 30),
-    Target("diffusion_step", "cuda", "latents32", "launches", 2, 2, smaller=True),
-    Target("diffusion_step", "cuda", ".", "host_syncs", 0, 0, smaller=True),
-    Target("diffusion_step", "cuda", "latents32-b256", "ratio_vs_compile", None, 2),
-    Target("diffusion_step", "cuda", "latents32-b256", "gpu_time_s", None, 25e-6, smaller=True),
-    Target("diffusion_step", "cuda", "pixels256", "ratio_vs_compile", None, 2.5),
-    Target("diffusion_step", "cuda", "pixels256", "floor_fraction_gpu", None, 0.75),
-    Target("diffusion_step", "cpu", ".", "ratio_vs_reference", 3, 6),
-    Target("adamw_ema", "cuda", ".", "floor_fraction", 0.77, 0.87),
-    Target("adamw_ema", "cuda", ".", "ratio_vs_reference", None, 2.5),
-    Target("adamw_ema", "cuda", "(list|flat)$", "ratio_vs_eager", None, 1.15),
-    Target("adamw_ema", "cuda", "mixed", "ratio_vs_eager", None, 1.3),
-    Target("adamw_ema", "cpu", "(list|flat)$", "ratio_vs_reference", 5, None),
-    Target("latent_shards", "cpu", ".", "samples_per_s", 60e3, 120e3),
-    Target("latent_shards", "cpu", ".", "ratio_vs_webdataset_raw", 7, 14),
-    Target("latent_shards", "cpu", ".", "ratio_vs_webdataset_decode", None, 20),
-    Target("train_step", "cuda", ".", "ratio_vs_eager", 1.3, 1.4),
-    Target("train_step", "cuda", ".", "ratio_vs_compile", 1.05, 1.09),
-    Target("train_step", "cuda", ".", "ratio_vs_reference", 2, 2.3),
-)
+A training step's floor is its least traffic at the copy's bandwidth after its FLOP (three forward passes, nothing
+computed again) at the best rate of a large matrix product in the same run. MFU is the share of the datasheet's peak,
+or of that measured rate; an unknown device has no peak. Peak memory counts a provider's own weights and states."""
 
 
 # ------------------------------------------------------------------ reading
@@ -106,6 +76,9 @@ def rows_of(document: Mapping[str, Any]) -> list[dict[str, Any]]:
         row = {"op": entry.get("group") or entry["name"], "case": "", "provider": entry["name"]}
         row |= entry.get("extra_info", {})
         row |= {f"{name}_s": stats[name] for name in ("median", "q1", "q3", "min")}
+        if row.get("kernel_time_s") and {"bytes", "copy_gb_per_s"} <= row.keys():
+            floor = row["bytes"] / (1e9 * row["copy_gb_per_s"])
+            row["floor_fraction_kernels"] = floor / row["kernel_time_s"]
         rows.append(row | {"rounds": stats["rounds"]})
     return rows
 
@@ -153,43 +126,6 @@ def slug(name: str) -> str:
     return "-".join(word for word in words if word not in VENDORS)[:40] or "unknown"
 
 
-# ------------------------------------------------------------------ judging
-
-
-def verdicts(rows: Sequence[Mapping[str, Any]], device: str) -> list[dict[str, str]]:
-    """One line for each target of `device` and case; `not measured` where no row has the column."""
-    lines = []
-    for target in TARGETS:
-        if target.device != device:
-            continue
-        ours = [row for row in rows if row["op"] == target.op and row["provider"] == "ours"]
-        ours = [row for row in ours if re.search(target.case, row["case"])]
-        line = {
-            "what": f"{target.op}: {target.column}",
-            "must": _number(target.must),
-            "goal": _number(target.goal),
-        }
-        if not ours:
-            lines.append(line | {"case": "-", "measured": "-", "verdict": "not measured"})
-        for row in ours:
-            value = row.get(target.column)
-            verdict = "not measured" if value is None else _verdict(target, float(value))
-            measured = _number(value)
-            lines.append(line | {"case": row["case"], "measured": measured, "verdict": verdict})
-    return lines
-
-
-def _verdict(target: Target, value: float) -> str:
-    def reached(limit: float | None) -> bool:
-        return limit is not None and (value <= limit if target.smaller else value >= limit)
-
-    if reached(target.goal):
-        return "goal reached"
-    if target.must is None:
-        return "goal missed"
-    return "reached" if reached(target.must) else "MISSED"
-
-
 def not_measured(rows: Sequence[Mapping[str, Any]], remarks: Sequence[str]) -> list[str]:
     """Everything that is missing, once, with its reason."""
     cases: dict[str, list[str]] = {}
@@ -229,6 +165,12 @@ def page(result: Mapping[str, Any]) -> str:
     for op in dict.fromkeys(row["op"] for row in rows):
         mine = [row for row in rows if row["op"] == op]
         lines += [f"## {op}", "", *ratio_table(mine), *time_table(mine)]
+        groups = dict.fromkeys(
+            f"{row['case']}: {row['alternation']}" for row in mine if "alternation" in row
+        )
+        if groups:
+            text = "Not all providers fitted the memory together; these alternated, and a ratio without quartiles is "
+            lines += [f"{text}composed of two ratios to the reference. {'. '.join(groups)}.", ""]
     lines += ["## Targets", ""]
     names = ("what", "case", "must", "goal", "measured", "verdict")
     lines += table(names, ([line[name] for name in names] for line in result["targets"]))
@@ -242,8 +184,8 @@ def page(result: Mapping[str, Any]) -> str:
 
 
 def ratio_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """How much faster ours is than every rival, a line a case."""
-    ours = [row for row in rows if row["provider"] == "ours"]
+    """How much faster ours is than every rival, a line a case and a provider of ours."""
+    ours = [row for row in rows if row["provider"].split("-")[0] == "ours"]
     keys = dict.fromkeys(
         key for row in ours for key in row if re.fullmatch(r"ratio_vs_\w+(?<!_q[13])", key)
     )
@@ -259,11 +201,13 @@ def ratio_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     for row in ours:
         cells = [
             f"**{row[key]:.2f}** [{row[key + '_q1']:.2f}, {row[key + '_q3']:.2f}]"
+            if key + "_q1" in row
+            else f"{row[key]:.2f}"
             if key in row
             else "-"
             for key in keys
         ]
-        body.append((row["case"], *cells, _percent(row.get("floor_fraction")), row["rounds"]))
+        body.append((case_of(row), *cells, _percent(row.get("floor_fraction")), row["rounds"]))
     return table(header, body)
 
 
@@ -271,20 +215,28 @@ def time_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """All rows; columns that no row has are left out."""
     columns = {
         "case": lambda row: row["case"],
-        "provider": lambda row: (
-            row["provider"] + (f" ({row['compile_mode']})" if "compile_mode" in row else "")
-        ),
+        "provider": _provider,
         "shape": lambda row: row.get("shape"),
         "dtype": lambda row: row.get("dtype"),
         "median": lambda row: _seconds(row["median_s"]),
         "quartiles": lambda row: f"{_seconds(row['q1_s'])} .. {_seconds(row['q3_s'])}",
         "threads": lambda row: row.get("threads"),
         "samples/s": lambda row: _number(row.get("samples_per_s")),
+        "images/s": lambda row: _number(row.get("images_per_s")),
+        "TFLOP/s": lambda row: _number(row.get("tflops")),
+        "MFU, datasheet": lambda row: _percent(row.get("mfu_datasheet")),
+        "MFU, measured": lambda row: _percent(row.get("mfu_measured")),
+        "peak memory": lambda row: _gigabytes(row.get("peak_memory_bytes")),
         "floor": lambda row: _percent(row.get("floor_fraction")),
         "copy GB/s": lambda row: _number(row.get("copy_gb_per_s")),
         "GPU time": lambda row: _seconds(row.get("gpu_time_s")),
         "floor on GPU": lambda row: _percent(row.get("floor_fraction_gpu")),
         "kernels' time, warm": lambda row: _seconds(row.get("kernel_time_s")),
+        "floor on kernels": lambda row: (
+            None
+            if "flop" in row or "tflops" in row
+            else _percent(row.get("floor_fraction_kernels"))
+        ),
         "launches": lambda row: row.get("launches"),
         "copies": lambda row: row.get("device_copies"),
         "host syncs": lambda row: row.get("host_syncs"),
@@ -304,8 +256,15 @@ def table(header: Sequence[str], body: Iterable[Sequence[Any]]) -> list[str]:
     return [*lines, ""]
 
 
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
+def _provider(row: Mapping[str, Any]) -> str:
+    """The provider, with the mode, the parts and the options that it ran with."""
+    notes = [str(row[key]) for key in ("compile_mode", "overrides") if key in row]
+    notes += [f"in parts of {row['micro_batch']}"] if "micro_batch" in row else []
+    return row["provider"] + (f" ({', '.join(notes)})" if notes else "")
+
+
+def _gigabytes(value: float | None) -> str:
+    return "-" if value is None else f"{value / 1e9:.1f} GB"
 
 
 def _percent(value: float | None) -> str:

@@ -1,0 +1,130 @@
+"""Do all providers of a training step train the same network? Asked before anything is timed.
+
+Every provider makes STEPS steps from the same weights, at the same time steps and noise. The losses must agree with the
+reference's, the first of which must agree with the loss in float64; so must the way that some weights, and their EMAs,
+went from where the provider began. bfloat16 leaves the sign of small gradients open, and AdamW's first steps are little
+but signs: hence a cosine.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from benchmarks import plain_dit
+from benchmarks.diffusion_math import truth
+from benchmarks.harness import GateError
+from benchmarks.train_step_problem import Problem, seeded, shapes_of
+from benchmarks.train_step_providers import Trainer
+
+STEPS = 3
+LOSS_TOLERANCE = {
+    "reference": 1e-3,
+    "low": 1e-2,
+}  # relative: float32 or TF32 of itself, bfloat16 of that
+START_TOLERANCE = (
+    2.0**-8
+)  # relative: an engine may begin at weights rounded to bfloat16, as DeepSpeed does
+COSINE = 0.95
+LENGTH_TOLERANCE = 0.05  # of how far the weights went
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a provider's steps gave: losses, and the displacement of some weights and EMAs."""
+
+    losses: list[float]
+    weights: dict[str, Tensor]
+    emas: dict[str, Tensor]
+
+
+def watched(problem: Problem) -> list[str]:
+    """Weights of the first and the last block, of an embedder, of the last layer, and a bias."""
+    last = len({name.split(".")[1] for name in shapes_of(problem.case) if "blocks." in name}) - 1
+    return [
+        "x_embedder.proj.weight",
+        "t_embedder.mlp.0.weight",
+        "blocks.0.attn.qkv.weight",
+        f"blocks.{last}.mlp.fc2.weight",
+        f"blocks.{last}.adaLN_modulation.1.bias",
+        "final_layer.linear.weight",
+    ]
+
+
+def run(problem: Problem, trainer: Trainer) -> Outcome:
+    """The steps of one provider. Raises GateError where it does not begin at the seeded weights."""
+    trainer.reset()
+    names, shapes = watched(problem), shapes_of(problem.case)
+    starts = trainer.learned(names, False)
+    for name, start in starts.items():
+        seed = seeded(name, shapes[name], problem.device).cpu()
+        if not bool(((start - seed).abs() <= START_TOLERANCE * seed.abs()).all()):
+            raise GateError(f"{name} does not begin at the seeded weights")
+    losses = [trainer.gate_step(index) for index in range(STEPS)]
+    weights, emas = trainer.learned(names, False), trainer.learned(names, True)
+    return Outcome(
+        losses,
+        {name: weights[name] - starts[name] for name in names},
+        {name: emas[name] - starts[name] for name in names},
+    )
+
+
+@torch.no_grad()
+def expected_loss(problem: Problem, weights: Mapping[str, Tensor]) -> float:
+    """The first step's loss by the definition in float64, of the plain network's float32 output at `weights`."""
+    model = plain_dit.build(weights=dict(weights), upload=True, **problem.case.network)
+    draw = problem.gate_draw(0)
+    a_B, b_B = (
+        torch.from_numpy(table).to(problem.device)[draw.t_B].view(-1, 1, 1, 1)
+        for table in (problem.tables.sqrt_alpha_bar, problem.tables.sqrt_one_minus_alpha_bar)
+    )
+    x_t = (a_B * problem.x0 + b_B * draw.eps).float()
+    out = model(x_t, draw.t_B, problem.labels_B)
+    with torch.enable_grad():
+        losses_B, _ = truth(problem.tables, problem.x0, out, draw.t_B, draw.eps)
+    return float(losses_B.mean())
+
+
+def judge_reference(outcome: Outcome, expected: float) -> None:
+    """Raises GateError unless the first loss is the definition's."""
+    _near("the first loss", outcome.losses[0], expected, LOSS_TOLERANCE["reference"])
+
+
+def judge(outcome: Outcome, reference: Outcome) -> None:
+    """Raises GateError with the first thing that is not the reference's."""
+    pairs = zip(outcome.losses, reference.losses, strict=True)
+    for index, (loss, expected) in enumerate(pairs):
+        _near(f"the loss of step {index}", loss, expected, LOSS_TOLERANCE["low"])
+    for what, found, wanted in (
+        ("weight", outcome.weights, reference.weights),
+        ("EMA of", outcome.emas, reference.emas),
+    ):
+        for name, move in found.items():
+            other = wanted[name]
+            length, expected = float(move.norm()), float(other.norm())
+            _near(f"the way of {what} {name}", length, expected, LENGTH_TOLERANCE)
+            cosine = float((move * other).sum()) / (length * expected)
+            if not cosine >= COSINE:
+                raise GateError(f"{what} {name} goes another way: cosine {cosine:.3f}")
+
+
+def _near(what: str, found: float, expected: float, tolerance: float) -> None:
+    if not (math.isfinite(found) and abs(found - expected) <= tolerance * abs(expected)):
+        raise GateError(f"{what} is {found:.6g}, expected {expected:.6g} within {tolerance:g}")
+
+
+def agree(
+    problem: Problem, outcomes: Mapping[str, Outcome], names: Sequence[str]
+) -> dict[str, str]:
+    """Name -> what is wrong, of those of `names` that do not agree with the outcome of `reference`."""
+    red: dict[str, str] = {}
+    for name in names:
+        try:
+            judge(outcomes[name], outcomes["reference"])
+        except GateError as error:
+            red[name] = str(error)
+    return red
