@@ -16,7 +16,7 @@ from speed_engine.foreign_loop import diffusion_loss
 from speed_engine.probing import after_update, before_update
 from speed_engine.step_table import StepTable, build_step_table
 from speed_engine.timesteps import adaptive, parse
-from speed_engine.timesteps.online.beta_policy import BetaPolicy, Halved, Pooled
+from speed_engine.timesteps.online.beta_policy import BetaPolicy, Halved
 from speed_engine.timesteps.online.feature_selection import FeatureSelection
 from speed_engine.timesteps.online.policy import Reach
 
@@ -227,11 +227,19 @@ def test_halved_is_max_pooling(size):
     assert torch.equal(Halved()(x), torch.nn.MaxPool2d(2, ceil_mode=True)(x))
 
 
-@pytest.mark.parametrize("size", [(1, 1), (2, 3), (4, 5), (9, 32)])
-def test_pooled_is_adaptive_average_pooling(size):
-    x = torch.randn(2, 3, *size)
-    pooled = Pooled((8 * size[0], 8 * size[1] - 7))(x)
-    torch.testing.assert_close(pooled, torch.nn.AdaptiveAvgPool2d(4)(x))
+@pytest.mark.parametrize("size", [(8, 8), (11, 20), (32, 32), (70, 41)])
+def test_the_first_layer_sees_4x4_averages(size):
+    """Both ways of pooling give what nn.AdaptiveAvgPool2d(4) gives, and the same gradient."""
+    network = BetaPolicy((3, *size), 10)
+    first = network.head[0]
+    features = network.image(torch.randn(2, 3, *size)).detach()
+    wanted = first(torch.nn.AdaptiveAvgPool2d(4)(features).flatten(1))
+    found = network._pooled(features.flatten(2), first)
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+    gradients = [
+        torch.autograd.grad(out.square().sum(), first.weight)[0] for out in (found, wanted)
+    ]
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
 
 
 def test_feature_selection_is_univariate_regression():

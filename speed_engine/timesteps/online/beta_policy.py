@@ -6,7 +6,7 @@ sequence is one pixel high, a video is its frames one below the other, a vector 
 hidden layers, softplus. The last layer starts at weight 0 and bias 0.5, so the policy starts as
 Beta(0.974, 0.974), nearly uniform.
 
-Shape legend: B samples, C channels, T rows.
+Shape legend: B samples, C channels, T rows, P = 16 parts of the pooled image, Q its pixels before.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ class BetaPolicy(nn.Module):
     """x0 [B, *shape] -> log probability of every row, float32 [B, T]; `shape` is [C, ...]."""
 
     position_T: Tensor
+    pool_PQ: Tensor
 
     def __init__(self, shape: tuple[int, ...], num_rows: int, hidden: int = 256) -> None:
         super().__init__()
@@ -33,7 +34,6 @@ class BetaPolicy(nn.Module):
                 *_stage(shape[0], 32),
                 *_stage(32, 64),
                 *_stage(64, 128),
-                Pooled(_as_image(shape)[1:]),
             )
             self.head = nn.Sequential(
                 nn.Linear(128 * 16, hidden),
@@ -46,6 +46,8 @@ class BetaPolicy(nn.Module):
         assert isinstance(last, nn.Linear)
         nn.init.zeros_(last.weight)
         nn.init.constant_(last.bias, 0.5)
+        down, across = (_averages(-(-size // 8)) for size in _as_image(shape)[1:])
+        self.register_buffer("pool_PQ", torch.kron(down, across), persistent=False)
         position_T = (torch.arange(num_rows) + 0.5) / num_rows
         self.register_buffer("position_T", position_T, persistent=False)
 
@@ -55,8 +57,23 @@ class BetaPolicy(nn.Module):
         """
         image = x0.float().reshape(x0.shape[0], *_as_image(x0.shape[1:]))
         # The draw is made at every training step, and pooling is twice as fast in this format.
-        features = self.image(image.contiguous(memory_format=torch.channels_last)).flatten(1)
-        return nn.functional.softplus(self.head(features)) + 1e-5
+        features_BCQ = self.image(image.contiguous(memory_format=torch.channels_last)).flatten(2)
+        first, *rest = self.head
+        assert isinstance(first, nn.Linear)
+        return (
+            nn.functional.softplus(nn.Sequential(*rest)(self._pooled(features_BCQ, first))) + 1e-5
+        )
+
+    def _pooled(self, features_BCQ: Tensor, first: nn.Linear) -> Tensor:
+        """`first` of the features averaged over 4x4 parts (nn.AdaptiveAvgPool2d(4)).
+
+        Of less than 16 pixels the averages would repeat them; then the weights are added up instead.
+        """
+        parts, pixels = self.pool_PQ.shape
+        if pixels >= parts:
+            return first((features_BCQ @ self.pool_PQ.T).flatten(1))
+        weight = (first.weight.view(-1, parts) @ self.pool_PQ).view(first.out_features, -1)
+        return nn.functional.linear(features_BCQ.flatten(1), weight, first.bias)
 
     def forward(self, x0: Tensor) -> Tensor:
         """log P(row | x0): the Beta density at the middles of T equal cells, normalised over them."""
@@ -79,24 +96,6 @@ class Halved(nn.Module):
             x = nn.functional.pad(x, odd, value=float("-inf"))
         columns = torch.maximum(x[..., ::2], x[..., 1::2])
         return torch.maximum(columns[:, :, ::2], columns[:, :, 1::2])
-
-
-class Pooled(nn.Module):
-    """Averages of an 8 times smaller image than [H, W] over 4x4 parts, as nn.AdaptiveAvgPool2d(4).
-
-    Two small products, several times faster on a CPU.
-    """
-
-    down: Tensor
-    across: Tensor
-
-    def __init__(self, size: tuple[int, int]) -> None:
-        super().__init__()
-        self.register_buffer("down", _averages(-(-size[0] // 8)), persistent=False)
-        self.register_buffer("across", _averages(-(-size[1] // 8)).T, persistent=False)
-
-    def forward(self, x_BCHW: Tensor) -> Tensor:
-        return self.down @ (x_BCHW @ self.across)
 
 
 def _averages(size: int) -> Tensor:
