@@ -7,7 +7,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -108,9 +108,21 @@ def _judge(house: House, problem: Problem, state: State) -> None:
         except GateError as error:
             house.red["reference"] = str(error)
         else:
-            house.red |= train_step_gate.agree(problem, house.outcomes, others)
+            house.red |= train_step_gate.agree(
+                house.outcomes, others, lambda: rounded_eager(problem, state)
+            )
             return
     house.red |= dict.fromkeys(others, "there is no green reference to be held against")
+
+
+def rounded_eager(problem: Problem, state: State) -> Outcome:
+    """The gate's steps of eager from weights rounded to bfloat16."""
+
+    def build(parts: int) -> Trainer:  # a new optimizer's counters are zero already
+        trainer = rivals.eager(problem, state, parts)
+        return replace(trainer, reset=lambda: state.reset(rounded=True))
+
+    return in_parts(build, problem)[1]
 
 
 def in_parts(build: Callable[[int], Trainer], problem: Problem) -> Built:

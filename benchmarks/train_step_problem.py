@@ -163,10 +163,12 @@ class State:
     own_bytes: int
 
     @torch.no_grad()
-    def reset(self) -> None:
-        """Weights as seeded, no moments, EMAs at the weights."""
+    def reset(self, rounded: bool = False) -> None:
+        """Weights as seeded, or those rounded to bfloat16; no moments, EMAs at the weights."""
         seed_weights(self.weights.items())
         for name, weight in self.weights.items():
+            if rounded:
+                weight.copy_(weight.bfloat16())
             self.moments[name].zero_()
             self.squares[name].zero_()
             self.emas[name].copy_(weight)

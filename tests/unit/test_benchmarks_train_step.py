@@ -20,6 +20,7 @@ from benchmarks import (
     report,
     report_targets,
     test_adaln,
+    train_step_build,
     train_step_gate,
     train_step_memory,
     train_step_ours,
@@ -170,7 +171,15 @@ def test_providers_train_the_same_network(
     state.reset()
     expected = train_step_gate.expected_loss(problem, state.weights)
     train_step_gate.judge_reference(outcomes["reference"], expected)
-    assert train_step_gate.agree(problem, outcomes, list(outcomes)) == {}
+    assert not any(outcome.rounded for outcome in outcomes.values())
+    twin = train_step_build.rounded_eager(problem, state)
+    outcomes["on the grid"] = twin
+    assert twin.rounded
+    assert train_step_gate.agree(outcomes, list(outcomes), lambda: twin) == {}
+    outcomes["off"] = replace(twin, losses=[*twin.losses[:2], 1.02 * twin.losses[2]])
+    assert "step 2" in train_step_gate.agree(outcomes, ["off"], lambda: twin)["off"]
+    astray = replace(twin, losses=[1.02 * loss for loss in twin.losses])
+    assert "step 0" in train_step_gate.agree(outcomes, ["off"], lambda: astray)["off"]
 
 
 def run(trainer: rivals.Trainer, problem: Problem) -> train_step_gate.Outcome:
@@ -217,7 +226,9 @@ def test_rivals_work_in_the_memory_of_an_optimizer() -> None:
     assert made.own_bytes == 16 * 256  # only `c` did not fit
     made.weights["a"].fill_(1.0)
     made.emas["b"].fill_(2.0)
-    assert float(param.sum()) == 32.0 and float(optimizer.state[param]["ema"].sum()) == 32.0
+    assert (
+        float(param.detach().sum()) == 32.0 and float(optimizer.state[param]["ema"].sum()) == 32.0
+    )
     low = torch.nn.Parameter(torch.zeros(64, dtype=torch.bfloat16))
     other = Arena()
     other.donate(torch.optim.AdamW([low]))
