@@ -32,9 +32,8 @@ from benchmarks.harness import order_of, paired_ratio
 from benchmarks.loss_picture import draw
 from speed_engine import loop, setup, telemetry
 from speed_engine.complaint import told_in_one_sentence
-from speed_engine.config import RunConfig, kind_module, load
-from speed_engine.feed import Batch, Feed
-from speed_engine.models.parts.fp8 import fp8_unavailable
+from speed_engine.config import RunConfig, load
+from speed_engine.feed import Batch
 from speed_engine.processes import Processes, start, stop
 from speed_engine.timesteps.online.policy import Reach
 from speed_engine.whole_file import write_json
@@ -96,14 +95,6 @@ def parse_comparison(text: str) -> tuple[str, list[str]]:
     return key, values
 
 
-def refuse_missing_fp8(config: RunConfig, device: torch.device) -> None:
-    """Raise ValueError where the model wants fp8 products and the device has none."""
-    products = str(getattr(config.model, "products", "native"))
-    why_not = fp8_unavailable(device) if products.startswith("fp8") else None
-    if why_not:
-        raise ValueError(why_not)
-
-
 def prepare(
     value: str, config: RunConfig, source: Any, processes: Processes, changing: bool = False
 ) -> Contender:
@@ -112,10 +103,8 @@ def prepare(
     Raises ValueError for a time-step method that changes while it trains, unless `changing`.
     """
     device = processes.device
-    micro_batch, accumulation = setup.split_batch(config, processes.world)
-    ops = loop.OPS + setup.model_ops(config)
-    choices = [loop.choose(op, device, config.kernels.backend, config.kernels.strict) for op in ops]
-    backends = {choice.op: choice.backend for choice in choices}
+    _, accumulation = setup.split_batch(config, processes.world)
+    backends = {each.op: each.backend for each in setup.choose_kernels(config, device)}
     model = setup.build_model(config, source.shape, source.num_classes, device, backends)
     table = setup.build_table(config).to(device)
     if table.changes and not changing:
@@ -123,26 +112,8 @@ def prepare(
             f"timesteps.kind={config.timesteps.kind} changes with the losses it sees, so the runs "
             "would not draw the same time steps; choose another, as --set timesteps=uniform"
         )
-    feed = Feed(
-        source,
-        config.seed,
-        config.train.global_batch,
-        micro_batch,
-        model.null_label,
-        config.model.label_dropout,
-        config.train.flip,
-        processes,
-        backends["noise"],
-    )
-    engine = kind_module("engine", config.engine.kind).open_engine(
-        config.engine,
-        model,
-        config.optim,
-        processes,
-        micro_batch=micro_batch,
-        accumulation=accumulation,
-        backend=backends["adamw_ema"],
-    )
+    feed = setup.build_feed(config, source, model, processes, backends["noise"])
+    engine = setup.open_engine(config, model, processes, backends["adamw_ema"])
     table.start(config.train.global_batch, source.shape)
     meter = telemetry.Meter(device, table.num_rows)
     reach = Reach(processes.rank, processes.world, processes.all_reduce())
@@ -264,8 +235,6 @@ def compare(options: argparse.Namespace) -> int:
     try:
         if processes.world > 1:
             raise ValueError("the runs are compared inside one process; start it without launcher")
-        for config in configs:
-            refuse_missing_fp8(config, processes.device)
         source = setup.build_source(configs[0])
         pairs = zip(values, configs, strict=True)
         contenders = [prepare(value, config, source, processes) for value, config in pairs]

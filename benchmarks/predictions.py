@@ -19,27 +19,6 @@ from speed_engine.models import dit
 
 LATENT = (4, 32)  # channels, height and width
 NUM_CLASSES = 1000
-# Dense bfloat16 TFLOP/s of the datasheets, by the whole name that the driver gives. An unknown device has no peak:
-# a guess from a part of the name would call a PCIe card by its faster sister's peak.
-PEAK_TFLOPS = {
-    "NVIDIA A100-SXM4-40GB": 312.0,
-    "NVIDIA A100-SXM4-80GB": 312.0,
-    "NVIDIA A100-PCIE-40GB": 312.0,
-    "NVIDIA A100 80GB PCIe": 312.0,
-    "NVIDIA H100 80GB HBM3": 989.4,
-    "NVIDIA H100 NVL": 835.0,
-    "NVIDIA H100 PCIe": 756.0,
-    "NVIDIA H200": 989.4,
-    "NVIDIA H200 NVL": 835.0,
-    "NVIDIA GH200 480GB": 989.4,
-    "NVIDIA B200": 2250.0,
-    "NVIDIA L40S": 362.0,
-}
-
-
-def peak_tflops(name: str) -> float | None:
-    """Dense bfloat16 TFLOP/s of the datasheet, None for a device that is not in the table."""
-    return PEAK_TFLOPS.get(name)
 
 
 # ------------------------------------------------------------------ counts

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import gpu_counts, predictions
+from benchmarks import gpu_counts
 from benchmarks.harness import (
     COPY,
     Case,
@@ -39,6 +39,7 @@ from benchmarks.train_step_memory import (
     release,
 )
 from benchmarks.train_step_problem import TrainCase, make_problem
+from speed_engine import telemetry
 from speed_engine.processes import Processes
 
 MATMULS = {
@@ -65,7 +66,7 @@ class TrainMeasured(Measured):
         copy = 2 * 4 * copy_elements(self.device) / statistics.median(house[COPY])
         floor = work.flop / (self.matmul_tflops * 1e12) + self.case.num_bytes / copy
         tflops = work.flop / median * 1e-12
-        peak = predictions.peak_tflops(self.gpu) if self.gpu else None
+        peak = telemetry.peak_tflops(self.gpu) if self.gpu else None
         datasheet, measured = tflops / peak if peak else None, tflops / self.matmul_tflops
         row: dict[str, Any] = {
             "op": self.case.op,

@@ -15,7 +15,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from speed_kernels.contract import choose
 from torch import Tensor
 
 from benchmarks.harness import GateError, Unavailable
@@ -24,7 +23,7 @@ from benchmarks.train_step_problem import DECAY, LR, SEED, Problem, TrainCase, s
 from benchmarks.train_step_providers import Trainer
 from speed_engine import config as configuration
 from speed_engine import loop, setup, telemetry
-from speed_engine.config import RunConfig, kind_module
+from speed_engine.config import RunConfig
 from speed_engine.feed import Batch
 from speed_engine.models.dit import position_embedding
 from speed_engine.processes import Processes
@@ -64,8 +63,7 @@ def open_step(
 ) -> tuple[loop.DiffusionStep, Any, dict[str, str]]:
     """(the step, the network, op -> backend), as `loop.train` builds them, from the seeded weights."""
     case, device = problem.case, processes.device
-    ops = loop.OPS + setup.model_ops(config)
-    choices = [choose(op, device) for op in ops]
+    choices = setup.choose_kernels(config, device)
     fallbacks = [f"{choice.op}: {choice.reason}" for choice in choices if choice.fallback]
     if fallbacks:
         raise Unavailable("; ".join(fallbacks))
@@ -76,16 +74,8 @@ def open_step(
     with torch.no_grad():  # the only buffer
         width, tokens = model.pos_embed.shape[2], model.pos_embed.shape[1]
         model.pos_embed.copy_(position_embedding(width, math.isqrt(tokens)))
-    micro_batch, accumulation = setup.split_batch(config, processes.world)
-    engine = kind_module("engine", config.engine.kind).open_engine(
-        config.engine,
-        model,
-        config.optim,
-        processes,
-        micro_batch=micro_batch,
-        accumulation=accumulation,
-        backend=backends["adamw_ema"],
-    )
+    _, accumulation = setup.split_batch(config, processes.world)
+    engine = setup.open_engine(config, model, processes, backends["adamw_ema"])
     table = setup.build_table(config).to(device)
     table.start(config.train.global_batch, case.shape)
     reach = Reach(processes.rank, processes.world, processes.all_reduce())

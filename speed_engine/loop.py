@@ -15,12 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
-from speed_kernels.contract import choose
 from torch import Tensor
 
 from speed_engine import checkpoint, exchange, optim, probing, setup, telemetry
-from speed_engine.config import RunConfig, kind_module
-from speed_engine.feed import Batch, Feed
+from speed_engine.config import RunConfig
+from speed_engine.feed import Batch
 from speed_engine.interrupt import Interrupt
 from speed_engine.processes import Processes, start, stop
 from speed_engine.step_table import StepTable
@@ -28,7 +27,6 @@ from speed_engine.timesteps.online.policy import Reach
 from speed_engine.whole_file import write_json
 
 METHOD_STATE = "timesteps.safetensors"  # of a method that changes while training runs
-OPS = ("noise", "loss", "adamw_ema")
 STOP_EVERY = 10  # steps between two agreements of many processes on whether to stop
 DONE, NOT_FINITE = 0, 3  # exit codes
 
@@ -137,10 +135,8 @@ def train(config: RunConfig) -> int:
 
 def _train(config: RunConfig, processes: Processes) -> int:
     # ------------------------------------------------------------------ the parts
-    micro_batch, accumulation = setup.split_batch(config, processes.world)
-    kernels = config.kernels
-    ops = OPS + setup.model_ops(config)
-    choices = [choose(op, processes.device, kernels.backend, kernels.strict) for op in ops]
+    _, accumulation = setup.split_batch(config, processes.world)
+    choices = setup.choose_kernels(config, processes.device)
     backends = {choice.op: choice.backend for choice in choices}
     source = setup.build_source(config)
     facts = (config, source.shape, source.num_classes)
@@ -148,29 +144,11 @@ def _train(config: RunConfig, processes: Processes) -> int:
     setup.agree_on_attention(model, processes)
     blueprint = setup.build_model(*facts, "meta")
     table = setup.build_table(config).to(processes.device)
-    feed = Feed(
-        source,
-        config.seed,
-        config.train.global_batch,
-        micro_batch,
-        model.null_label,
-        config.model.label_dropout,
-        config.train.flip,
-        processes,
-        backends["noise"],
-    )
+    feed = setup.build_feed(config, source, model, processes, backends["noise"])
     run = setup.run_folder(config, source.fingerprint, processes.world)
     run.mkdir(parents=True, exist_ok=True)
     held = checkpoint.lock(run) if processes.first else None
-    engine = kind_module("engine", config.engine.kind).open_engine(
-        config.engine,
-        model,
-        config.optim,
-        processes,
-        micro_batch=micro_batch,
-        accumulation=accumulation,
-        backend=backends["adamw_ema"],
-    )
+    engine = setup.open_engine(config, model, processes, backends["adamw_ema"])
     manifest = setup.describe(config, processes, source, model, choices, engine.facts())
     reach = Reach(processes.rank, processes.world, processes.all_reduce())
     table.start(config.train.global_batch, source.shape)

@@ -11,12 +11,14 @@ from typing import Any
 
 import torch
 from speed_kernels.attention.op import BACKENDS
-from speed_kernels.contract import Choice
+from speed_kernels.contract import Choice, choose
 
 from speed_engine.config import RunConfig, kind_module
+from speed_engine.feed import Feed
 from speed_engine.processes import Processes
 from speed_engine.step_table import StepTable, build_step_table
 
+OPS = ("noise", "loss", "adamw_ema")  # of every training step
 # What may differ between a run and its continuation; everything else changes the result.
 FREE_TO_CHANGE = {"name", "run_dir", "log", "checkpoint", "kernels"}
 
@@ -68,9 +70,14 @@ def model_facts(config: RunConfig, shape: tuple[int, int, int], num_classes: int
     }
 
 
-def model_ops(config: RunConfig) -> tuple[str, ...]:
-    """The ops of speed_kernels that the network uses, besides those of every training step."""
-    return kind_module("model", config.model.kind).KERNELS
+def choose_kernels(config: RunConfig, device: torch.device) -> list[Choice]:
+    """The backend of every op of a training step, the network's own ops included.
+
+    Raises speed_kernels.contract.BackendError where one that was asked for cannot run.
+    """
+    ops = OPS + getattr(kind_module("model", config.model.kind), "KERNELS", ())
+    kernels = config.kernels
+    return [choose(op, device, kernels.backend, kernels.strict) for op in ops]
 
 
 def build_model(
@@ -94,12 +101,47 @@ def build_model(
 
 def agree_on_attention(model: Any, processes: Processes) -> None:
     """All processes use what the first one measured to be fastest. Collective."""
-    choice: Choice = model.attention_choice
+    choice: Choice | None = getattr(model, "attention_choice", None)
+    if choice is None:  # a network without attention
+        return
     words = list(BACKENDS)
     mine = float(words.index(choice.backend)) if processes.first else 0.0
     word = words[int(processes.sum(torch.tensor(mine, dtype=torch.float64)).item())]
     if word != choice.backend:
         model.attend_by(word)
+
+
+def build_feed(
+    config: RunConfig, source: Any, model: Any, processes: Processes, backend: str
+) -> Feed:
+    """The batches of this process. `backend` of the op `noise`, whose words flip and drop labels."""
+    train = config.train
+    micro_batch, _ = split_batch(config, processes.world)
+    return Feed(
+        source,
+        config.seed,
+        train.global_batch,
+        micro_batch,
+        model.null_label,
+        config.model.label_dropout,
+        train.flip,
+        processes,
+        backend,
+    )
+
+
+def open_engine(config: RunConfig, model: Any, processes: Processes, backend: str) -> Any:
+    """The engine around `model`. `backend` of the op `adamw_ema`. Collective."""
+    micro_batch, accumulation = split_batch(config, processes.world)
+    return kind_module("engine", config.engine.kind).open_engine(
+        config.engine,
+        model,
+        config.optim,
+        processes,
+        micro_batch=micro_batch,
+        accumulation=accumulation,
+        backend=backend,
+    )
 
 
 def macs_per_sample(config: RunConfig, shape: tuple[int, int, int], num_classes: int) -> int:

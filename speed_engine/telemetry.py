@@ -18,8 +18,27 @@ from speed_engine.processes import Processes
 
 BUCKETS = 16  # equal parts of the table's rows for the loss against t
 
-# Dense bf16 TFLOP/s of the datasheets, by a part of the device's name; an unknown device has no MFU.
-PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "A100": 312.0, "B200": 2250.0, "L40S": 362.0}
+# Dense bfloat16 TFLOP/s of the datasheets, by the whole name that the driver gives. An unknown device has no peak:
+# a guess from a part of the name would call a PCIe card by its faster sister's peak.
+PEAK_TFLOPS = {
+    "NVIDIA A100-SXM4-40GB": 312.0,
+    "NVIDIA A100-SXM4-80GB": 312.0,
+    "NVIDIA A100-PCIE-40GB": 312.0,
+    "NVIDIA A100 80GB PCIe": 312.0,
+    "NVIDIA H100 80GB HBM3": 989.4,
+    "NVIDIA H100 NVL": 835.0,
+    "NVIDIA H100 PCIe": 756.0,
+    "NVIDIA H200": 989.4,
+    "NVIDIA H200 NVL": 835.0,
+    "NVIDIA GH200 480GB": 989.4,
+    "NVIDIA B200": 2250.0,
+    "NVIDIA L40S": 362.0,
+}
+
+
+def peak_tflops(name: str) -> float | None:
+    """Dense bfloat16 TFLOP/s of the datasheet, None for a device that is not in the table."""
+    return PEAK_TFLOPS.get(name)
 
 
 class Meter:
@@ -68,7 +87,7 @@ class Rate:
         peak = None
         if self.processes.device.type == "cuda":
             name = torch.cuda.get_device_name(self.processes.device)
-            peak = next((value for part, value in PEAK_TFLOPS.items() if part in name), None)
+            peak = peak_tflops(name)
         return {
             "images_per_s": images / seconds,
             "tflops_per_device": tflops,

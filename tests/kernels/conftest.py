@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+from speed_kernels import build
+
+INSTRUCTION_SETS = ["DEFAULT", "AVX2", "AVX512"]  # each runs wherever the next one does
 
 
 def poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
@@ -27,3 +30,27 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
     monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))
+
+
+@pytest.fixture(params=INSTRUCTION_SETS)
+def isa(request: pytest.FixtureRequest) -> str:
+    """Every instruction set of the C++ kernels that this processor has."""
+    if INSTRUCTION_SETS.index(request.param) > INSTRUCTION_SETS.index(build.isa()):
+        pytest.skip(f"this processor has no {request.param}")
+    return request.param
+
+
+@pytest.fixture
+def on_threads() -> Iterator[Callable[[Callable[[], Any]], list[Any]]]:
+    """Calls a function with 1, 2 and 5 threads: its three results."""
+    before = torch.get_num_threads()
+
+    def results(function: Callable[[], Any]) -> list[Any]:
+        found = []
+        for num_threads in (1, 2, 5):
+            torch.set_num_threads(num_threads)
+            found.append(function())
+        return found
+
+    yield results
+    torch.set_num_threads(before)

@@ -41,6 +41,7 @@ from benchmarks.train_step_problem import (
     seed_weights,
     shapes_of,
 )
+from speed_engine import telemetry
 from speed_engine.models import dit
 from speed_engine.processes import Processes, start, stop
 
@@ -87,10 +88,10 @@ def test_flop_of_a_step() -> None:
 
 
 def test_a_peak_is_never_guessed() -> None:
-    assert predictions.peak_tflops("NVIDIA H200") == 989.4
-    assert predictions.peak_tflops("NVIDIA H100 PCIe") == 756.0
+    assert telemetry.peak_tflops("NVIDIA H200") == 989.4
+    assert telemetry.peak_tflops("NVIDIA H100 PCIe") == 756.0
     for unknown in ("NVIDIA H100", "H200", "NVIDIA GeForce RTX 9090", ""):
-        assert predictions.peak_tflops(unknown) is None
+        assert telemetry.peak_tflops(unknown) is None
 
 
 def test_predictions_say_so_and_stay_below_the_roof(capsys: pytest.CaptureFixture[str]) -> None:

@@ -164,13 +164,7 @@ def test_methods_that_learn_are_refused(command):
     assert code == 2 and "timesteps.kind=infonoise changes with the losses" in err
 
 
-def test_fp8_is_refused_where_it_cannot_run():
-    def config(products: str):
-        return SimpleNamespace(model=SimpleNamespace(products=products))
-
-    cpu = torch.device("cpu")
-    loss_curves.refuse_missing_fp8(config("native"), cpu)  # pyright: ignore[reportArgumentType]
-    for products in ("fp8_tensor", "fp8_row"):
-        with pytest.raises(ValueError, match="fp8 products run on CUDA devices, not on cpu"):
-            loss_curves.refuse_missing_fp8(config(products), cpu)  # pyright: ignore[reportArgumentType]
-    loss_curves.refuse_missing_fp8(load("digits_dit_tiny"), cpu)
+@pytest.mark.parametrize("products", ["fp8_tensor", "fp8_row"])
+def test_fp8_is_refused_where_it_cannot_run(command, products):
+    code, _, err = command("--compare", f"model.products=native,{products}")
+    assert code == 2 and "fp8 products run on CUDA devices, not on cpu" in err
