@@ -40,6 +40,10 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
+# Freed memory stays with the process, for all that are compared: in a virtual machine a fresh page can cost as much as
+# the arithmetic on it, and whoever frees its gradients in every step would pay for the machine.
+bench: export MALLOC_MMAP_MAX_ ?= 0
+bench: export MALLOC_TRIM_THRESHOLD_ ?= 1000000000000
 bench: install
 	$(BIN)/python -m pytest benchmarks --benchmark-columns=median,iqr,rounds
 

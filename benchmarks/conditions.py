@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import shutil
 import subprocess
@@ -11,6 +12,15 @@ from typing import Any
 
 import torch
 
+# Of the environment: what changes the speed of a CPU.
+SPEED_VARIABLES = (
+    "OMP_WAIT_POLICY",
+    "OMP_NUM_THREADS",
+    "LD_PRELOAD",
+    "MALLOC_MMAP_MAX_",
+    "MALLOC_TRIM_THRESHOLD_",
+    "THP_MEM_ALLOC_ENABLE",
+)
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -24,6 +34,7 @@ def conditions(device: torch.device) -> dict[str, Any]:
         "compiler": compiler(),
         "cpu": cpu_name(),
         "threads": torch.get_num_threads(),
+        "environment": environment(),
         "commit": commit,
         "dirty": dirty,
     }
@@ -32,6 +43,12 @@ def conditions(device: torch.device) -> dict[str, Any]:
         found["cuda"] = str(torch.version.cuda)
         found["driver"] = driver()
     return found
+
+
+def environment() -> str:
+    """The variables that are set, as `NAME=value`, with the names alone of files; `default` if none is."""
+    found = {name: os.environ[name] for name in SPEED_VARIABLES if name in os.environ}
+    return ", ".join(f"{name}={Path(value).name}" for name, value in found.items()) or "default"
 
 
 def version(package: str) -> str:

@@ -152,7 +152,7 @@ def _train(config: RunConfig, processes: Processes) -> int:
     manifest = setup.describe(config, processes, source, model, choices, engine.facts())
     reach = Reach(processes.rank, processes.world, processes.all_reduce())
     table.start(config.train.global_batch, source.shape)
-    first_step = resume(config, run, processes, engine, table, manifest)
+    first_step = resume(config, run, processes, model, engine, table, manifest)
     if processes.first:
         write_json(run / "manifest.json", manifest)
     journal = telemetry.Journal(run, first_step, config, choices, silent=not processes.first)
@@ -225,12 +225,14 @@ def resume(
     config: RunConfig,
     run: Path,
     processes: Processes,
+    model: Any,
     engine: Any,
     table: StepTable,
     manifest: dict[str, Any],
 ) -> int:
     """Load the newest good checkpoint and return its step; 0 if there is none. Collective.
 
+    The attention of `model`, and what `manifest` says of it, become those of the checkpoint.
     Raises CheckpointError where `checkpoint.resume` forbids it, or where the run was another one.
     """
 
@@ -257,6 +259,9 @@ def resume(
             f"{run} holds a run with another configuration ({'; '.join(changed)}); "
             "choose another run_dir, or go back to the old values"
         )
+    if sentence := setup.keep_attention(model, processes, found.manifest, manifest):
+        warn(sentence)
+    manifest["attention"] = setup.attention_facts(model)
     engine.load(found.folder / "state")
     method = found.folder / METHOD_STATE
     table.load_state_dict(load_file(method) if method.exists() else {}, found.step)

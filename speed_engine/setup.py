@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from speed_kernels.attention.op import BACKENDS
-from speed_kernels.contract import Choice, choose
+from speed_kernels.contract import BackendError, Choice, choose
 
 from speed_engine.config import RunConfig, kind_module
 from speed_engine.feed import Feed
@@ -19,6 +19,7 @@ from speed_engine.processes import Processes
 from speed_engine.step_table import StepTable, build_step_table
 
 OPS = ("noise", "loss", "adamw_ema")  # of every training step
+AS_BEFORE = "as before the interruption: "
 # What may differ between a run and its continuation; everything else changes the result.
 FREE_TO_CHANGE = {"name", "run_dir", "log", "checkpoint", "kernels"}
 
@@ -111,6 +112,37 @@ def agree_on_attention(model: Any, processes: Processes) -> None:
         model.attend_by(word)
 
 
+def keep_attention(
+    model: Any, processes: Processes, before: dict[str, Any], now: dict[str, Any]
+) -> str | None:
+    """Attend as before the interruption: a second measurement may prefer another kernel, with other last bits.
+
+    before, now: the manifests of the checkpoint and of this run. Another device, or a kernel that was asked for by
+    name, changes nothing. Collective. Returns one sentence where the earlier kernel cannot run any more.
+    """
+    earlier: dict[str, Any] | None = before.get("attention")
+    chosen: Choice | None = getattr(model, "attention_choice", None)
+    if earlier is None or chosen is None or chosen.backend == earlier["backend"]:
+        return None
+    if now["config"]["model"]["attention"] != "auto" or before.get("device") != now["device"]:
+        return None
+    word, why_not = earlier["backend"], None
+    try:
+        model.attend_by(word)
+    except BackendError as error:
+        why_not = str(error)
+    if processes.any(why_not is not None):
+        model.attend_by(chosen.backend)
+        model.attention_choice = chosen
+        return (
+            f"attention was computed by {word} before, and is by {chosen.backend} from here on: "
+            f"{why_not or 'another process cannot'}"
+        )
+    reason = AS_BEFORE + earlier["reason"].removeprefix(AS_BEFORE)
+    model.attention_choice = dataclasses.replace(model.attention_choice, reason=reason)
+    return None
+
+
 def build_feed(
     config: RunConfig, source: Any, model: Any, processes: Processes, backend: str
 ) -> Feed:
@@ -163,7 +195,6 @@ def describe(
         device = torch.cuda.get_device_name(processes.device)
     else:
         device = f"{platform.machine()} CPU"
-    attention = getattr(model, "attention_choice", None)
     return {
         "config": config.model_dump(mode="json"),
         "data": {
@@ -177,13 +208,19 @@ def describe(
         },
         "parameters": sum(p.numel() for p in model.parameters()),
         "kernels": [dataclasses.asdict(choice) for choice in choices],
-        "attention": dataclasses.asdict(attention) if attention is not None else None,
+        "attention": attention_facts(model),
         "processes": processes.world,
         "device": device,
         "threads": torch.get_num_threads(),
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
         **engine_facts,
     }
+
+
+def attention_facts(model: Any) -> dict[str, Any] | None:
+    """Which implementation of attention runs and why; None for a network without attention."""
+    choice: Choice | None = getattr(model, "attention_choice", None)
+    return None if choice is None else dataclasses.asdict(choice)
 
 
 def run_folder(config: RunConfig, fingerprint: str, world: int) -> Path:

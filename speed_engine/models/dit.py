@@ -89,7 +89,7 @@ class Config(BaseModel):
     products: Literal["native", "fp8_tensor", "fp8_row"] = Field(
         default="native",
         description="the blocks' matrix products: in the dtype of the weights, or in e4m3 with a "
-        "scale a tensor or a row (an experiment; GPUs from sm_89 on)",
+        "scale a tensor or a row (an experiment; GPUs from sm_89 on, and slowly on CPUs)",
     )
     recompute: Recompute = Field(
         default="none",
@@ -316,8 +316,7 @@ def build(
         model.to_empty(device=device)
         model.initialise(seed)
     if config.products != "native":
-        why_not = fp8_unavailable(torch.device(device))
-        if why_not and torch.device(device).type != "meta":
+        if why_not := fp8_unavailable(torch.device(device)):
             raise ValueError(f"model.products={config.products}: {why_not}")
         convert(model, "row" if config.products == "fp8_row" else "tensor")
     return model

@@ -90,6 +90,32 @@ def test_resume_is_bit_exact_without_deepspeed(launcher):
     resumed_equals_undisturbed(launcher, 1, "engine=torch")
 
 
+@pytest.mark.parametrize(
+    ("before", "now", "reason"),
+    [
+        ("sdpa_flash", "sdpa_flash", "as before the interruption: it was the fastest"),
+        ("sdpa_cudnn", "sdpa", "torch's fused attention on cpu"),  # cannot run on this machine
+    ],
+)
+def test_a_resumed_run_attends_as_before(launcher, before, now, reason):
+    """Where attention is measured, a second measurement may come out differently."""
+    common = ("engine=torch", "checkpoint.every=2")
+    launcher.train("run", "train.steps=2", *common)
+    path = checkpoint(launcher.folder / "run", 2) / "manifest.json"
+    facts = json.loads(path.read_text())
+    assert facts["attention"]["backend"] == "sdpa"
+    facts["attention"] |= {"backend": before, "reason": "it was the fastest"}
+    path.write_text(json.dumps(facts))
+    for steps in (4, 6):  # a reason is handed on, not piled up
+        output = launcher.train("run", f"train.steps={steps}", *common)
+        warned = (
+            "attention was computed by sdpa_cudnn before, and is by sdpa from here on" in output
+        )
+        assert warned == (before != now and steps == 4), output
+        resumed = json.loads((launcher.folder / "run" / "manifest.json").read_text())
+        assert (resumed["attention"]["backend"], resumed["attention"]["reason"]) == (now, reason)
+
+
 def test_all_engines_and_stages_train_the_same(launcher):
     """Same samples, same t, same noise: ZeRO 0 to 3, DDP and micro-batches agree to rounding."""
     settings = {

@@ -16,6 +16,7 @@ from speed_kernels.noise import reference as noise_reference
 from benchmarks import (
     adamw_gate,
     adamw_providers,
+    conditions,
     diffusion_gate,
     diffusion_providers,
     gate_device,
@@ -345,6 +346,15 @@ def test_a_quick_run_says_so(tmp_path: Path) -> None:
     assert report.main(["--json", str(bench_file(tmp_path, quick=True)), "--out", str(out)]) == 0
     (made,) = out.glob("*.md")
     assert made.name.startswith("quick-ops_epyc_") and "mean nothing" in made.read_text()
+
+
+def test_the_environment_is_told_without_folders(monkeypatch):
+    for name in conditions.SPEED_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    assert conditions.environment() == "default"
+    monkeypatch.setenv("LD_PRELOAD", "/home/somebody/libjemalloc.so")
+    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
+    assert conditions.environment() == "OMP_WAIT_POLICY=PASSIVE, LD_PRELOAD=libjemalloc.so"
 
 
 def test_names_and_paths_are_removed() -> None:

@@ -363,10 +363,11 @@ def test_other_mistakes_are_refused():
 
 def test_unavailable_says_why_in_one_sentence(monkeypatch):
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    assert fp8.fp8_unavailable(cpu, allow_cpu=True) is None
-    why = fp8.fp8_unavailable(cpu)
-    assert why == "fp8 products run on CUDA devices, not on cpu; choose model.products=native"
-    assert "not on mps" in (fp8.fp8_unavailable(torch.device("mps"), allow_cpu=True) or "")
+    assert fp8.fp8_unavailable(cpu) is None
+    why = fp8.fp8_unavailable(torch.device("mps"))
+    assert why == (
+        "fp8 products run on CUDA devices and CPUs, not on mps; choose model.products=native"
+    )
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "torch sees none" in (fp8.fp8_unavailable(cuda) or "")
 
@@ -380,4 +381,4 @@ def test_unavailable_says_why_in_one_sentence(monkeypatch):
         assert runs or f"Some GPU has {capability[0]}.{capability[1]}" in (why or "")
     monkeypatch.delattr(torch, "_scaled_mm")
     assert "no scaled matrix product" in (fp8.fp8_unavailable(cuda) or "")
-    assert "no scaled matrix product" in (fp8.fp8_unavailable(cpu, allow_cpu=True) or "")
+    assert "no scaled matrix product" in (fp8.fp8_unavailable(cpu) or "")

@@ -72,6 +72,20 @@ def test_random_latents_need_no_files(command, tmp_path):
     assert first == pytest.approx(second, rel=1e-4)
 
 
+def test_fp8_products_learn_beside_native_ones(command, tmp_path):
+    """e4m3 has three bits of mantissa: the losses differ, but by less than the network learns."""
+    what = ("--compare", "model.products=native,fp8_tensor,fp8_row", "--steps", "20")
+    code, _, err = command(*what, "--block", "20", "--set", "optim.warmup_steps=0", "--name", "fp8")
+    assert code == 0, err
+    report = json.loads((tmp_path / "out" / "fp8.json").read_text())
+    native, *others = report["losses"].values()
+    learned = statistics.fmean(native[:2]) - statistics.fmean(native[-2:])
+    assert learned > 0.1
+    for losses in others:
+        difference = statistics.fmean(abs(a - b) for a, b in zip(losses, native, strict=True))
+        assert 0 < difference < 0.1 * learned
+
+
 def test_random_latents_are_a_table():
     config = random_latents.Config(num_samples=64, num_classes=5, size=16)
     one, again = random_latents.build(config), random_latents.build(config)
@@ -162,9 +176,3 @@ def test_methods_that_learn_are_refused(command):
     what = ("--compare", "engine.precision=fp32,bf16", "--set", "timesteps=infonoise")
     code, _, err = command(*what)
     assert code == 2 and "timesteps.kind=infonoise changes with the losses" in err
-
-
-@pytest.mark.parametrize("products", ["fp8_tensor", "fp8_row"])
-def test_fp8_is_refused_where_it_cannot_run(command, products):
-    code, _, err = command("--compare", f"model.products=native,{products}")
-    assert code == 2 and "fp8 products run on CUDA devices, not on cpu" in err
