@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import statistics
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -152,9 +152,13 @@ def matmul_tflops(device: torch.device) -> float:
 
 
 def measure_case(
-    case: TrainCase, settings: Settings, processes: Processes, conditions: Mapping[str, Any]
+    case: TrainCase,
+    settings: Settings,
+    processes: Processes,
+    conditions: Mapping[str, Any],
+    wanted: Collection[str] = (*PLAIN, *OURS),
 ) -> TrainMeasured:
-    """All providers of one case."""
+    """The `wanted` providers of one case, and the reference, against which their gate holds them."""
     device = processes.device
     torch._dynamo.reset()  # every case starts without compiled code of another
     problem = make_problem(case, device)
@@ -170,7 +174,7 @@ def measure_case(
         gpu=torch.cuda.get_device_name(device) if device.type == "cuda" else None,
     )
     with tf32(device):
-        for names in plan(case, device, available_bytes(device)):
+        for names in plan(case, device, available_bytes(device), wanted):
             needed, free = needed_bytes(case, names, device), available_bytes(device)
             if (
                 device.type == "cpu" and needed > free

@@ -10,7 +10,7 @@ import contextlib
 import ctypes
 import gc
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 import torch
@@ -47,11 +47,14 @@ def needed_bytes(case: TrainCase, names: Sequence[str], device: torch.device) ->
     return held * work.parameters + step + SPARE
 
 
-def plan(case: TrainCase, device: torch.device, free: float) -> list[list[str]]:
-    """Who lives with whom: all in one house if `free` bytes allow it."""
-    if needed_bytes(case, [*PLAIN, *OURS], device) <= free:
-        return [[*PLAIN, *OURS]]
-    return [[*PLAIN, OURS[0]], ["reference", OURS[1]]]
+def plan(
+    case: TrainCase, device: torch.device, free: float, wanted: Collection[str] = (*PLAIN, *OURS)
+) -> list[list[str]]:
+    """Who lives with whom: all that are `wanted`, and `reference`, in one house if `free` bytes allow it."""
+    names = [name for name in (*PLAIN, *OURS) if name in wanted or name == "reference"]
+    if not set(OURS) <= set(names) or needed_bytes(case, names, device) <= free:
+        return [names]
+    return [[name for name in names if name != OURS[1]], ["reference", OURS[1]]]
 
 
 def peak_bytes(call: Callable[[], object], device: torch.device) -> int | None:

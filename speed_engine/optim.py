@@ -70,13 +70,14 @@ def build(
     guard: bool = True,
     deepspeed_adam: Callable[..., torch.optim.Optimizer] | None = None,
     copies: Mapping[Tensor, Tensor] | None = None,
+    reduce_square_sum: Callable[[Tensor], object] | None = None,
 ) -> torch.optim.Optimizer:
     """The optimizer that `config` names, over `params` (fp32 tensors or torch's parameter groups).
 
     `backend` of our kernel: auto, cpp, triton, reference. `clip_norm` is given by an engine that does not clip by
-    itself; it must see the whole gradient, so under ZeRO DeepSpeed clips. `guard=False` saves our kernel one read of
-    the gradient where the engine refuses non-finite ones itself: DeepSpeed does, except in ZeRO 0 with float32.
-    `deepspeed_adam` is DeepSpeed's FusedAdam. `copies`, of our kernel alone: parameter -> its bf16 weights (AdamWEMA).
+    itself; it must see the whole gradient. `guard=False` saves our kernel one read of the gradient where the engine
+    refuses non-finite ones itself. `deepspeed_adam` is DeepSpeed's FusedAdam. Of our kernel alone (see AdamWEMA):
+    `copies`, parameter -> its bf16 weights; `reduce_square_sum`, which makes the whole gradient of its shards.
     Raises ValueError where the chosen peer is missing or cannot run.
     """
     params = list(params)
@@ -95,6 +96,7 @@ def build(
             guard=guard,
             backend=backend,
             copies=copies,
+            reduce_square_sum=reduce_square_sum,
         )
     if config.name == "torch_fused":
         optimizer: torch.optim.Optimizer = torch.optim.AdamW(params, **numbers, fused=True)

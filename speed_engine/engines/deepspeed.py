@@ -74,6 +74,7 @@ class DeepSpeedEngine:
             "steps_per_print": 2**31,
         }
         settings = merged_with(config.json_file, settings)
+        own_guard = _guard_ourselves(settings, optim_config)
         self.config = config
         self.settings = settings
         self.processes = processes
@@ -81,7 +82,7 @@ class DeepSpeedEngine:
         model = model.to(processes.device)
         self.frozen = frozen_weights(model)
         self.trained = [p for p in model.parameters() if p.requires_grad]
-        self.ours_alone = config.zero == 0 and config.precision == "fp32"
+        self.unwrapped = config.zero == 0 and config.precision == "fp32"
         fused_adam = None
         if optim_config.name == "deepspeed_fused":
             from deepspeed.ops.adam import FusedAdam as fused_adam
@@ -89,8 +90,9 @@ class DeepSpeedEngine:
             optim_config,
             self.trained,
             backend,
-            # DeepSpeed itself skips updates that are not finite, in all modes but this one.
-            guard=self.ours_alone,
+            clip_norm=optim_config.clip if own_guard else 0.0,
+            guard=own_guard or self.unwrapped,  # elsewhere DeepSpeed skips what is not finite
+            reduce_square_sum=processes.all_reduce() if own_guard else None,
             deepspeed_adam=fused_adam,
         )
         self.engine: Any
@@ -114,7 +116,7 @@ class DeepSpeedEngine:
         self.engine.step()
 
     def num_skipped(self) -> int:
-        # DeepSpeed's own guard (all but ZeRO 0 in float32) and the optimizer's.
+        # DeepSpeed's own guard and the optimizer's.
         return int(self.engine.skipped_steps) + optim.num_skipped(self.optimizer)
 
     def save(self, folder: Path) -> None:
@@ -141,7 +143,7 @@ class DeepSpeedEngine:
         wrapper = self.engine.optimizer
         if self.config.zero == 0:  # DeepSpeed keeps no map here: ours is in order
             masters = {id(p): p for p in self.trained}
-            if not self.ours_alone:
+            if not self.unwrapped:
                 groups = zip(wrapper.fp16_groups, wrapper.fp32_groups, strict=True)
                 masters = {id(a): b for low, high in groups for a, b in zip(low, high, strict=True)}
             if ema:
@@ -166,6 +168,24 @@ class DeepSpeedEngine:
             "optimizer": type(self.optimizer).__name__,
             "deepspeed_config": self.settings,
         }
+
+
+def _guard_ourselves(settings: dict[str, Any], optim_config: optim.Config) -> bool:
+    """Whether adamw_ema refuses gradients that are not finite, and clips; if so, `settings` tell DeepSpeed not to.
+
+    In ZeRO 1 and 2 DeepSpeed looks for what is not finite, and for the norm, with several passes over each parameter's
+    gradient, and waits for the device to tell. adamw_ema does both with one pass over the flat partition, and no host
+    waits; it sees the whole gradient through one sum of one number over the processes.
+    """
+    zero = settings["zero_optimization"]
+    if optim_config.name != "adamw_ema" or zero["stage"] not in (1, 2):
+        return False
+    if zero.get("offload_optimizer") or zero.get("zenflow"):  # these need DeepSpeed's norm
+        return False
+    settings["gradient_clipping"] = 0.0
+    zero["compute_grad_norm"] = False
+    settings["bf16"]["check_grad_overflow"] = False
+    return True
 
 
 open_engine = DeepSpeedEngine  # the name by which the loop finds it

@@ -245,6 +245,10 @@ def test_who_lives_together() -> None:
         and "reference" in first
         and "reference" in second
     )
+    assert train_step_memory.plan(XL, CPU, 22e9, ["ours-deepspeed"]) == [second]
+    assert train_step_memory.plan(XL, CPU, 22e9, ["compile", "ours-torch"]) == [
+        ["reference", "compile", "ours-torch"]
+    ]
     for names in (first, second):
         assert train_step_memory.needed_bytes(XL, names, CPU) < 23e9
     assert train_step_memory.available_bytes(CPU) > 0
