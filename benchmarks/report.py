@@ -26,6 +26,7 @@ SHARED = (
     "gpu",
     "cpu",
     "threads",
+    "environment",
     "torch",
     "triton",
     "cuda",
@@ -164,7 +165,7 @@ def page(result: Mapping[str, Any]) -> str:
         )
     for op in dict.fromkeys(row["op"] for row in rows):
         mine = [row for row in rows if row["op"] == op]
-        lines += [f"## {op}", "", *ratio_table(mine), *time_table(mine)]
+        lines += [f"## {op}", "", *ratio_table(mine), *time_table(mine), *category_table(mine)]
         groups = dict.fromkeys(
             f"{row['case']}: {row['alternation']}" for row in mine if "alternation" in row
         )
@@ -245,6 +246,25 @@ def time_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     used = [i for i in range(len(columns)) if any(line[i] not in (None, "-") for line in body)]
     names = list(columns)
     return table([names[i] for i in used], ([line[i] for i in used] for line in body))
+
+
+def category_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Milliseconds of one profiled call by category, and their shares."""
+    profiled = [row for row in rows if "ms_by_category" in row]
+    if not profiled:
+        return []
+    names = dict.fromkeys(name for row in profiled for name in row["ms_by_category"])
+    body = []
+    for row in profiled:
+        spent = row["ms_by_category"]
+        total = sum(spent.values()) or 1.0
+        cells = [
+            f"{spent.get(name, 0.0):.1f} ({100 * spent.get(name, 0.0) / total:.0f} %)"
+            for name in names
+        ]
+        body.append((row["case"], _provider(row), *cells))
+    text = "Milliseconds of one step by category, from the profiler, which itself costs some:"
+    return [text, "", *table(("case", "provider", *names), body)]
 
 
 def table(header: Sequence[str], body: Iterable[Sequence[Any]]) -> list[str]:

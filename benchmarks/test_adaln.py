@@ -2,7 +2,7 @@
 
 `reference` computes in float32; everybody else in the dtype of the case. Backward is torch.autograd.grad on a graph
 that is kept. Providers: `adaln_providers`. Test names are op-case-provider, for instance
-`bias_gelu-XL2-b256-bf16-backward-ours`; bf16 or fp32 is the residual stream's dtype.
+`bias_gelu-XL2-b256-bf16-backward-ours`; mixed is a residual stream in fp32 between products in bf16.
 """
 
 from __future__ import annotations
@@ -57,8 +57,9 @@ class OpCase:
 
     @property
     def name(self) -> str:
-        stream = {torch.float32: "fp32", torch.bfloat16: "bf16"}[self.stream]
-        return f"{self.network}-b{self.batch}-{stream}-{self.direction}"
+        words = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+        dtypes = words[self.stream] if self.stream == self.compute else "mixed"
+        return f"{self.network}-b{self.batch}-{dtypes}-{self.direction}"
 
     def problem(self, device: torch.device, batch: int | None = None) -> Problem:
         """The inputs, of fewer samples where the gate asks for it."""

@@ -28,6 +28,7 @@ from benchmarks.harness import (
     large_copy,
     paired_ratio,
 )
+from benchmarks.time_by_category import profile, with_rest
 from benchmarks.train_step_build import House, build_house
 from benchmarks.train_step_memory import (
     OURS,
@@ -221,6 +222,9 @@ def _time_house(
             trainer.check()
         except GateError as error:
             measured.red[name] = str(error)
+        wall_ms = 1e3 * statistics.median(times[name])
+        spent = profile(trainer.step, device, steps=1)["milliseconds"]
+        measured.facts[name].setdefault("ms_by_category", with_rest(spent, wall_ms, device))
     measured.houses.append(times)
     for name, seconds in times.items():
         measured.times.setdefault(name, seconds)

@@ -16,10 +16,10 @@ from benchmarks import (
     adaln_providers,
     plain_dit,
     predictions,
-    profile_step,
     report,
     report_targets,
     test_adaln,
+    time_by_category,
     train_step_build,
     train_step_gate,
     train_step_memory,
@@ -299,7 +299,11 @@ def replace_gpu(case: TrainMeasured, name: str) -> dict[str, Any]:
 def test_the_page_of_a_training_step(tmp_path: Path) -> None:
     entries = []
     for name in ("reference", "eager", "ours-torch", "ours-deepspeed"):
-        row = measured().row(name) | {"peak_memory_bytes": 3 * 10**9, "amx": False}
+        row = measured().row(name) | {
+            "peak_memory_bytes": 3 * 10**9,
+            "amx": False,
+            "ms_by_category": {"matrix products": 30.0, "attention": 10.0},
+        }
         stats = {"median": 1.5, "q1": 1.0, "q3": 2.0, "min": 1.0, "rounds": 2}
         entries.append({"name": name, "group": "g", "stats": stats, "extra_info": row})
     file = tmp_path / "bench.json"
@@ -310,6 +314,7 @@ def test_the_page_of_a_training_step(tmp_path: Path) -> None:
     assert "| S2-b16 ours-deepspeed | **2.00** [2.00, 2.00] | 1.00 | 0.50 |" in text
     assert "images/s" in text and "3.0 GB" in text and "MFU, datasheet" not in text
     assert "reference with ours-deepspeed" in text
+    assert "| S2-b16 | eager | 30.0 (75 %) | 10.0 (25 %) |" in text
     lines = report_targets.verdicts([entry["extra_info"] for entry in entries], "cpu")
     steps = {(line["what"], line["case"], line["must"]): line["verdict"] for line in lines}
     ratio = "train_step: ratio_vs_reference"
@@ -324,33 +329,36 @@ def test_the_page_of_a_training_step(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "scopes", "expected"),
     [
-        ("nvjet_hsh_128x256_64x4_1x2_h_bz_coopA_NNN", (), profile_step.MATRIX),
-        ("sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n", (), profile_step.MATRIX),
-        ("triton_tem_fused_addmm_3", (), profile_step.MATRIX),
-        ("aten::addmm", (), profile_step.MATRIX),
-        ("pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits<96>>", (), profile_step.ATTENTION),
-        ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16", (), profile_step.ATTENTION),
-        ("triton_red_fused_native_layer_norm_4", (), profile_step.NORM),
-        ("void at::native::vectorized_elementwise_kernel<4, MulFunctor>", (), profile_step.NORM),
-        ("void at::native::vectorized_elementwise_kernel<4>", ("aten::mul_", "ema"), profile_step.OPTIMIZER),
-        ("aten::addcdiv_", ("Optimizer.step#AdamW.step",), profile_step.OPTIMIZER),
-        ("update_kernel", (), profile_step.OPTIMIZER),
-        ("speed_kernels::diffusion_loss", (), profile_step.DIFFUSION),
-        ("noise_kernel", (), profile_step.DIFFUSION),
-        ("speed_kernels::gate_residual_norm_modulate_backward", (), profile_step.NORM),
-        ("Memcpy HtoD (Pageable -> Device)", (), profile_step.OTHER),
+        ("nvjet_hsh_128x256_64x4_1x2_h_bz_coopA_NNN", (), time_by_category.MATRIX),
+        ("sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n", (), time_by_category.MATRIX),
+        ("triton_tem_fused_addmm_3", (), time_by_category.MATRIX),
+        ("aten::addmm", (), time_by_category.MATRIX),
+        ("pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits<96>>", (), time_by_category.ATTENTION),
+        ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16", (), time_by_category.ATTENTION),
+        ("triton_red_fused_native_layer_norm_4", (), time_by_category.NORM),
+        ("void at::native::vectorized_elementwise_kernel<4, MulFunctor>", (), time_by_category.NORM),
+        ("void at::native::vectorized_elementwise_kernel<4>", ("aten::mul_", "ema"), time_by_category.OPTIMIZER),
+        ("aten::addcdiv_", ("Optimizer.step#AdamW.step",), time_by_category.OPTIMIZER),
+        ("update_kernel", (), time_by_category.OPTIMIZER),
+        ("speed_kernels::diffusion_loss", (), time_by_category.DIFFUSION),
+        ("noise_kernel", (), time_by_category.DIFFUSION),
+        ("speed_kernels::gate_residual_norm_modulate_backward", (), time_by_category.NORM),
+        ("Memcpy HtoD (Pageable -> Device)", (), time_by_category.OTHER),
     ],
 )  # fmt: skip
 def test_categories(name: str, scopes: tuple[str, ...], expected: str) -> None:
-    assert profile_step.category(name, scopes) == expected
+    assert time_by_category.category(name, scopes) == expected
 
 
 def test_a_profile_adds_up(problem: Problem, state: State) -> None:
     trainer = rivals.eager(problem, state)
-    found = profile_step.profile(trainer.step, CPU, steps=1)
+    found = time_by_category.profile(trainer.step, CPU, steps=1)
     spent = found["milliseconds"]
-    assert all(spent[name] > 0 for name in (profile_step.MATRIX, profile_step.ATTENTION))
-    assert spent[profile_step.OPTIMIZER] > 0 and found["calls"][profile_step.OPTIMIZER] >= 2
+    assert all(spent[name] > 0 for name in (time_by_category.MATRIX, time_by_category.ATTENTION))
+    whole = time_by_category.with_rest(spent, sum(spent.values()) + 5.0, CPU)
+    assert whole[time_by_category.UNSEEN] == pytest.approx(5.0)
+    assert time_by_category.with_rest(spent, 0.0, CPU)[time_by_category.UNSEEN] == 0.0
+    assert spent[time_by_category.OPTIMIZER] > 0 and found["calls"][time_by_category.OPTIMIZER] >= 2
 
 
 # ------------------------------------------------------------------ single ops
