@@ -172,6 +172,14 @@ def page(result: Mapping[str, Any]) -> str:
         if groups:
             text = "Not all providers fitted the memory together; these alternated, and a ratio without quartiles is "
             lines += [f"{text}composed of two ratios to the reference. {'. '.join(groups)}.", ""]
+        usual = result["conditions"].get("environment")
+        other = [
+            f"{case_of(row)}: {row['environment']}"
+            for row in mine
+            if row.get("environment") != usual
+        ]
+        if other and usual is not None:
+            lines += [f"Under another environment than the page's: {'; '.join(other)}.", ""]
     lines += ["## Targets", ""]
     names = ("what", "case", "must", "goal", "measured", "verdict")
     lines += table(names, ([line[name] for name in names] for line in result["targets"]))

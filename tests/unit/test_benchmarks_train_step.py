@@ -305,6 +305,7 @@ def test_the_page_of_a_training_step(tmp_path: Path) -> None:
             "ms_by_category": {"matrix products": 30.0, "attention": 10.0},
         }
         stats = {"median": 1.5, "q1": 1.0, "q3": 2.0, "min": 1.0, "rounds": 2}
+        row["environment"] = "LD_PRELOAD=x" if name == "ours-deepspeed" else "default"
         entries.append({"name": name, "group": "g", "stats": stats, "extra_info": row})
     file = tmp_path / "bench.json"
     file.write_text(json.dumps({"datetime": "2026-11-21T01:00:00+00:00", "benchmarks": entries}))
@@ -314,6 +315,7 @@ def test_the_page_of_a_training_step(tmp_path: Path) -> None:
     assert "| S2-b16 ours-deepspeed | **2.00** [2.00, 2.00] | 1.00 | 0.50 |" in text
     assert "images/s" in text and "3.0 GB" in text and "MFU, datasheet" not in text
     assert "reference with ours-deepspeed" in text
+    assert "than the page's: S2-b16 ours-deepspeed: LD_PRELOAD=x." in text
     assert "| S2-b16 | eager | 30.0 (75 %) | 10.0 (25 %) |" in text
     lines = report_targets.verdicts([entry["extra_info"] for entry in entries], "cpu")
     steps = {(line["what"], line["case"], line["must"]): line["verdict"] for line in lines}
