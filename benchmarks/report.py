@@ -176,7 +176,7 @@ def page(result: Mapping[str, Any]) -> str:
         other = [
             f"{case_of(row)}: {row['environment']}"
             for row in mine
-            if row.get("environment") != usual
+            if row.get("environment", usual) != usual
         ]
         if other and usual is not None:
             lines += [f"Under another environment than the page's: {'; '.join(other)}.", ""]
