@@ -43,13 +43,13 @@ lint: install
 # Freed memory stays with the process, for all that are compared: in a virtual machine a fresh page can cost as much as
 # the arithmetic on it, and whoever frees its gradients in every step would pay for the machine. DiT-XL/2 under DeepSpeed
 # would then not fit 24 GB beside the reference, so it goes without. pytest says 5 where there is no such case, as on GPUs.
-bench: COLUMNS := --benchmark-columns=median,iqr,rounds
+bench: SHOWN := --benchmark-columns=median,iqr,rounds
 bench: export MALLOC_MMAP_MAX_ ?= 0
 bench: export MALLOC_TRIM_THRESHOLD_ ?= 1000000000000
 bench: install
-	$(BIN)/python -m pytest benchmarks -k 'not XL2-b4-ours-deepspeed' $(COLUMNS)
+	$(BIN)/python -m pytest benchmarks -k 'not XL2-b4-ours-deepspeed' $(SHOWN)
 	env -u MALLOC_MMAP_MAX_ -u MALLOC_TRIM_THRESHOLD_ \
-	  $(BIN)/python -m pytest benchmarks/test_train_step.py -k XL2-b4-ours-deepspeed $(COLUMNS) || [ $$? = 5 ]
+	  $(BIN)/python -m pytest benchmarks/test_train_step.py -k XL2-b4-ours-deepspeed $(SHOWN) || [ $$? = 5 ]
 
 clean:
 	rm -rf $(VENV) runs data .pytest_cache .ruff_cache
