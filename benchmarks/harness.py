@@ -87,6 +87,23 @@ class Measured:
         times = self.times[provider]
         bandwidth = self.copy_bytes_per_second
         floor = self.case.num_bytes / bandwidth
+        row = self.common(provider, times, bandwidth, floor)
+        if self.case.samples:
+            row["samples_per_s"] = self.case.samples / statistics.median(times)
+        if "gpu_time_s" in row:
+            row["floor_fraction_gpu"] = floor / row["gpu_time_s"]
+        if provider == OURS:
+            for baseline in self.times:
+                if baseline not in (OURS, COPY):
+                    ratio = paired_ratio(self.times[baseline], times)
+                    key = f"ratio_vs_{baseline.replace('-', '_')}"
+                    row |= {key: ratio.median, f"{key}_q1": ratio.q1, f"{key}_q3": ratio.q3}
+        return row
+
+    def common(
+        self, provider: str, times: Sequence[float], bandwidth: float, floor: float
+    ) -> dict[str, Any]:
+        """The columns of any benchmark. `bandwidth` of the copy in bytes per second, `floor` in seconds."""
         row: dict[str, Any] = {
             "op": self.case.op,
             "case": self.case.name,
@@ -101,16 +118,6 @@ class Measured:
             **self.conditions,
             **self.facts.get(provider, {}),
         }
-        if self.case.samples:
-            row["samples_per_s"] = self.case.samples / statistics.median(times)
-        if "gpu_time_s" in row:
-            row["floor_fraction_gpu"] = floor / row["gpu_time_s"]
-        if provider == OURS:
-            for baseline in self.times:
-                if baseline not in (OURS, COPY):
-                    ratio = paired_ratio(self.times[baseline], times)
-                    key = f"ratio_vs_{baseline.replace('-', '_')}"
-                    row |= {key: ratio.median, f"{key}_q1": ratio.q1, f"{key}_q3": ratio.q3}
         if self.quick:
             row["quick"] = True
         if self.missing or self.red:

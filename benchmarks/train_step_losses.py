@@ -1,4 +1,4 @@
-"""From latents to the mean loss, through a network: as public trainers write it, and in good plain torch.
+"""From latents to the mean loss, through a network, in good plain torch; `reference_loss` is the public trainers'.
 
 The same mathematics as `diffusion_providers` (learned variance, linear schedule, epsilon), with a network in the middle
 instead of a fixed output. Time steps and noise are given, so that all providers can be held against one draw.
@@ -8,17 +8,13 @@ Shape legend: B samples, C channels, T time steps, X the shape [B, C, H, W].
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.diffusion_math import LN2, HostTables, binned_nll
 from benchmarks.diffusion_providers import closed_forms, likelihood_bits, mixed, upload
-
-Network = Callable[[Tensor, Tensor, Tensor], Tensor]  # (x_t, t_B, labels_B) -> [B, 2C, H, W]
+from benchmarks.reference_loss import Network
 
 
 @dataclass(frozen=True)
@@ -33,70 +29,6 @@ class Draw:
         """The draw of samples start .. end - 1."""
         inside = (self.first_K >= start) & (self.first_K < end)
         return Draw(self.t_B[start:end], self.eps[start:end], self.first_K[inside] - start)
-
-
-class ReferenceLoss:
-    """Tables in float64 on the host, one blocking upload a use; every sample pays for likelihood and divergence."""
-
-    def __init__(self, tables: HostTables) -> None:
-        self.tables = tables
-
-    def __call__(self, network: Network, x0: Tensor, labels_B: Tensor, draw: Draw) -> Tensor:
-        """The batch's mean loss, float32 []."""
-        tables, t_B, eps = self.tables, draw.t_B, draw.eps
-        x_t = self._at(tables.sqrt_alpha_bar, t_B, x0) * x0
-        x_t = x_t + self._at(tables.sqrt_one_minus_alpha_bar, t_B, x0) * eps
-        prediction, v = torch.split(network(x_t, t_B, labels_B), x0.shape[1], dim=1)
-        frozen = torch.cat([prediction.detach(), v], dim=1)
-        vb_B = self._variational(frozen, x0, x_t, t_B)
-        # A table of all possible targets is built, then one is taken.
-        targets = {"previous": self._posterior(x0, x_t, t_B)[0], "x0": x0, "eps": eps}
-        mse_B = _mean_flat((targets["eps"] - prediction) ** 2)
-        return (mse_B + vb_B).mean()
-
-    def _variational(self, values: Tensor, x0: Tensor, x_t: Tensor, t_B: Tensor) -> Tensor:
-        true_mean, _, true_log_variance = self._posterior(x0, x_t, t_B)
-        mean, log_variance = self._model_posterior(values, x_t, t_B)
-        kl = 0.5 * (
-            -1.0
-            + log_variance
-            - true_log_variance
-            + torch.exp(true_log_variance - log_variance)
-            + (true_mean - mean) ** 2 * torch.exp(-log_variance)
-        )
-        nll_B = _mean_flat(binned_nll(x0 - mean, log_variance, x0)) / LN2
-        return torch.where(t_B == 0, nll_B, _mean_flat(kl) / LN2)
-
-    def _posterior(self, x0: Tensor, x_t: Tensor, t_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(mean, variance, log variance) of q(x_{t-1} | x_t, x0)."""
-        mean = self._at(self.tables.posterior_mean_x0, t_B, x_t) * x0
-        mean = mean + self._at(self.tables.posterior_mean_x_t, t_B, x_t) * x_t
-        variance = self._at(self.tables.posterior_variance, t_B, x_t)
-        return mean, variance, self._at(self.tables.posterior_log_variance, t_B, x_t)
-
-    def _model_posterior(self, values: Tensor, x_t: Tensor, t_B: Tensor) -> tuple[Tensor, Tensor]:
-        """(mean, log variance) as the network has them."""
-        prediction, v = torch.split(values, x_t.shape[1], dim=1)
-        low = self._at(self.tables.posterior_log_variance, t_B, x_t)
-        high = self._at(self.tables.log_betas, t_B, x_t)
-        fraction = (v + 1) / 2
-        log_variance = fraction * high + (1 - fraction) * low
-        torch.exp(log_variance)  # trainers return the variance as well
-        clean = self._at(self.tables.x0_from_x_t, t_B, x_t) * x_t
-        clean = clean - self._at(self.tables.x0_from_eps, t_B, x_t) * prediction
-        return self._posterior(clean, x_t, t_B)[0], log_variance
-
-    @staticmethod
-    def _at(table: np.ndarray, t_B: Tensor, like: Tensor) -> Tensor:
-        """The table's entries at t_B, expanded to the shape of `like`."""
-        values_B = torch.from_numpy(table).to(device=t_B.device)[t_B].float()
-        return values_B.view(-1, *[1] * (like.dim() - 1)) + torch.zeros(
-            like.shape, device=t_B.device
-        )
-
-
-def _mean_flat(values: Tensor) -> Tensor:
-    return values.mean(dim=list(range(1, values.dim())))
 
 
 def eager_loss(

@@ -69,27 +69,16 @@ class TrainMeasured(Measured):
         tflops = work.flop / median * 1e-12
         peak = telemetry.peak_tflops(self.gpu) if self.gpu else None
         datasheet, measured = tflops / peak if peak else None, tflops / self.matmul_tflops
-        row: dict[str, Any] = {
-            "op": self.case.op,
-            "case": self.case.name,
-            "provider": provider,
-            "device": self.device.type,
-            "dtype": self.case.dtype,
-            "shape": self.case.shape,
+        row = self.common(provider, times, copy, floor)
+        row |= {
             "model": f"DiT-{self.train_case.size}",
             "batch": self.train_case.batch,
-            "bytes": self.case.num_bytes,
-            "copy_gb_per_s": copy / 1e9,
             "matmul_tflops": self.matmul_tflops,
-            "floor_fraction": floor / median,
             "images_per_s": self.train_case.batch / median,
             "tflops": tflops,
             "mfu_datasheet": datasheet,
             "mfu_measured": measured,
             "mfu": measured if datasheet is None else datasheet,
-            "rounds": len(times),
-            **self.conditions,
-            **self.facts.get(provider, {}),
         }
         if self.device.type == "cpu":
             row["amx"] = has_amx()
@@ -99,11 +88,6 @@ class TrainMeasured(Measured):
             row["alternation"] = "; then ".join(
                 " with ".join(name for name in each if name != COPY) for each in self.houses
             )
-        if self.quick:
-            row["quick"] = True
-        if self.missing or self.red:
-            red = dict.fromkeys(self.red, "correctness gate red")
-            row["not_measured"] = {**self.missing, **red}
         return row
 
     def _ratios(self, provider: str) -> dict[str, Any]:

@@ -24,7 +24,8 @@ from benchmarks import plain_dit
 from benchmarks.diffusion_math import packed_rows
 from benchmarks.diffusion_providers import upload
 from benchmarks.harness import GateError
-from benchmarks.train_step_losses import Draw, Network, ReferenceLoss, eager_loss, masked_loss
+from benchmarks.reference_loss import Network, ReferenceLoss
+from benchmarks.train_step_losses import Draw, eager_loss, masked_loss
 from benchmarks.train_step_problem import (
     BETAS,
     DECAY,
@@ -225,7 +226,7 @@ def reference(problem: Problem, state: State, parts: int = 1) -> Trainer:
         problem,
         state,
         model,
-        lambda x0, labels_B, draw: compute(model, x0, labels_B, draw),
+        lambda x0, labels_B, draw: compute(model, x0, labels_B, draw.t_B, draw.eps),
         adamw(model, state),
         average_by_name(model, state),
         draw_on_device,

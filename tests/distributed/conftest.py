@@ -12,6 +12,41 @@ ROOT = Path(__file__).resolve().parents[2]
 TRAIN = ROOT / "speed_engine" / "train.py"
 
 
+def start_ranks(
+    command: list[str], world: int, cwd: Path | None = None, **environment: str
+) -> list[subprocess.Popen]:
+    """`command` in `world` processes that find each other, one thread each."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world)}
+    place |= {"OMP_NUM_THREADS": "1", **environment}
+    return [
+        subprocess.Popen(
+            command,
+            env={**os.environ, **place, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            cwd=cwd,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(world)
+    ]
+
+
+@pytest.fixture(scope="session")
+def run_ranks():
+    """run(script, folder, world, cases): the script with these arguments, in as many processes, to a good end."""
+
+    def run(script: str, folder: Path, world: int, cases: list[str]) -> None:
+        command = [sys.executable, "-W", "ignore", script, str(folder), *cases]
+        running = start_ranks(command, world, DS_ACCELERATOR="cpu")
+        outputs = [each.communicate(timeout=240)[0] for each in running]
+        assert all(each.returncode == 0 for each in running), "\n".join(outputs)
+
+    return run
+
+
 class Launcher:
     """Runs `train.py` in `world` processes and waits for all of them."""
 
@@ -31,22 +66,7 @@ class Launcher:
         return ["--config=digits_dit_tiny", *(f"{key}={value}" for key, value in small.items())]
 
     def start(self, world: int, arguments: list[str], cwd: Path | None = None) -> list:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world)}
-        place["OMP_NUM_THREADS"] = "1"
-        return [
-            subprocess.Popen(
-                [sys.executable, str(TRAIN), *arguments],
-                env={**os.environ, **place, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                cwd=cwd or self.folder,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-            for rank in range(world)
-        ]
+        return start_ranks([sys.executable, str(TRAIN), *arguments], world, cwd or self.folder)
 
     def wait(self, processes: list, expect: int | None = 0) -> str:
         outputs = [process.communicate(timeout=240)[0] for process in processes]

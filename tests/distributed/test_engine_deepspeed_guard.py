@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -26,11 +24,11 @@ from speed_engine.processes import Processes, start, stop
 
 WORLD, BATCH, STEPS, POISONED = 2, 8, 6, 3
 CLIP = 0.1  # below the norm of every step's gradient
-STAGES = {"fp32": (0, 1, 2, 3), "bf16": (0, 1, 2, 3)}
+PRECISIONS = ("fp32", "bf16")
 CASES = [
     f"{stage},{precision},{clip}"
-    for precision, stages in STAGES.items()
-    for stage in stages
+    for precision in PRECISIONS
+    for stage in (0, 1, 2, 3)
     for clip in (0.0, CLIP)
 ]
 ONE = Processes(0, 1, 0, torch.device("cpu"))
@@ -87,26 +85,10 @@ def process(folder: Path, cases: list[str]) -> None:
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory) -> list[dict[str, Any]]:
+def results(tmp_path_factory, run_ranks) -> list[dict[str, Any]]:
     """Per process: case -> what `train` found."""
     folder = tmp_path_factory.mktemp("processes")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(WORLD)}
-    place |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    running = [
-        subprocess.Popen(
-            [sys.executable, "-W", "ignore", __file__, str(folder), *CASES],
-            env={**os.environ, **place, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(WORLD)
-    ]
-    outputs = [each.communicate(timeout=240)[0] for each in running]
-    assert all(each.returncode == 0 for each in running), "\n".join(outputs)
+    run_ranks(__file__, folder, WORLD, CASES)
     return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
 
 
@@ -136,7 +118,7 @@ def test_the_same_updates_as_one_process(results, case):
     assert found["settings"]["gradient_clipping"] == (0.0 if by_us else float(clip))
 
 
-@pytest.mark.parametrize("precision", STAGES)
+@pytest.mark.parametrize("precision", PRECISIONS)
 def test_the_clipping_is_felt(precision):
     """Or the test above could not fail."""
     free, clipped = expected(precision, 0.0), expected(precision, CLIP)

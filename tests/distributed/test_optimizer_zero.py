@@ -6,8 +6,6 @@ Run as a script, this file is one of the processes: arguments are a folder and t
 from __future__ import annotations
 
 import os
-import socket
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -162,28 +160,12 @@ def process(folder: Path, cases: list[str]) -> None:
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory) -> dict[int, list[dict]]:
+def results(tmp_path_factory, run_ranks) -> dict[int, list[dict]]:
     """World size -> per rank: case -> what `train` found."""
     found = {}
     for world, cases in CASES.items():
         folder = tmp_path_factory.mktemp(f"world{world}")
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world)}
-        place |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-        processes = [
-            subprocess.Popen(
-                [sys.executable, "-W", "ignore", __file__, str(folder), *cases],
-                env={**os.environ, **place, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-            for rank in range(world)
-        ]
-        outputs = [each.communicate(timeout=240)[0] for each in processes]
-        assert all(each.returncode == 0 for each in processes), "\n".join(outputs)
+        run_ranks(__file__, folder, world, cases)
         found[world] = [torch.load(folder / f"{rank}.pt") for rank in range(world)]
     return found
 

@@ -28,7 +28,8 @@ from benchmarks import (
 from benchmarks import train_step_providers as rivals
 from benchmarks.diffusion_math import packed_rows, truth
 from benchmarks.harness import COPY, Case, GateError
-from benchmarks.train_step_losses import Draw, ReferenceLoss, eager_loss, masked_loss
+from benchmarks.reference_loss import ReferenceLoss
+from benchmarks.train_step_losses import Draw, eager_loss, masked_loss
 from benchmarks.train_step_measure import TrainMeasured
 from benchmarks.train_step_problem import (
     QUICK,
@@ -143,7 +144,7 @@ def test_all_losses_are_the_definition(problem: Problem) -> None:
     reference = ReferenceLoss(problem.tables)
     x0, labels_B = problem.x0, problem.labels_B
     makers = {
-        "reference": lambda net: reference(net, x0, labels_B, draw),
+        "reference": lambda net: reference(net, x0, labels_B, t_B, eps),
         "eager": lambda net: eager_loss(net, x0, labels_B, draw, rows_T8),
         "masked": lambda net: masked_loss(net, x0, labels_B, t_B, eps, rows_T8),
     }
