@@ -30,13 +30,13 @@ import torch
 from benchmarks.conditions import conditions
 from benchmarks.harness import order_of, paired_ratio
 from benchmarks.loss_picture import draw
-from speed_engine import loop, setup, telemetry
-from speed_engine.complaint import told_in_one_sentence
+from speed_engine.atomic_files import write_json
 from speed_engine.config import RunConfig, load
-from speed_engine.feed import Batch
-from speed_engine.processes import Processes, start, stop
+from speed_engine.data.loader import Batch
+from speed_engine.distributed import Processes, start, stop
+from speed_engine.errors import told_in_one_sentence
 from speed_engine.timesteps.online.policy import Reach
-from speed_engine.whole_file import write_json
+from speed_engine.training import assembly, loop, metrics
 
 # Of other sections the runs would not see the same batches, or their losses would not be the same quantity.
 SECTIONS = ("model", "engine", "optim", "kernels")
@@ -51,7 +51,7 @@ class Contender:
     value: str
     config: RunConfig
     do: loop.DiffusionStep
-    meter: telemetry.Meter
+    meter: metrics.Meter
     batches: Iterator[Batch]
     losses: list[float] = field(default_factory=list)  # of every step
     seconds: list[float] = field(default_factory=list)  # a step, of every block
@@ -103,19 +103,19 @@ def prepare(
     Raises ValueError for a time-step method that changes while it trains, unless `changing`.
     """
     device = processes.device
-    _, accumulation = setup.split_batch(config, processes.world)
-    backends = {each.op: each.backend for each in setup.choose_kernels(config, device)}
-    model = setup.build_model(config, source.shape, source.num_classes, device, backends)
-    table = setup.build_table(config).to(device)
+    _, accumulation = assembly.split_batch(config, processes.world)
+    backends = {each.op: each.backend for each in assembly.choose_kernels(config, device)}
+    model = assembly.build_model(config, source.shape, source.num_classes, device, backends)
+    table = assembly.build_table(config).to(device)
     if table.changes and not changing:
         raise ValueError(
             f"timesteps.kind={config.timesteps.kind} changes with the losses it sees, so the runs "
             "would not draw the same time steps; choose another, as --set timesteps=uniform"
         )
-    feed = setup.build_feed(config, source, model, processes, backends["noise"])
-    engine = setup.open_engine(config, model, processes, backends["adamw_ema"])
+    feed = assembly.build_feed(config, source, model, processes, backends["noise"])
+    engine = assembly.open_engine(config, model, processes, backends["adamw_ema"])
     table.start(config.train.global_batch, source.shape)
-    meter = telemetry.Meter(device, table.num_rows)
+    meter = metrics.Meter(device, table.num_rows)
     reach = Reach(processes.rank, processes.world, processes.all_reduce())
     do = loop.DiffusionStep(config, table, engine, backends, reach, accumulation, meter)
     if getattr(config.engine, "cuda_graph", False):
@@ -235,7 +235,7 @@ def compare(options: argparse.Namespace) -> int:
     try:
         if processes.world > 1:
             raise ValueError("the runs are compared inside one process; start it without launcher")
-        source = setup.build_source(configs[0])
+        source = assembly.build_source(configs[0])
         pairs = zip(values, configs, strict=True)
         contenders = [prepare(value, config, source, processes) for value, config in pairs]
         run(contenders, options.steps, options.block)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from speed_engine.plots import BLUE, GREY, GRID, INK, STYLE, smooth
-from speed_engine.whole_file import atomic
+from speed_engine.atomic_files import atomic
+from speed_engine.reports.plots import BLUE, GREY, GRID, INK, STYLE, smooth
 
 COLOURS = (INK, BLUE, "#c2571a", "#3b7d3c", "#8a4fa3")
 WINDOW = 0.02  # of the smoothing, as a share of the steps

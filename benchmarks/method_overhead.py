@@ -18,11 +18,11 @@ from typing import Any
 from benchmarks.conditions import conditions
 from benchmarks.harness import order_of
 from benchmarks.loss_curves import Contender, prepare
-from speed_engine import setup
-from speed_engine.complaint import told_in_one_sentence
+from speed_engine.atomic_files import write_json
 from speed_engine.config import load
-from speed_engine.processes import start, stop
-from speed_engine.whole_file import write_json
+from speed_engine.distributed import start, stop
+from speed_engine.errors import told_in_one_sentence
+from speed_engine.training import assembly
 
 BLOCK, PERIOD = 40, 200
 
@@ -65,7 +65,7 @@ def compare(options: argparse.Namespace) -> int:
     configs = [load(options.preset, [*own, f"timesteps.kind={kind}"]) for kind in kinds]
     processes = start(configs[0].engine.device)
     try:
-        source = setup.build_source(configs[0])
+        source = assembly.build_source(configs[0])
         contenders = [
             prepare(kind, config, source, processes, changing=True)
             for kind, config in zip(kinds, configs, strict=True)

@@ -25,8 +25,8 @@ from benchmarks.train_step_memory import OURS, PLAIN
 from benchmarks.train_step_ours import ours
 from benchmarks.train_step_problem import Arena, TrainCase, make_problem, make_state, shapes_of
 from benchmarks.train_step_providers import Trainer
+from speed_engine.distributed import Processes, start, stop
 from speed_engine.models import dit
-from speed_engine.processes import Processes, start, stop
 
 
 @dataclass

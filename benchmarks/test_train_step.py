@@ -17,7 +17,7 @@ from benchmarks.harness import Measured, Settings
 from benchmarks.train_step_measure import TrainMeasured, measure_case
 from benchmarks.train_step_memory import OURS, PLAIN, release
 from benchmarks.train_step_problem import CASES, QUICK
-from speed_engine.processes import Processes, start, stop
+from speed_engine.distributed import Processes, start, stop
 
 pytestmark = pytest.mark.timeout(3600)
 

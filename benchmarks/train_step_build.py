@@ -19,7 +19,7 @@ from benchmarks.train_step_memory import OURS, PASSING, PLAIN, pool_bytes, relea
 from benchmarks.train_step_ours import ours
 from benchmarks.train_step_problem import Arena, Problem, State, make_state, shapes_of
 from benchmarks.train_step_providers import Trainer
-from speed_engine.processes import Processes
+from speed_engine.distributed import Processes
 
 PARTS = (1, 2, 4, 8)  # of a batch, tried in this order where memory ends
 WHOLE = 4.0  # compiling a whole network takes about so many times as long as one block

@@ -40,8 +40,8 @@ from benchmarks.train_step_memory import (
     release,
 )
 from benchmarks.train_step_problem import TrainCase, make_problem
-from speed_engine import telemetry
-from speed_engine.processes import Processes
+from speed_engine.distributed import Processes
+from speed_engine.training import metrics
 
 MATMULS = {
     "cpu": ((2048, 2048, 2048), (4096, 1152, 4608)),
@@ -67,7 +67,7 @@ class TrainMeasured(Measured):
         copy = 2 * 4 * copy_elements(self.device) / statistics.median(house[COPY])
         floor = work.flop / (self.matmul_tflops * 1e12) + self.case.num_bytes / copy
         tflops = work.flop / median * 1e-12
-        peak = telemetry.peak_tflops(self.gpu) if self.gpu else None
+        peak = metrics.peak_tflops(self.gpu) if self.gpu else None
         datasheet, measured = tflops / peak if peak else None, tflops / self.matmul_tflops
         row = self.common(provider, times, copy, floor)
         row |= {

@@ -22,12 +22,12 @@ from benchmarks.predictions import NUM_CLASSES
 from benchmarks.train_step_problem import DECAY, LR, SEED, Problem, TrainCase, seed_weights
 from benchmarks.train_step_providers import Trainer
 from speed_engine import config as configuration
-from speed_engine import loop, setup, telemetry
 from speed_engine.config import RunConfig
-from speed_engine.feed import Batch
+from speed_engine.data.loader import Batch
+from speed_engine.distributed import Processes
 from speed_engine.models.dit import position_embedding
-from speed_engine.processes import Processes
 from speed_engine.timesteps.online.policy import Reach
+from speed_engine.training import assembly, loop, metrics
 
 PRESET = "imagenet256_dit_xl2"
 AHEAD = 1024  # addresses on the device before they are needed, as the loop's reading thread does
@@ -63,23 +63,23 @@ def open_step(
 ) -> tuple[loop.DiffusionStep, Any, dict[str, str]]:
     """(the step, the network, op -> backend), as `loop.train` builds them, from the seeded weights."""
     case, device = problem.case, processes.device
-    choices = setup.choose_kernels(config, device)
+    choices = assembly.choose_kernels(config, device)
     fallbacks = [f"{choice.op}: {choice.reason}" for choice in choices if choice.fallback]
     if fallbacks:
         raise Unavailable("; ".join(fallbacks))
     backends = {choice.op: choice.backend for choice in choices}
-    model = setup.build_model(config, case.shape, NUM_CLASSES, "meta", backends)
+    model = assembly.build_model(config, case.shape, NUM_CLASSES, "meta", backends)
     model.to_empty(device=device)
     seed_weights(model.named_parameters())
     with torch.no_grad():  # the only buffer
         width, tokens = model.pos_embed.shape[2], model.pos_embed.shape[1]
         model.pos_embed.copy_(position_embedding(width, math.isqrt(tokens)))
-    _, accumulation = setup.split_batch(config, processes.world)
-    engine = setup.open_engine(config, model, processes, backends["adamw_ema"])
-    table = setup.build_table(config).to(device)
+    _, accumulation = assembly.split_batch(config, processes.world)
+    engine = assembly.open_engine(config, model, processes, backends["adamw_ema"])
+    table = assembly.build_table(config).to(device)
     table.start(config.train.global_batch, case.shape)
     reach = Reach(processes.rank, processes.world, processes.all_reduce())
-    meter = telemetry.Meter(device, table.num_rows)
+    meter = metrics.Meter(device, table.num_rows)
     do = loop.DiffusionStep(config, table, engine, backends, reach, accumulation, meter)
     return do, model, backends
 

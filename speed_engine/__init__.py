@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from speed_engine.foreign_loop import diffusion_loss
+    from speed_engine.diffusion_step import diffusion_loss
     from speed_engine.step_table import StepTable
 
 __all__ = ["StepTable", "diffusion_loss"]
@@ -21,7 +21,7 @@ def __getattr__(name: str) -> Any:
 
         return StepTable
     if name == "diffusion_loss":
-        from speed_engine.foreign_loop import diffusion_loss
+        from speed_engine.diffusion_step import diffusion_loss
 
         return diffusion_loss
     raise AttributeError(f"module 'speed_engine' has no attribute {name!r}")

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 
 from speed_engine import commands
-from speed_engine.complaint import told_in_one_sentence
+from speed_engine.errors import told_in_one_sentence
 
 Run = Callable[[argparse.Namespace], int]
 Arguments = Callable[[argparse.ArgumentParser], None]
@@ -26,13 +26,13 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _encode_arguments(parser: argparse.ArgumentParser) -> None:
-    from speed_engine.encode import add_arguments
+    from speed_engine.data.encode import add_arguments
 
     add_arguments(parser)
 
 
 def _encode(args: argparse.Namespace) -> int:
-    from speed_engine.encode import run
+    from speed_engine.data.encode import run
 
     return run(args)
 

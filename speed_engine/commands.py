@@ -49,13 +49,13 @@ def doctor_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def doctor(args: argparse.Namespace) -> int:
-    from speed_engine.doctor import run
+    from speed_engine.reports.doctor import run
 
     return run(args.json)
 
 
 def plan(args: argparse.Namespace) -> int:
-    from speed_engine.plan import run
+    from speed_engine.reports.plan import run
 
     return run(_config(args))
 
@@ -77,14 +77,14 @@ def table_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def table(args: argparse.Namespace) -> int:
-    from speed_engine import plots_table, table_compare, table_report
-    from speed_engine.setup import build_table
+    from speed_engine.reports import plots_table, table, table_compare
+    from speed_engine.training.assembly import build_table
 
     config = _config(args)
     form = "json" if args.json else "csv" if args.csv else "text"
     if args.compare is None:
         one = build_table(config)
-        print(table_report.report(one, form))
+        print(table.report(one, form))
         drawn = plots_table.plot_table(one, args.plot) if args.plot else []
     else:
         kinds = args.compare.split(",")
@@ -120,15 +120,15 @@ def sample_arguments(parser: argparse.ArgumentParser) -> None:
 def sample(args: argparse.Namespace) -> int:
     import torch
 
-    from speed_engine import sample_folder, sampling
-    from speed_engine.runs import device_of, open_run
+    from speed_engine.reports.run_folder import device_of, open_run
+    from speed_engine.sampling import folder, process
 
     run = open_run(args.run)
     device = device_of(args.device)
     model: Any = run.model(args.weights).to(device)
     table = run.table()
     num_classes = run.data["num_classes"]
-    process = sampling.Process(
+    trained = process.Process(
         schedule=table.schedule,
         objective=table.objective,
         learned_variance=run.config.learned_variance,
@@ -137,7 +137,7 @@ def sample(args: argparse.Namespace) -> int:
         null_label=getattr(model, "null_label", None),
     )
     latents = run.data.get("space") == "latents"
-    recipe = sampling.Recipe(
+    recipe = process.Recipe(
         sampler=args.sampler,
         steps=args.steps,
         guidance=args.guidance,
@@ -147,7 +147,7 @@ def sample(args: argparse.Namespace) -> int:
         clip_x0=not latents,
         seed=args.seed,
     )
-    labels = sampling.round_robin_labels(args.num, num_classes)
+    labels = process.round_robin_labels(args.num, num_classes)
     if args.label is not None:
         labels = torch.full((args.num,), args.label)
     if latents and args.vae is None:
@@ -156,11 +156,11 @@ def sample(args: argparse.Namespace) -> int:
         )
     decode = None
     if args.vae is not None:
-        decode = sampling.latent_decoder(args.vae, run.data["scale"], device)
+        decode = process.latent_decoder(args.vae, run.data["scale"], device)
     started = time.monotonic()
-    sample_folder.sample_to_folder(
+    folder.sample_to_folder(
         model,
-        process,
+        trained,
         recipe,
         args.out,
         num=args.num,
@@ -187,9 +187,9 @@ def score_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def score(args: argparse.Namespace) -> int:
-    from speed_engine import scoring
+    from speed_engine.reports import scores
 
-    print(json.dumps(scoring.score(args.samples, args.reference), indent=1))
+    print(json.dumps(scores.score(args.samples, args.reference), indent=1))
     return 0
 
 
@@ -199,8 +199,8 @@ def plot_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def plot(args: argparse.Namespace) -> int:
-    from speed_engine import plots, plots_table
-    from speed_engine.runs import open_run
+    from speed_engine.reports import plots, plots_table
+    from speed_engine.reports.run_folder import open_run
 
     run = open_run(args.run)
     out = args.out or args.run / "plots"
@@ -215,7 +215,7 @@ def summary_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def summary(args: argparse.Namespace) -> int:
-    from speed_engine.summary import run
+    from speed_engine.reports.summary import run
 
     return run(args.run, args.started)
 
@@ -231,20 +231,20 @@ def export_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def export(args: argparse.Namespace) -> int:
-    from speed_engine import exchange
-    from speed_engine.runs import open_run
+    from speed_engine.reports.run_folder import open_run
+    from speed_engine.weights import file as weights_file
 
     run = open_run(args.run)
     model: Any = run.model(args.weights)
     if args.format == "diffusers":
-        from speed_engine.diffusers_folder import export_diffusers
+        from speed_engine.weights.dit_diffusers import export_diffusers
 
         with warnings.catch_warnings(action="ignore"):  # the same cautions, told here once
             cautions = export_diffusers(args.out, model)
         for caution in cautions:
             print(f"note: {caution}")
     else:
-        exchange.save(args.out, model, notes={"step": run.step, "weights": args.weights})
+        weights_file.save(args.out, model, notes={"step": run.step, "weights": args.weights})
     print(args.out)
     return 0
 
@@ -263,14 +263,14 @@ def import_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def import_weights(args: argparse.Namespace) -> int:
-    from speed_engine import exchange
+    from speed_engine.weights import file as weights_file
 
     if args.source.is_dir():
-        from speed_engine.diffusers_folder import import_diffusers
+        from speed_engine.weights.dit_diffusers import import_diffusers
 
         model = import_diffusers(args.source, args.frequency_shift)
     else:
-        model = exchange.import_pt(args.source)
-    exchange.save(args.out, model, notes={"source": args.source.name})
+        model = weights_file.import_pt(args.source)
+    weights_file.save(args.out, model, notes={"source": args.source.name})
     print(args.out)
     return 0

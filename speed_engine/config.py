@@ -145,7 +145,9 @@ class RunConfig(Section):
     def _typed_optim(cls, value: Any) -> Any:
         if isinstance(value, BaseModel):
             return value
-        return importlib.import_module("speed_engine.optim").Config.model_validate(value or {})
+        return importlib.import_module("speed_engine.engines.optimizer").Config.model_validate(
+            value or {}
+        )
 
     @model_validator(mode="before")
     @classmethod
@@ -168,9 +170,9 @@ def kinds(section: str) -> list[str]:
 
 
 def _is_kind(package: Any, name: str) -> bool:
-    """A kind's file defines a class `Config`; other files of the folder are parts of kinds."""
+    """A kind's file holds a `Config` of that kind; other files of the folder are parts of kinds."""
     path = Path(package.__path__[0]) / f"{name}.py"
-    return path.exists() and "\nclass Config(" in path.read_text(encoding="utf-8")
+    return path.exists() and f'kind: Literal["{name}"]' in path.read_text(encoding="utf-8")
 
 
 def kind_module(section: str, kind: str) -> Any:
@@ -354,7 +356,7 @@ def _keys_at(location: Sequence[Any], tree: dict[str, Any]) -> list[str]:
             kind = value if isinstance(value, str) else (value or {}).get("kind", "")
             model = kind_module(str(part), kind).Config
         elif part == "optim":
-            model = importlib.import_module("speed_engine.optim").Config
+            model = importlib.import_module("speed_engine.engines.optimizer").Config
         else:
             field = model.model_fields.get(str(part))
             model = field.annotation if field is not None else None

@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Train; a user's mistake becomes one sentence and exit code 2."""
     from speed_engine.config import load
-    from speed_engine.loop import train
+    from speed_engine.training.loop import train
 
     if arguments.local_rank is not None:
         os.environ.setdefault("LOCAL_RANK", str(arguments.local_rank))
@@ -37,7 +37,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="train.py", description="Train a diffusion model.")
     add_arguments(parser)
     from speed_engine.commands import parse
-    from speed_engine.complaint import told_in_one_sentence
+    from speed_engine.errors import told_in_one_sentence
 
     arguments = parse(parser)
     return told_in_one_sentence(lambda: run(arguments))

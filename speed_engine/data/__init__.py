@@ -9,7 +9,6 @@ format that the kinds share.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -58,8 +57,3 @@ class Source(Protocol):
         returned. Raises DataError, naming the shard and the sample.
         """
         ...
-
-
-def names() -> list[str]:
-    """The kinds of data there are, sorted: the files of this folder."""
-    return sorted(path.stem for path in Path(__file__).parent.glob("[a-z]*.py"))

@@ -15,10 +15,9 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
-from speed_engine import optim
-from speed_engine.engines import frozen_weights
+from speed_engine.distributed import Processes
+from speed_engine.engines import frozen_weights, optimizer
 from speed_engine.engines.deepspeed_json import merged_with
-from speed_engine.processes import Processes
 
 TAG = "zero"
 
@@ -48,7 +47,7 @@ class DeepSpeedEngine:
         self,
         config: Config,
         model: nn.Module,
-        optim_config: optim.Config,
+        optim_config: optimizer.Config,
         processes: Processes,
         *,
         micro_batch: int,
@@ -86,7 +85,7 @@ class DeepSpeedEngine:
         fused_adam = None
         if optim_config.name == "deepspeed_fused":
             from deepspeed.ops.adam import FusedAdam as fused_adam
-        self.optimizer = optim.build(
+        self.optimizer = optimizer.build(
             optim_config,
             self.trained,
             backend,
@@ -102,7 +101,7 @@ class DeepSpeedEngine:
         if config.zero == 0 and config.precision == "bf16":
             # This wrapper makes a step with zero gradients while it is built: undo it.
             self.engine.optimizer.refresh_fp32_params()
-            optim.reset(self.optimizer)
+            optimizer.reset(self.optimizer)
 
     def forward(self, *inputs: Any) -> torch.Tensor:
         return self.engine(*inputs)
@@ -117,7 +116,7 @@ class DeepSpeedEngine:
 
     def num_skipped(self) -> int:
         # DeepSpeed's own guard and the optimizer's.
-        return int(self.engine.skipped_steps) + optim.num_skipped(self.optimizer)
+        return int(self.engine.skipped_steps) + optimizer.num_skipped(self.optimizer)
 
     def save(self, folder: Path) -> None:
         self.engine.save_checkpoint(str(folder), tag=TAG, save_latest=False)
@@ -147,7 +146,7 @@ class DeepSpeedEngine:
                 groups = zip(wrapper.fp16_groups, wrapper.fp32_groups, strict=True)
                 masters = {id(a): b for low, high in groups for a, b in zip(low, high, strict=True)}
             if ema:
-                return lambda p: optim.ema_of(self.optimizer, masters[id(p)])
+                return lambda p: optimizer.ema_of(self.optimizer, masters[id(p)])
             return lambda p: masters[id(p)]
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
@@ -170,7 +169,7 @@ class DeepSpeedEngine:
         }
 
 
-def _guard_ourselves(settings: dict[str, Any], optim_config: optim.Config) -> bool:
+def _guard_ourselves(settings: dict[str, Any], optim_config: optimizer.Config) -> bool:
     """Whether adamw_ema refuses gradients that are not finite, and clips; if so, `settings` tell DeepSpeed not to.
 
     In ZeRO 1 and 2 DeepSpeed looks for what is not finite, and for the norm, with several passes over each parameter's

@@ -19,16 +19,15 @@ from speed_kernels.adamw_ema.optimizer import AdamWEMA
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from speed_engine import optim
-from speed_engine.engines import frozen_weights
-from speed_engine.engines.captured import (
+from speed_engine.distributed import Processes
+from speed_engine.engines import frozen_weights, optimizer
+from speed_engine.engines.cuda_graph import (
     CapturedStep,
     CudaRecorder,
     Recorder,
     refuse_what_cannot_be_captured,
 )
-from speed_engine.engines.masters import GradientSums, Masters
-from speed_engine.processes import Processes
+from speed_engine.engines.master_weights import GradientSums, Masters
 
 
 class Config(BaseModel):
@@ -64,7 +63,7 @@ class TorchEngine:
         self,
         config: Config,
         model: nn.Module,
-        optim_config: optim.Config,
+        optim_config: optimizer.Config,
         processes: Processes,
         *,
         micro_batch: int,
@@ -94,7 +93,7 @@ class TorchEngine:
         self.module = model.to(processes.device)
         self.masters = Masters(self.module, torch.bfloat16 if bf16 else torch.float32)
         self.sums = GradientSums(self.masters) if bf16 and accumulation > 1 else None
-        self.optimizer = optim.build(
+        self.optimizer = optimizer.build(
             optim_config,
             self.masters.tensors,
             backend,
@@ -173,7 +172,7 @@ class TorchEngine:
         return step
 
     def num_skipped(self) -> int:
-        return optim.num_skipped(self.optimizer)
+        return optimizer.num_skipped(self.optimizer)
 
     def save(self, folder: Path) -> None:
         if self.processes.first:  # all processes hold the same state
@@ -193,7 +192,7 @@ class TorchEngine:
             return None
         result = frozen_weights(self.module) | self.masters.frozen
         for name, master in self.masters.named():
-            source = optim.ema_of(self.optimizer, master) if ema else master
+            source = optimizer.ema_of(self.optimizer, master) if ema else master
             result[name] = source.detach().float().cpu().clone()
         return result
 

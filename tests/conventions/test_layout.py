@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "speed_kernels": ["speed_kernels"],
     "speed_engine.schedules": ["speed_engine.schedules"],
     "speed_engine.config": [],
-    "speed_engine.randomness": ["speed_kernels.philox", "speed_kernels.noise"],
+    "speed_engine.data.order": ["speed_kernels.philox", "speed_kernels.noise"],
     "speed_engine.objectives": ["speed_engine.objectives", "speed_engine.schedules"],
     "speed_engine.timesteps": ["speed_engine.timesteps", "speed_engine.schedules"],
     "speed_engine.step_table": [
@@ -32,17 +32,22 @@ MAY_IMPORT = {
         "speed_kernels",
     ],
     "speed_engine.models": ["speed_engine.models", "speed_kernels"],
-    "speed_engine.data": ["speed_engine.data"],
-    "speed_engine.optim": ["speed_kernels"],
+    "speed_engine.data": [
+        "speed_engine.data",
+        "speed_engine.distributed",
+        "speed_engine.atomic_files",
+        "speed_kernels",
+    ],
+    "speed_engine.engines.optimizer": ["speed_kernels"],
 }
 # Outside package -> the only files that may import it.
 ONLY_IN = {
     "deepspeed": r"speed_engine/engines/deepspeed(_json)?\.py",
-    "apex": r"speed_engine/optim\.py",
+    "apex": r"speed_engine/engines/optimizer\.py",
     "webdataset": r"speed_engine/data/storage/\w+\.py",
     "xformers": r"kernels/speed_kernels/attention/xformers_gpu\.py",
     "triton": r"kernels/speed_kernels/(\w+/)?(triton_\w+|ahead_of_time)\.py",
-    "diffusers": r"speed_engine/(sampling|encode\w*|exchange\w*)\.py",
+    "diffusers": r"speed_engine/(sampling/\w+|data/encode|weights/\w+)\.py",
     "torchvision": r"never",
     "timm": r"never",
 }

@@ -16,11 +16,11 @@ import pytest
 import torch
 from torch import nn
 
-from speed_engine import optim
+from speed_engine.distributed import Processes, start, stop
+from speed_engine.engines import optimizer
 from speed_engine.engines.deepspeed import Config, DeepSpeedEngine
 from speed_engine.engines.torch import Config as TorchConfig
 from speed_engine.engines.torch import TorchEngine
-from speed_engine.processes import Processes, start, stop
 
 WORLD, BATCH, STEPS, POISONED = 2, 8, 6, 3
 CLIP = 0.1  # below the norm of every step's gradient
@@ -46,9 +46,9 @@ def network() -> nn.Sequential:
     return model
 
 
-def optimizer(clip: float) -> optim.Config:
+def clipped(clip: float) -> optimizer.Config:
     """A large eps makes the update proportional to the gradient: a wrong factor shows."""
-    return optim.Config(lr=0.02, eps=0.1, clip=clip, ema_decay=0.5)
+    return optimizer.Config(lr=0.02, eps=0.1, clip=clip, ema_decay=0.5)
 
 
 def train(engine: Any, rank: int, world: int) -> dict[str, Any]:
@@ -78,7 +78,7 @@ def process(folder: Path, cases: list[str]) -> None:
             "accumulation": 1,
             "backend": "auto",
         }
-        parts = (config, network(), optimizer(float(clip)), processes)
+        parts = (config, network(), clipped(float(clip)), processes)
         found[case] = train(DeepSpeedEngine(*parts, **sizes), processes.rank, processes.world)
     torch.save(found, folder / f"{processes.rank}.pt")
     stop(together=True)
@@ -96,7 +96,7 @@ def expected(precision: str, clip: float) -> dict[str, Any]:
     """One process without DeepSpeed that sees the whole batch."""
     config = TorchConfig(precision=precision)  # pyright: ignore[reportArgumentType]
     sizes: dict[str, Any] = {"micro_batch": BATCH, "accumulation": 1, "backend": "auto"}
-    return train(TorchEngine(config, network(), optimizer(clip), ONE, **sizes), 0, 1)
+    return train(TorchEngine(config, network(), clipped(clip), ONE, **sizes), 0, 1)
 
 
 def distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
@@ -133,13 +133,13 @@ def test_deepspeed_guards_where_it_has_to():
     def settings(stage: int, **more: Any) -> dict[str, Any]:
         return {"zero_optimization": {"stage": stage, **more}, "bf16": {"enabled": True}}
 
-    assert _guard_ourselves(settings(1), optim.Config())
-    assert _guard_ourselves(settings(2), optim.Config(clip=1.0))
-    assert not _guard_ourselves(settings(3), optim.Config())
-    assert not _guard_ourselves(settings(0), optim.Config())
-    assert not _guard_ourselves(settings(1), optim.Config(name="torch_fused"))
+    assert _guard_ourselves(settings(1), optimizer.Config())
+    assert _guard_ourselves(settings(2), optimizer.Config(clip=1.0))
+    assert not _guard_ourselves(settings(3), optimizer.Config())
+    assert not _guard_ourselves(settings(0), optimizer.Config())
+    assert not _guard_ourselves(settings(1), optimizer.Config(name="torch_fused"))
     offloaded = settings(2, offload_optimizer={"device": "cpu"})
-    assert not _guard_ourselves(offloaded, optim.Config())
+    assert not _guard_ourselves(offloaded, optimizer.Config())
     assert "compute_grad_norm" not in offloaded["zero_optimization"]
 
 

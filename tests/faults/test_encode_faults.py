@@ -18,13 +18,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from speed_engine.complaint import told_in_one_sentence
 from speed_engine.data import DataError
+from speed_engine.data.encode import add_arguments, encode, run
 from speed_engine.data.shards import Shards
 from speed_engine.data.storage import pictures
 from speed_engine.data.storage import writer as writer_file
 from speed_engine.data.storage.index import verify
-from speed_engine.encode import add_arguments, encode, run
+from speed_engine.errors import told_in_one_sentence
 
 
 def noise(side: int = 16, channels: int = 3) -> np.ndarray:
@@ -196,7 +196,7 @@ def test_a_full_disk_is_one_sentence_and_the_run_can_go_on(
 SLOW = """
 import sys, time
 from speed_engine.data.storage import pictures
-from speed_engine.encode import encode
+from speed_engine.data.encode import encode
 real = pictures.decode
 def slow(*args):
     time.sleep(0.02)

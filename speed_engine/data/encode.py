@@ -1,0 +1,285 @@
+"""`python -m speed_engine encode`: images to shards, once, so that training never decodes an image.
+
+A folder of images (a sub-folder is a class) becomes pixel shards, or latent shards through a VAE of
+diffusers. Work is committed shard by shard: a killed run continues when the same command is given
+again. Files that are no good are listed in `skipped.json` with the reason. The same command checks
+a set (`--verify`) and writes the index of shards from elsewhere (`--reindex`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from speed_engine.data import DataError, digits
+from speed_engine.data.storage import pictures
+from speed_engine.data.storage.index import Index, reindex, verify
+from speed_engine.data.storage.pictures import Picture, PictureError
+from speed_engine.data.storage.writer import SetWriter
+
+DECODE_AHEAD = 64  # images in decoding at a time
+
+
+class Vae:
+    """The encoder half of a diffusers AutoencoderKL, loaded from safetensors only.
+
+    scale, shift: x = (latent - shift) * scale is model space. Raises DataError.
+    """
+
+    def __init__(self, name: str, device: str):
+        try:
+            from diffusers import AutoencoderKL  # pyright: ignore[reportPrivateImportUsage]
+        except ImportError as error:
+            raise DataError(f"latents need diffusers ({error}); `pip install diffusers`") from None
+        sub = "vae" if (Path(name) / "vae" / "config.json").is_file() else ""
+        try:
+            vae: Any = AutoencoderKL.from_pretrained(name, subfolder=sub, use_safetensors=True)
+        except (OSError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise DataError(f"the VAE {name!r} cannot be loaded ({reason}); check --vae") from None
+        self.model = vae.to(device).eval().requires_grad_(False)
+        self.device = device
+        self.factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        self.channels = int(vae.config.in_channels)
+        self.scale = float(vae.config.scaling_factor)
+        self.shift = float(getattr(vae.config, "shift_factor", None) or 0.0)
+
+    @torch.no_grad()
+    def encode(self, pixels_BCHW: np.ndarray, posterior: bool) -> np.ndarray:
+        """uint8 [B, C, H, W] -> float16 [B, C', h, w]: the mean, and below it the deviation."""
+        x = torch.from_numpy(pixels_BCHW).to(self.device).float().div_(127.5).sub_(1)
+        found = self.model.encode(x).latent_dist
+        latent = torch.cat([found.mean, found.std], 1) if posterior else found.mean
+        return latent.to(torch.float16).cpu().numpy()
+
+
+def encode(
+    images: Path | str,
+    out: Path,
+    *,
+    size: int | None = None,
+    mode: Literal["pixels", "latents"] = "pixels",
+    channels: int | None = None,
+    shard_size: int | None = None,
+    min_side: int | None = None,
+    strict: bool = False,
+    vae: str | None = None,
+    mean_only: bool = False,
+    flip: bool = False,
+    batch_size: int = 32,
+    device: str = "cpu",
+    console: Console | None = None,
+) -> Index:
+    """Write the images (a folder, or "digits") as a set of shards into `out`; its index.
+
+    size: pixels of a side (default 32). channels: 3 (default) or 1. shard_size: default 10,000.
+    min_side: smaller images are skipped (default: a quarter of `size`). strict: the first bad image
+    is an error. vae, mean_only (store no standard deviation), flip (store the latent of the
+    mirrored image too), batch_size, device: for latents. Raises DataError. A set that is there
+    already is left alone.
+    """
+    console = console or Console(quiet=True)
+    if str(images) == "digits":
+        unused = (size, channels, min_side, vae)
+        if mode != "pixels" or strict or mean_only or flip or unused != (None,) * len(unused):
+            raise DataError("the digits are 8 x 8 grey pixels; leave out the other settings")
+        index = digits.write(Path(out), shard_size=shard_size or digits.SHARD_SIZE)
+        console.print(f"{index.count} scanned digits in {len(index.shards)} shards in {out}")
+        return index
+    size = 32 if size is None else size
+    channels = 3 if channels is None else channels
+    shard_size = 10_000 if shard_size is None else shard_size
+    if size < 1 or channels not in (1, 3) or batch_size < 1:
+        raise DataError("--size and --batch-size must be at least 1, and --channels 1 or 3")
+    latents = mode == "latents"
+    if latents != (vae is not None):
+        raise DataError("--vae NAME and --mode latents belong together; give both or neither")
+    if not latents and (flip or mean_only):
+        raise DataError(
+            "--flip and --mean-only belong to --mode latents; leave them out for pixels"
+        )
+    posterior = latents and not mean_only
+    folder = Path(images)
+    min_side = max(1, size // 4) if min_side is None else min_side
+    found, class_names, others = pictures.find(folder)
+    listing = json.dumps([found, class_names]).encode()
+    plan = {
+        "images": hashlib.sha256(listing).hexdigest(),
+        "mode": mode,
+        "size": size,
+        "channels": channels,
+        "min_side": min_side,
+        "shard_size": shard_size,
+        "vae": vae,
+        "posterior": posterior,
+        "flip": flip,
+        "batch_size": batch_size if latents else None,
+    }
+    with SetWriter(out, plan, shard_size=shard_size, posterior=posterior) as writer:
+        if writer.finished is not None:
+            console.print(f"already there: {writer.finished.count} samples in {out}")
+            return writer.finished
+        if writer.position:
+            console.print(f"continuing after {writer.position} of {len(found)} images")
+        if not writer.position:
+            for name in others:
+                writer.skip(name, "not an image by its ending")
+        encoder = Vae(vae, device) if vae is not None else None
+        if encoder and (size % encoder.factor or channels != encoder.channels):
+            raise DataError(
+                f"the VAE needs {encoder.channels} channels and a size divisible by "
+                f"{encoder.factor}, not {channels} and {size}; correct --channels or --size"
+            )
+        with _bar(console) as bar, warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="PIL")  # about odd files, which may be fine
+            task = bar.add_task("encode", total=len(found), completed=writer.position)
+            batch: list[tuple[int, Picture, np.ndarray]] = []
+            rest = found[writer.position :]
+            for position, picture, array in _decoded(
+                folder, rest, writer.position, size, channels, min_side
+            ):
+                if isinstance(array, PictureError):
+                    if strict:
+                        raise DataError(f"{folder / picture.path}: {array}; repair or remove it")
+                    writer.skip(picture.path, str(array))
+                else:
+                    batch.append((position, picture, array))
+                if len(batch) == min(batch_size, writer.room):
+                    _write(writer, batch, encoder, posterior, flip)
+                    batch = []
+                bar.update(task, completed=position)
+            _write(writer, batch, encoder, posterior, flip)
+        if encoder:
+            index = writer.finish(class_names, scale=encoder.scale, shift=encoder.shift)
+        else:
+            index = writer.finish(class_names)
+        console.print(f"{index.count} samples in {len(index.shards)} shards in {out}")
+        if writer.skipped:
+            console.print(f"{len(writer.skipped)} files skipped, listed in {out}/skipped.json")
+        return index
+
+
+def _decoded(
+    folder: Path, found: list[Picture], first: int, size: int, channels: int, min_side: int
+) -> Iterator[tuple[int, Picture, np.ndarray | PictureError]]:
+    """(number of files dealt with, picture, array or what is wrong with it), in order."""
+
+    def decode(picture: Picture) -> np.ndarray | PictureError:
+        try:
+            return pictures.decode(folder / picture.path, size, channels, min_side)
+        except PictureError as error:
+            return error
+
+    with ThreadPoolExecutor() as pool:
+        for begin in range(0, len(found), DECODE_AHEAD):
+            some = found[begin : begin + DECODE_AHEAD]
+            for i, (picture, array) in enumerate(zip(some, pool.map(decode, some), strict=True)):
+                yield first + begin + i + 1, picture, array
+
+
+def _write(
+    writer: SetWriter,
+    batch: list[tuple[int, Picture, np.ndarray]],
+    encoder: Vae | None,
+    posterior: bool,
+    flip: bool,
+) -> None:
+    if not batch:
+        return
+    arrays = np.stack([array for _, _, array in batch])
+    mirrored = None
+    if encoder:
+        pixels = arrays
+        arrays = encoder.encode(pixels, posterior)
+        if flip:
+            mirrored = encoder.encode(np.ascontiguousarray(pixels[..., ::-1]), posterior)
+    for i, (position, picture, _) in enumerate(batch):
+        flipped = None if mirrored is None else mirrored[i]
+        writer.write(position, arrays[i], picture.label, flipped)
+
+
+def _bar(console: Console) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    return Progress(*columns, TimeRemainingColumn(), console=console, transient=True)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `python -m speed_engine encode`."""
+    add = parser.add_argument
+    add("--images", help="folder of images (a sub-folder is a class), or `digits`")
+    add("--out", type=Path, help="new folder for the shards")
+    add("--size", type=int, help="pixels of a side (default 32)")
+    add("--mode", choices=("pixels", "latents"), default="pixels", help="what to store")
+    add("--channels", type=int, help="3 = colour (default), 1 = grey")
+    add("--shard-size", type=int, help="samples in a shard (default 10000)")
+    add("--min-side", type=int, help="skip smaller images (default: a quarter of --size)")
+    add("--strict", action="store_true", help="stop at the first image that is no good")
+    add("--vae", help="latents: folder or Hugging Face name of a diffusers AutoencoderKL")
+    add("--mean-only", action="store_true", help="latents: store no standard deviation")
+    add("--flip", action="store_true", help="latents: store those of mirrored images too")
+    add("--batch-size", type=int, default=32, help="latents: images at a time (default 32)")
+    add("--device", help="latents: cpu, cuda, cuda:1 (default: cuda where there is one)")
+    add("--verify", type=Path, metavar="DIR", help="read every byte of a set and list all faults")
+    add("--reindex", type=Path, metavar="DIR", help="write the index of any WebDataset tars")
+    add("--scale", type=float, help="reindex: x = (latent - shift) * scale")
+    add("--shift", type=float, help="reindex: see --scale (default 0)")
+    add("--posterior", action="store_true", help="reindex: mean and deviation are stacked")
+    add("--num-classes", type=int, help="reindex: default is the largest label + 1")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Do what the arguments say: 0, or 1 for a set with faults. Raises DataError and OSError."""
+    console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
+    actions = [name for name in ("images", "verify", "reindex") if getattr(args, name) is not None]
+    if len(actions) != 1:
+        raise DataError("give one of --images DIR, --verify DIR and --reindex DIR")
+    if args.verify is not None:
+        problems = verify(args.verify)
+        for problem in problems:
+            print(problem)
+        print(f"{args.verify}: " + (f"{len(problems)} faults" if problems else "no fault"))
+        return 1 if problems else 0
+    extra = args.posterior or any(v is not None for v in (args.scale, args.shift, args.num_classes))
+    if extra and args.reindex is None:
+        raise DataError("--scale, --shift, --posterior and --num-classes belong to --reindex")
+    if args.reindex is not None:
+        index = reindex(
+            args.reindex,
+            scale=args.scale,
+            shift=args.shift,
+            posterior=True if args.posterior else None,
+            num_classes=args.num_classes,
+        )
+        console.print(f"{args.reindex}: {index.count} samples, fingerprint {index.fingerprint}")
+        return 0
+    if args.out is None:
+        raise DataError("give --out DIR, a new folder for the shards")
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    encode(
+        args.images,
+        args.out,
+        size=args.size,
+        mode=args.mode,
+        channels=args.channels,
+        shard_size=args.shard_size,
+        min_side=args.min_side,
+        strict=args.strict,
+        vae=args.vae,
+        mean_only=args.mean_only,
+        flip=args.flip,
+        batch_size=args.batch_size,
+        device=device,
+        console=console,
+    )
+    return 0

@@ -1,0 +1,92 @@
+"""`python -m speed_engine plan`: what a configuration would cost, without starting anything."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from speed_engine.config import RunConfig, kind_module
+from speed_engine.training.assembly import (
+    build_model,
+    build_source,
+    build_table,
+    macs_per_sample,
+    model_facts,
+)
+
+# What the plan assumes while the data do not exist yet: latents of a 256x256 image, 1000 classes.
+ASSUMED_SHAPE, ASSUMED_CLASSES = (4, 32, 32), 1000
+GIB = 2**30
+
+
+def state_bytes(parameters: int, zero: int, precision: str, world: int) -> float:
+    """Bytes of weights, gradients, AdamW moments and EMA on one process (Rajbhandari et al. 2020,
+    section 3, plus 4 bytes a parameter for the EMA)."""
+    weights, gradients, states = (4, 4, 12) if precision != "bf16" else (2, 2, 16)
+    share = [1.0 if zero < stage else 1.0 / world for stage in (3, 2, 1)]
+    return parameters * (weights * share[0] + gradients * share[1] + states * share[2])
+
+
+def run(config: RunConfig) -> int:
+    """Print the plan. Raises ValueError for a configuration that cannot run."""
+    shape, num_classes, source = _data(config)
+    model = build_model(config, shape, num_classes, "meta")
+    # The fixed position embedding is a tensor of the public checkpoints, and counted there.
+    parameters = sum(t.numel() for t in model.state_dict().values())
+    macs = macs_per_sample(config, shape, num_classes)
+    table = build_table(config)
+    print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False).rstrip())
+    print()
+    print(
+        f"data            {source}: {num_classes} classes, samples of {'x'.join(map(str, shape))}"
+    )
+    print(f"parameters      {parameters:,} ({parameters / 1e6:.0f} M)")
+    print(f"forward pass    {macs / 1e9:.1f} GMAC = {2 * macs / 1e9:.0f} GFLOP a sample")
+    batch, steps = config.train.global_batch, config.train.steps
+    print(f"training        {steps:,} steps of {batch}: {6.0 * macs * batch * steps:.2e} FLOP")
+    _print_memory(config, model_facts(config, shape, num_classes), parameters)
+    expected = float((table.density * table.weight).sum())
+    print(
+        f"time steps      {config.timesteps.kind} on {config.schedule.kind}, {table.num_rows} rows; "
+        f"E[weight] = {expected:.4f}"
+    )
+    for key, value in table.method.resolved.items():
+        print(f"                {key} = {value}")
+    return 0
+
+
+def _data(config: RunConfig) -> tuple[tuple[int, int, int], int, str]:
+    """(shape, classes, where that comes from). Data that are not there yet are assumed, and said so."""
+    path = getattr(config.data, "path", None)
+    if path is not None and Path(path).exists():
+        source = build_source(config)
+        return source.shape, source.num_classes, str(path)
+    if getattr(config.data, "kind", "") == "digits":
+        return (1, 8, 8), 10, "digits"
+    return ASSUMED_SHAPE, ASSUMED_CLASSES, f"assumed, for {path} does not exist"
+
+
+def _print_memory(config: RunConfig, facts: dict[str, Any], parameters: int) -> None:
+    """One line for each ZeRO stage, on 1, 8 and 64 processes."""
+    module = kind_module("model", config.model.kind)
+    precision = getattr(config.engine, "precision", "fp32")
+    print(
+        f"memory          weights, gradients, optimizer and EMA on a process, {precision} (estimate):"
+    )
+    print("                ZeRO    1 process  8 processes  64 processes")
+    for zero in range(4):
+        sizes = [state_bytes(parameters, zero, precision, world) / GIB for world in (1, 8, 64)]
+        print(
+            f"                   {zero} {sizes[0]:8.2f} GiB {sizes[1]:8.2f} GiB {sizes[2]:9.2f} GiB"
+        )
+    if hasattr(module, "activation_bytes_per_sample"):
+        each = module.activation_bytes_per_sample(
+            config.model, sample_size=facts["sample_size"], precision=precision
+        )
+        micro = config.train.micro_batch or config.train.global_batch
+        print(
+            f"                activations: {each / 2**20:.1f} MiB a sample, {micro * each / GIB:.1f} GiB "
+            f"for a micro-batch of {micro} (estimate)"
+        )

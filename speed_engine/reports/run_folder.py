@@ -1,0 +1,63 @@
+"""A run folder seen from outside: its configuration, and its network with the averaged weights."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from speed_engine.config import RunConfig, build
+from speed_engine.step_table import StepTable
+from speed_engine.training import checkpoint
+from speed_engine.training.assembly import build_table
+from speed_engine.weights import file as weights_file
+
+
+@dataclass(frozen=True)
+class Run:
+    """The newest good checkpoint of a run folder."""
+
+    folder: Path
+    config: RunConfig
+    data: dict[str, Any]
+    step: int
+    checkpoint: Path
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of a sample."""
+        channels, height, width = self.data["shape"]
+        return channels, height, width
+
+    def model(self, weights: str = "ema") -> nn.Module:
+        """The network with the weights `ema` or `model`, on the host, in evaluation mode."""
+        network, _ = weights_file.load(self.checkpoint / f"{weights}.safetensors")
+        return network.eval()
+
+    def table(self) -> StepTable:
+        """The step table that the run trained with."""
+        return build_table(self.config)
+
+
+def open_run(folder: Path) -> Run:
+    """The run in `folder`. Raises CheckpointError where there is none that can be used."""
+    if not folder.is_dir():
+        raise checkpoint.CheckpointError(f"there is no run folder {folder}; check --run")
+    found = checkpoint.newest(folder, lambda text: print(f"WARNING: {text}", file=sys.stderr))
+    if found is None:
+        raise checkpoint.CheckpointError(
+            f"{folder} holds no checkpoint; train first, or check --run"
+        )
+    config = build(found.manifest["config"])
+    return Run(folder, config, found.manifest["data"], found.step, found.folder)
+
+
+def device_of(name: str) -> torch.device:
+    """auto, cpu or cuda as a device. Raises ValueError if it is not there."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda, but torch sees no CUDA device; use --device cpu")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")

@@ -1,0 +1,71 @@
+"""One page on a finished run: what it cost and what came out, printed and written to summary.json."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+from speed_engine.atomic_files import write_json
+from speed_engine.reports.run_folder import open_run
+from speed_engine.training import checkpoint
+
+
+def run(folder: Path, started: float | None) -> int:
+    """Write `folder/summary.json` and print it as a short table. `started`: time.time() when the
+    whole job began, if it was timed. Raises CheckpointError where the folder is no run."""
+    facts = gather(folder, started)
+    write_json(folder / "summary.json", facts)
+    for name, value in facts.items():
+        if isinstance(value, float):
+            value = f"{value:.4g}"
+        print(f"{name:24} {value}")
+    return 0
+
+
+def gather(folder: Path, started: float | None) -> dict[str, Any]:
+    """The numbers of a run: from its manifest, its metrics and the scores of its samples."""
+    opened = open_run(folder)
+    lines = [json.loads(line) for line in _read(folder / "metrics.jsonl").splitlines()]
+    manifest = json.loads(_read(folder / "manifest.json"))
+    rates = [line["images_per_s"] for line in lines]
+    facts: dict[str, Any] = {
+        "steps": opened.step,
+        "images": opened.step * opened.config.train.global_batch,
+        "parameters": manifest["parameters"],
+        "timesteps": opened.config.timesteps.kind,
+        "engine": f"{manifest['engine']}, {manifest['distribution']}",
+        "kernels": ", ".join(f"{k['op']} {k['backend']}" for k in manifest["kernels"]),
+        "loss": lines[-1]["loss"] if lines else None,
+        "images_per_s": statistics.median(rates) if rates else None,
+    }
+    score = folder / "samples" / "score.json"
+    if score.exists():
+        facts |= _score_facts(json.loads(_read(score)))
+    if started is not None:
+        facts["wall_seconds"] = round(time.time() - started, 1)
+    facts["pictures"] = str(folder)
+    return facts
+
+
+def _score_facts(score: dict[str, Any]) -> dict[str, Any]:
+    """The headline numbers of a score; each Frechet distance needs its floor beside it."""
+    frechet, agreement = score["frechet"], score.get("class_agreement")
+    facts = {
+        "samples": score["num_samples"],
+        "class_agreement": agreement["agreement"] if agreement else None,
+        "frechet_distance": frechet["same_size"]["mean"],
+        "frechet_floor": frechet["floor"]["mean"],  # as many real scans in the samples' place
+        "frechet_floor_std": frechet["floor"]["std"],
+        "nearest_scan_ratio": score["memorisation"]["ratio"],  # below 1: samples copy scans
+    }
+    return facts
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise checkpoint.CheckpointError(f"cannot read {path}: {error.strerror}") from error

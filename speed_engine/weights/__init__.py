@@ -1,0 +1,1 @@
+"""Weights on disk: our safetensors, and the formats of others."""
