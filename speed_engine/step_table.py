@@ -12,8 +12,6 @@ micro-batch, `refresh` after every step; all of them do nothing for others.
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,7 +19,8 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor
 
-from speed_engine.objectives import Objective, W, default, pack, weight_ceiling
+from speed_engine.kinds import config_of, home
+from speed_engine.objectives import Objective, W, pack, weight_ceiling
 from speed_engine.schedules import Schedule, from_alphas_cumprod, from_flow, from_sigmas
 from speed_engine.timesteps import Method, MethodConfig, integer_cdf, parse
 from speed_engine.timesteps.online import Facts
@@ -213,7 +212,9 @@ class StepTable:
         float32 input costs relative accuracy 1e-3 at the first steps; float64 does not.
         """
         schedule = from_alphas_cumprod(alphas_cumprod)
-        return assemble(schedule, default(objective), parse(timesteps), learned_variance)
+        return assemble(
+            schedule, config_of("objective", objective), parse(timesteps), learned_variance
+        )
 
     @staticmethod
     def from_sigmas(
@@ -227,7 +228,7 @@ class StepTable:
         The network is told ln(sigma) / 4.
         """
         schedule = from_sigmas(sigmas, sigma_data)
-        return assemble(schedule, default(objective), parse(timesteps), False)
+        return assemble(schedule, config_of("objective", objective), parse(timesteps), False)
 
     @staticmethod
     def from_flow(
@@ -242,7 +243,7 @@ class StepTable:
         without its final 0), None is continuous time. The network is told time_scale * t.
         """
         schedule = from_flow(times, time_scale)
-        return assemble(schedule, default(objective), parse(timesteps), False)
+        return assemble(schedule, config_of("objective", objective), parse(timesteps), False)
 
     # ---------------------------------------------------------------- changing while training runs
 
@@ -331,7 +332,7 @@ def build_step_table(
 
     Raises ValueError where they contradict each other.
     """
-    schedule = _build(schedule_config)(schedule_config)
+    schedule = home(schedule_config).build(schedule_config)
     return assemble(schedule, objective_config, timesteps_config, learned_variance)
 
 
@@ -343,7 +344,7 @@ def assemble(
 ) -> StepTable:
     """The table on a schedule that already exists."""
     assert isinstance(timesteps_config, MethodConfig)
-    build_method = _build(timesteps_config)
+    build_method = home(timesteps_config).build
     method: Method = build_method(timesteps_config, schedule)
     if schedule.continuous and all(part.online is None for part in method.factors):
         # One row a cell of equal mass: the CDF becomes a straight line and the rows are exact.
@@ -355,7 +356,7 @@ def assemble(
             f"learned_variance needs a discrete schedule and {schedule.kind} is continuous; "
             "turn it off"
         )
-    objective: Objective = _build(objective_config)(objective_config, schedule)
+    objective: Objective = home(objective_config).build(objective_config, schedule)
     gain, eps_gain = objective.gain(schedule), schedule.alpha / schedule.sigma
     weights = [part.own_weight(gain, eps_gain) for part in method.factors]
     weight = torch.stack(weights).prod(dim=0)
@@ -376,11 +377,6 @@ def assemble(
     )
     table._install(step=0)
     return table
-
-
-def _build(config: BaseModel) -> Callable[..., Any]:
-    """The `build` of the file that defines this configuration's class: also for files elsewhere."""
-    return importlib.import_module(type(config).__module__).build
 
 
 def _words(address_2: Tensor, batch: int, seed: int) -> Tensor:

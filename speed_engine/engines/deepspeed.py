@@ -12,20 +12,19 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import nn
 
 from speed_engine.distributed import Processes
 from speed_engine.engines import frozen_weights, optimizer
 from speed_engine.engines.deepspeed_json import merged_with
+from speed_engine.kinds import Section
 
 TAG = "zero"
 
 
-class Config(BaseModel):
+class Config(Section):
     """Settings of the DeepSpeed engine."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Literal["deepspeed"] = "deepspeed"
     device: Literal["auto", "cpu", "cuda"] = Field(

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import Field, field_validator
 from speed_kernels.adamw_ema.optimizer import AdamWEMA
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -28,12 +28,11 @@ from speed_engine.engines.cuda_graph import (
     refuse_what_cannot_be_captured,
 )
 from speed_engine.engines.master_weights import GradientSums, Masters
+from speed_engine.kinds import Section
 
 
-class Config(BaseModel):
+class Config(Section):
     """Settings of the plain torch engine."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Literal["torch"] = "torch"
     device: Literal["auto", "cpu", "cuda"] = Field(

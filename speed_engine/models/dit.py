@@ -20,10 +20,11 @@ from typing import Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 from speed_kernels.attention.op import choose_attention, implementation
 from torch import Tensor, nn
 
+from speed_engine.kinds import Section
 from speed_engine.models.parts.blocks import Block, FinalLayer, Recompute, Stream
 from speed_engine.models.parts.fp8 import convert, fp8_unavailable
 from speed_engine.models.parts.glue import OPS, Glue
@@ -50,10 +51,8 @@ NUM_FREQUENCIES = 128  # a cosine and a sine of each: 256 numbers tell the netwo
 MAX_PERIOD = 10_000.0
 
 
-class Config(BaseModel):
+class Config(Section):
     """A DiT of a published size, or of a size of your own."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Literal["dit"] = "dit"
     size: str = Field(default="XL/2", description=f"one of {', '.join(SIZES)}")

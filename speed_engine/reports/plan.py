@@ -7,7 +7,8 @@ from typing import Any
 
 import yaml
 
-from speed_engine.config import RunConfig, kind_module
+from speed_engine.config import RunConfig
+from speed_engine.kinds import find as kind_module
 from speed_engine.training.assembly import (
     build_model,
     build_source,

@@ -13,9 +13,10 @@ import torch
 from speed_kernels.attention.op import BACKENDS
 from speed_kernels.contract import BackendError, Choice, choose
 
-from speed_engine.config import RunConfig, kind_module
+from speed_engine.config import RunConfig
 from speed_engine.data.loader import Feed
 from speed_engine.distributed import Processes
+from speed_engine.kinds import find as kind_module
 from speed_engine.step_table import StepTable, build_step_table
 
 OPS = ("noise", "loss", "adamw_ema")  # of every training step
