@@ -37,6 +37,18 @@ def config_arguments(parser: argparse.ArgumentParser, default: str | None = None
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
 
 
+def _run_arguments(parser: argparse.ArgumentParser) -> None:
+    """--run, and the modules that the run may name."""
+    parser.add_argument("--run", type=Path, required=True, help="the run folder")
+    parser.add_argument(
+        "--trust",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="a module of your own that the run names (my_lab.mine); it is imported, so its code runs",
+    )
+
+
 def _config(args: argparse.Namespace) -> RunConfig:
     return load(args.config, args.overrides)
 
@@ -100,7 +112,7 @@ def table(args: argparse.Namespace) -> int:
 
 
 def sample_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--run", type=Path, required=True, help="the run folder")
+    _run_arguments(parser)
     parser.add_argument("--out", type=Path, required=True, help="where the pictures go")
     parser.add_argument("--num", type=int, default=64, help="how many samples")
     parser.add_argument("--sampler", default="ddpm", help="ddpm, ddim or dpm++")
@@ -123,7 +135,7 @@ def sample(args: argparse.Namespace) -> int:
     from speed_engine.reports.run_folder import device_of, open_run
     from speed_engine.sampling import folder, process
 
-    run = open_run(args.run)
+    run = open_run(args.run, args.trust)
     device = device_of(args.device)
     model: Any = run.model(args.weights).to(device)
     table = run.table()
@@ -194,7 +206,7 @@ def score(args: argparse.Namespace) -> int:
 
 
 def plot_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--run", type=Path, required=True, help="the run folder")
+    _run_arguments(parser)
     parser.add_argument("--out", type=Path, help="default: RUN/plots")
 
 
@@ -202,7 +214,7 @@ def plot(args: argparse.Namespace) -> int:
     from speed_engine.reports import plots, plots_table
     from speed_engine.reports.run_folder import open_run
 
-    run = open_run(args.run)
+    run = open_run(args.run, args.trust)
     out = args.out or args.run / "plots"
     for path in [*plots.plot_run(args.run, out), *plots_table.plot_table(run.table(), out)]:
         print(path)
@@ -210,21 +222,21 @@ def plot(args: argparse.Namespace) -> int:
 
 
 def summary_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--run", type=Path, required=True, help="the run folder")
+    _run_arguments(parser)
     parser.add_argument("--started", type=float, help="time.time() of the first command")
 
 
 def summary(args: argparse.Namespace) -> int:
     from speed_engine.reports.summary import run
 
-    return run(args.run, args.started)
+    return run(args.run, args.started, args.trust)
 
 
 # ------------------------------------------------------------------------------------------ export, import
 
 
 def export_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--run", type=Path, required=True, help="the run folder")
+    _run_arguments(parser)
     parser.add_argument("--out", type=Path, required=True, help="the file or folder to write")
     parser.add_argument("--format", choices=("safetensors", "diffusers"), default="safetensors")
     parser.add_argument("--weights", choices=("ema", "model"), default="ema")
@@ -234,7 +246,7 @@ def export(args: argparse.Namespace) -> int:
     from speed_engine.reports.run_folder import open_run
     from speed_engine.weights import file as weights_file
 
-    run = open_run(args.run)
+    run = open_run(args.run, args.trust)
     model: Any = run.model(args.weights)
     if args.format == "diffusers":
         from speed_engine.weights.dit_diffusers import export_diffusers

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from speed_engine.config import RunConfig, build
+from speed_engine.config import ConfigError, RunConfig, build
 from speed_engine.step_table import StepTable
 from speed_engine.training import checkpoint
 from speed_engine.training.assembly import build_table
@@ -43,8 +44,12 @@ class Run:
         return build_table(self.config)
 
 
-def open_run(folder: Path) -> Run:
-    """The run in `folder`. Raises CheckpointError where there is none that can be used."""
+def open_run(folder: Path, trusted: Collection[str] = ()) -> Run:
+    """The run in `folder`. Raises CheckpointError where there is none that can be used.
+
+    trusted: the outside modules that may be imported. A run's manifest can come from anybody, so a
+    `kind` in it that is a dotted path is refused (ConfigError, with the cure) unless it is here.
+    """
     if not folder.is_dir():
         raise checkpoint.CheckpointError(f"there is no run folder {folder}; check --run")
     found = checkpoint.newest(folder, lambda text: print(f"WARNING: {text}", file=sys.stderr))
@@ -52,7 +57,10 @@ def open_run(folder: Path) -> Run:
         raise checkpoint.CheckpointError(
             f"{folder} holds no checkpoint; train first, or check --run"
         )
-    config = build(found.manifest["config"])
+    try:
+        config = build(found.manifest["config"], trusted)
+    except ConfigError as error:
+        raise ConfigError(f"the run {folder}: {error}") from error
     return Run(folder, config, found.manifest["data"], found.step, found.folder)
 
 

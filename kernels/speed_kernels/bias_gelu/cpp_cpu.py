@@ -24,7 +24,7 @@ def library_functions(isa: str | None = None) -> tuple[Any, Any]:
     pointer, word, count = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
     forward, backward = library.speed_bias_gelu, library.speed_bias_gelu_backward
     forward.argtypes = [*[pointer] * 3, word, count, count]
-    backward.argtypes = [*[pointer] * 6, word, count, count]
+    backward.argtypes = [*[pointer] * 5, word, count, count]
     forward.restype = backward.restype = None
     return forward, backward
 
@@ -51,18 +51,11 @@ def bias_gelu(x: Tensor, bias_D: Tensor | None) -> Tensor:
     return y
 
 
-def bias_gelu_backward(
-    d_y: Tensor,
-    x: Tensor,
-    bias_D: Tensor | None,
-    keep_y: bool,
-    overwrite: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def bias_gelu_backward(d_y: Tensor, x: Tensor, bias_D: Tensor | None) -> tuple[Tensor, Tensor]:
     """See `speed_kernels.bias_gelu.reference`. The result does not depend on the number of threads."""
     d_y, x = d_y.contiguous(), x.contiguous()
     bias_D = None if bias_D is None else bias_D.contiguous()
-    d_x = d_y if overwrite else torch.empty(x.shape, dtype=x.dtype)
-    y = torch.empty(x.shape if keep_y else (0,), dtype=x.dtype)
+    d_x = torch.empty(x.shape, dtype=x.dtype)
     d_bias_D = torch.zeros(0 if bias_D is None else x.shape[-1], dtype=x.dtype)
     if x.numel() > 0:
         num_columns = x.shape[-1]
@@ -71,10 +64,9 @@ def bias_gelu_backward(
             x.data_ptr(),
             _address(bias_D),
             d_x.data_ptr(),
-            _address(y if keep_y else None),
             _address(None if bias_D is None else d_bias_D),
             DTYPE_NUMBERS[x.dtype],
             x.numel() // num_columns,
             num_columns,
         )
-    return d_x, d_bias_D, y
+    return d_x, d_bias_D
