@@ -7,9 +7,10 @@ import functools
 from typing import Any
 
 import torch
-from speed_kernels import build
-from speed_kernels.noise.cpp_cpu import DTYPE_NUMBERS
 from torch import Tensor
+
+from speed_kernels import build
+from speed_kernels.cpp import DTYPE_NUMBERS, address
 
 
 def unavailable() -> str | None:
@@ -29,10 +30,6 @@ def library_functions(isa: str | None = None) -> tuple[Any, Any]:
     return forward, backward
 
 
-def _address(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
-
-
 def bias_gelu(x: Tensor, bias_D: Tensor | None) -> Tensor:
     """See `speed_kernels.bias_gelu.op`. Threads: torch.get_num_threads()."""
     x = x.contiguous()
@@ -42,7 +39,7 @@ def bias_gelu(x: Tensor, bias_D: Tensor | None) -> Tensor:
         num_columns = x.shape[-1]
         library_functions()[0](
             x.data_ptr(),
-            _address(bias_D),
+            address(bias_D),
             y.data_ptr(),
             DTYPE_NUMBERS[x.dtype],
             x.numel() // num_columns,
@@ -62,9 +59,9 @@ def bias_gelu_backward(d_y: Tensor, x: Tensor, bias_D: Tensor | None) -> tuple[T
         library_functions()[1](
             d_y.data_ptr(),
             x.data_ptr(),
-            _address(bias_D),
+            address(bias_D),
             d_x.data_ptr(),
-            _address(None if bias_D is None else d_bias_D),
+            address(None if bias_D is None else d_bias_D),
             DTYPE_NUMBERS[x.dtype],
             x.numel() // num_columns,
             num_columns,

@@ -22,10 +22,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from speed_kernels import contract
 from torch import Tensor
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # float64 as well on the reference
+from speed_kernels import contract
 
 
 def bias_gelu(x: Tensor, bias_D: Tensor | None, *, backend: str) -> Tensor:
@@ -84,10 +83,7 @@ bias_gelu_op.register_autograd(_backward, setup_context=_setup_context)
 def _check(x: Tensor, bias_D: Tensor | None, backend: str) -> None:
     if x.dim() < 1:
         raise ValueError("x has no dimension; give it the shape [..., D]")
-    if x.dtype not in DTYPES and not (x.dtype == torch.float64 and backend == "reference"):
-        raise ValueError(
-            f"x is {x.dtype}, which the {backend} backend cannot take; cast it to float32, bfloat16 or float16"
-        )
+    contract.check_dtype("x", x.dtype, backend)
     if bias_D is not None:
         _check_operand("bias_D", bias_D, (x.shape[-1],), x)
 
@@ -112,6 +108,6 @@ def sample_inputs(
     for index, shape in enumerate(shapes):
         x = 3.0 * torch.randn(shape, generator=generator)
         bias_D = torch.randn(shape[-1:], generator=generator)
-        for dtype in DTYPES if index == 0 else DTYPES[index % 3 : index % 3 + 1]:
+        for dtype in contract.DTYPES if index == 0 else contract.DTYPES[index % 3 : index % 3 + 1]:
             bias = None if index in (2, 5) else bias_D.to(dtype).to(device)
             yield x.to(dtype).to(device), bias, backend

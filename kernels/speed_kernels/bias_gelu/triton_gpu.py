@@ -19,8 +19,9 @@ import math
 import torch
 import triton
 import triton.language as tl
-from speed_kernels.noise import triton_gpu as noise_gpu
 from torch import Tensor
+
+from speed_kernels import launch
 
 FORWARD_TILE, BACKWARD_TILE = (
     2048,
@@ -46,7 +47,7 @@ BOUND = tl.constexpr(10.0)
 
 def unavailable() -> str | None:
     """Why Triton kernels cannot run here, or None."""
-    return noise_gpu.unavailable()
+    return launch.unavailable()
 
 
 @triton.jit
