@@ -43,7 +43,7 @@ def run(config: RunConfig) -> int:
         f"data            {source}: {num_classes} classes, samples of {'x'.join(map(str, shape))}"
     )
     print(f"parameters      {parameters:,} ({parameters / 1e6:.0f} M)")
-    print(f"forward pass    {macs / 1e9:.1f} GMAC = {2 * macs / 1e9:.0f} GFLOP a sample")
+    print(f"forward pass    {macs / 1e9:.3g} GMAC = {2 * macs / 1e9:.3g} GFLOP a sample")
     batch, steps = config.train.global_batch, config.train.steps
     print(f"training        {steps:,} steps of {batch}: {6.0 * macs * batch * steps:.2e} FLOP")
     _print_memory(config, model_facts(config, shape, num_classes), parameters)
