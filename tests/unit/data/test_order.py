@@ -1,9 +1,9 @@
-"""Order and label drop are pure functions of (seed, step, slot)."""
+"""Order, label drop and posterior draws are pure functions of (seed, step, slot)."""
 
 import pytest
 import torch
 
-from speed_engine.data.order import batch_indices, drop_labels, permuted
+from speed_engine.data.order import batch_indices, drop_labels, permuted, posterior_normals
 
 
 @pytest.mark.parametrize("num", [1, 2, 3, 5, 16, 17, 1797])
@@ -48,3 +48,14 @@ def test_label_drop():
     half = drop_labels(labels[10_000:], 10, 0.1, seed=0, step=3, first_slot=10_000)
     assert torch.equal(half, dropped[10_000:])
     assert drop_labels(labels, 10, 0.0, seed=0, step=3, first_slot=0) is labels
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
+def test_posterior_normals_stay_what_they_are(backend):
+    """Runs on stored posteriors continue: these numbers may never change, on any backend."""
+    found = posterior_normals(7, torch.tensor([3, 5]), (2, 1, 3), backend)
+    first = [0.7087256908416748, -0.25355178117752075, 1.1270718574523926]
+    second = [-2.2443735599517822, 0.9104025363922119, -2.4479355812072754]
+    torch.testing.assert_close(found, torch.tensor([[first], [second]]), rtol=1e-6, atol=0)
+    alone = posterior_normals(7, torch.tensor([3, 6]), (1, 1, 3), backend)
+    assert torch.equal(found[1:], alone)
