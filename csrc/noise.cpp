@@ -14,19 +14,15 @@ using namespace speed;
 // A unit of work: elements of one sample that one thread handles in a row.
 constexpr int64_t kChunk = 16 * kTile;
 
-// Calls work(sample, start, stop) for chunks that cover all elements, on many threads; a sample without elements is
-// an empty chunk.
-template <typename Work>
-void for_each_chunk(int64_t num_samples, int64_t num_elements, const Work& work) {
-  const int64_t num_chunks = std::max<int64_t>(1, (num_elements + kChunk - 1) / kChunk);
-  const int64_t grain = std::max<int64_t>(1, 2 * kChunk / std::max<int64_t>(1, std::min(num_elements, kChunk)));
-  at::parallel_for(0, num_samples * num_chunks, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t item = begin; item < end; ++item) {
-      const int64_t start = item % num_chunks * kChunk;
-      work(item / num_chunks, start, std::min(start + kChunk, num_elements));
-    }
-  });
-}
+// Chunks that cover the elements of every sample; a sample without elements is one chunk.
+struct Chunks {
+  int64_t per_sample;
+  int64_t grain;  // below which a second thread costs more than it helps
+
+  explicit Chunks(int64_t num_elements)
+      : per_sample(std::max<int64_t>(1, (num_elements + kChunk - 1) / kChunk)),
+        grain(std::max<int64_t>(1, 2 * kChunk / std::max<int64_t>(1, std::min(num_elements, kChunk)))) {}
+};
 
 }  // namespace
 
@@ -44,24 +40,30 @@ extern "C" int64_t speed_noise(const void* x0, int32_t x0_dtype, void* x_t, int3
   const Key key(seed);
   const uint32_t step = static_cast<uint32_t>(address[0]);
   const RowDraw draw(key, step, cdf, num_rows, num_slots, stride);
-  for_each_chunk(num_samples, num_elements, [&](int64_t sample, int64_t start, int64_t stop) {
+  const Chunks chunks(num_elements);
+  at::parallel_for(0, num_samples * chunks.per_sample, chunks.grain, [&](int64_t begin, int64_t end) {
     alignas(64) float eps[kTile];
     alignas(64) float x[kTile];
-    const int64_t slot = address[1] + sample;
-    const int64_t row = chosen == nullptr ? draw(slot) : chosen[sample];
-    if (start == 0) {
-      row_out[sample] = row;
-      tau_out[sample] = tau[row];
-    }
-    const float a = rows[row * kColumns + kA];
-    const float b = rows[row * kColumns + kB];
-    for (int64_t first = start; first < stop; first += kTile) {
-      const int64_t n = std::min(kTile, stop - first);
-      const int64_t offset = sample * num_elements + first;
-      normals_tile(key, static_cast<uint32_t>(first / 4), static_cast<uint32_t>(slot), step, kStreamEps, eps);
-      load(x0, x0_dtype, offset, x, n);
-      for (int64_t i = 0; i < n; ++i) x[i] = a * x[i] + b * eps[i];
-      store(x_t, x_t_dtype, offset, x, n);
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t sample = item / chunks.per_sample;
+      const int64_t start = item % chunks.per_sample * kChunk;
+      const int64_t slot = address[1] + sample;
+      const int64_t row = chosen == nullptr ? draw(slot) : chosen[sample];
+      if (start == 0) {
+        row_out[sample] = row;
+        tau_out[sample] = tau[row];
+      }
+      const float a = rows[row * kColumns + kA];
+      const float b = rows[row * kColumns + kB];
+      const int64_t stop = std::min(start + kChunk, num_elements);
+      for (int64_t first = start; first < stop; first += kTile) {
+        const int64_t n = std::min(kTile, stop - first);
+        const int64_t offset = sample * num_elements + first;
+        normals_tile(key, static_cast<uint32_t>(first / 4), static_cast<uint32_t>(slot), step, kStreamEps, eps);
+        load(x0, x0_dtype, offset, x, n);
+        for (int64_t i = 0; i < n; ++i) x[i] = a * x[i] + b * eps[i];
+        store(x_t, x_t_dtype, offset, x, n);
+      }
     }
   });
   return 0;
@@ -72,12 +74,18 @@ extern "C" void speed_normals(float* out, const int64_t* address, int64_t num_sa
                               int64_t seed) {
   const Key key(seed);
   const uint32_t step = static_cast<uint32_t>(address[0]);
-  for_each_chunk(num_samples, num_elements, [&](int64_t sample, int64_t start, int64_t stop) {
+  const Chunks chunks(num_elements);
+  at::parallel_for(0, num_samples * chunks.per_sample, chunks.grain, [&](int64_t begin, int64_t end) {
     alignas(64) float eps[kTile];
-    const uint32_t slot = static_cast<uint32_t>(address[1] + sample);
-    for (int64_t first = start; first < stop; first += kTile) {
-      normals_tile(key, static_cast<uint32_t>(first / 4), slot, step, kStreamEps, eps);
-      store(out, kFloat32, sample * num_elements + first, eps, std::min(kTile, stop - first));
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t sample = item / chunks.per_sample;
+      const int64_t start = item % chunks.per_sample * kChunk;
+      const uint32_t slot = static_cast<uint32_t>(address[1] + sample);
+      const int64_t stop = std::min(start + kChunk, num_elements);
+      for (int64_t first = start; first < stop; first += kTile) {
+        normals_tile(key, static_cast<uint32_t>(first / 4), slot, step, kStreamEps, eps);
+        store(out, kFloat32, sample * num_elements + first, eps, std::min(kTile, stop - first));
+      }
     }
   });
 }
