@@ -12,16 +12,17 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor
+
+from speed_engine.kinds import Section
 
 KIND = "benchmarks.random_latents"
 
 
-class Config(BaseModel):
+class Config(Section):
     """Random latents [channels, size, size]."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     kind: Literal["benchmarks.random_latents"] = KIND
     num_samples: int = Field(8192, ge=1, description="kept in memory, float16")
     num_classes: int = Field(1000, ge=0, description="0: no labels")

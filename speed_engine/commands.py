@@ -8,7 +8,7 @@ import sys
 import time
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from speed_engine.config import RunConfig, load
 
@@ -35,6 +35,18 @@ def config_arguments(parser: argparse.ArgumentParser, default: str | None = None
         help="a preset's name, or a YAML file",
     )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+
+
+def _run_arguments(parser: argparse.ArgumentParser) -> None:
+    """--run, and the modules that the run may name."""
+    parser.add_argument("--run", type=Path, required=True, help="the run folder")
+    parser.add_argument(
+        "--trust",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="a module of your own that the run names (my_lab.mine); it is imported, so its code runs",
+    )
 
 
 def _config(args: argparse.Namespace) -> RunConfig:
@@ -99,21 +111,34 @@ def table(args: argparse.Namespace) -> int:
 # -------------------------------------------------------------------------------------------------- sample
 
 
+def _at_least_one(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"give a whole number from 1 up, not {text!r}")
+    return int(text)
+
+
+def _channels(text: str) -> int | Literal["all"]:
+    return "all" if text == "all" else _at_least_one(text)
+
+
 def sample_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--run", type=Path, required=True, help="the run folder")
+    _run_arguments(parser)
     parser.add_argument("--out", type=Path, required=True, help="where the pictures go")
     parser.add_argument("--num", type=int, default=64, help="how many samples")
     parser.add_argument("--sampler", default="ddpm", help="ddpm, ddim or dpm++")
     parser.add_argument("--steps", type=int, default=250, help="network evaluations a sample")
     parser.add_argument("--guidance", type=float, default=1.0, help="1 = off")
     parser.add_argument(
-        "--guidance-channels", default="all", help="all, or a number (3: as the released DiT)"
+        "--guidance-channels",
+        type=_channels,
+        default="all",
+        help="all, or a number (3: as the released DiT)",
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--label", type=int, help="only this class (default: all in turn)")
     parser.add_argument("--weights", choices=("ema", "model"), default="ema")
     parser.add_argument("--vae", type=Path, help="folder of the AutoencoderKL that decodes latents")
-    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--batch-size", type=_at_least_one, default=64)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
 
 
@@ -123,7 +148,7 @@ def sample(args: argparse.Namespace) -> int:
     from speed_engine.reports.run_folder import device_of, open_run
     from speed_engine.sampling import folder, process
 
-    run = open_run(args.run)
+    run = open_run(args.run, args.trust)
     device = device_of(args.device)
     model: Any = run.model(args.weights).to(device)
     table = run.table()
@@ -141,9 +166,7 @@ def sample(args: argparse.Namespace) -> int:
         sampler=args.sampler,
         steps=args.steps,
         guidance=args.guidance,
-        guidance_channels=args.guidance_channels
-        if args.guidance_channels == "all"
-        else int(args.guidance_channels),
+        guidance_channels=args.guidance_channels,
         clip_x0=not latents,
         seed=args.seed,
     )
@@ -194,7 +217,7 @@ def score(args: argparse.Namespace) -> int:
 
 
 def plot_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--run", type=Path, required=True, help="the run folder")
+    _run_arguments(parser)
     parser.add_argument("--out", type=Path, help="default: RUN/plots")
 
 
@@ -202,7 +225,7 @@ def plot(args: argparse.Namespace) -> int:
     from speed_engine.reports import plots, plots_table
     from speed_engine.reports.run_folder import open_run
 
-    run = open_run(args.run)
+    run = open_run(args.run, args.trust)
     out = args.out or args.run / "plots"
     for path in [*plots.plot_run(args.run, out), *plots_table.plot_table(run.table(), out)]:
         print(path)
@@ -210,21 +233,21 @@ def plot(args: argparse.Namespace) -> int:
 
 
 def summary_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--run", type=Path, required=True, help="the run folder")
+    _run_arguments(parser)
     parser.add_argument("--started", type=float, help="time.time() of the first command")
 
 
 def summary(args: argparse.Namespace) -> int:
     from speed_engine.reports.summary import run
 
-    return run(args.run, args.started)
+    return run(args.run, args.started, args.trust)
 
 
 # ------------------------------------------------------------------------------------------ export, import
 
 
 def export_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--run", type=Path, required=True, help="the run folder")
+    _run_arguments(parser)
     parser.add_argument("--out", type=Path, required=True, help="the file or folder to write")
     parser.add_argument("--format", choices=("safetensors", "diffusers"), default="safetensors")
     parser.add_argument("--weights", choices=("ema", "model"), default="ema")
@@ -234,7 +257,7 @@ def export(args: argparse.Namespace) -> int:
     from speed_engine.reports.run_folder import open_run
     from speed_engine.weights import file as weights_file
 
-    run = open_run(args.run)
+    run = open_run(args.run, args.trust)
     model: Any = run.model(args.weights)
     if args.format == "diffusers":
         from speed_engine.weights.dit_diffusers import export_diffusers
@@ -244,6 +267,7 @@ def export(args: argparse.Namespace) -> int:
         for caution in cautions:
             print(f"note: {caution}")
     else:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
         weights_file.save(args.out, model, notes={"step": run.step, "weights": args.weights})
     print(args.out)
     return 0
@@ -265,12 +289,15 @@ def import_arguments(parser: argparse.ArgumentParser) -> None:
 def import_weights(args: argparse.Namespace) -> int:
     from speed_engine.weights import file as weights_file
 
+    if not args.source.exists():
+        raise ValueError(f"there is no file or folder {args.source}; check --source")
     if args.source.is_dir():
         from speed_engine.weights.dit_diffusers import import_diffusers
 
         model = import_diffusers(args.source, args.frequency_shift)
     else:
         model = weights_file.import_pt(args.source)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     weights_file.save(args.out, model, notes={"source": args.source.name})
     print(args.out)
     return 0

@@ -7,50 +7,32 @@ reaches a module outside the repository. Every mistake becomes one sentence with
 
 from __future__ import annotations
 
-import difflib
 import importlib
-import importlib.util
-import pkgutil
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import yaml
 from pydantic import (
     BaseModel,
-    ConfigDict,
     Field,
     SerializeAsAny,
     ValidationError,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
+
+from speed_engine.kinds import ConfigError, Section, config_class, config_of, suggest, trusted_by
 
 # A section whose type is decided by its `kind` at run time.
 if TYPE_CHECKING:
     Kind: TypeAlias = Any
 else:
     Kind = SerializeAsAny[BaseModel]
+# The sections whose `kind` decides their type.
+KINDS = ("model", "data", "schedule", "objective", "timesteps", "engine")
 PRESETS = Path(__file__).parent / "presets"
-# Section -> the package whose files are its kinds.
-KINDS = {
-    "model": "speed_engine.models",
-    "data": "speed_engine.data",
-    "schedule": "speed_engine.schedules",
-    "objective": "speed_engine.objectives",
-    "timesteps": "speed_engine.timesteps",
-    "engine": "speed_engine.engines",
-}
-
-
-class ConfigError(ValueError):
-    """A mistake in a configuration, told in one sentence."""
-
-
-class Section(BaseModel):
-    """Base of all sections: nothing can be changed later, nothing unknown is accepted."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class Train(Section):
@@ -124,6 +106,11 @@ class RunConfig(Section):
     timesteps: Kind
     engine: Kind
     optim: Kind
+    conditions: dict[str, Kind | None] = Field(
+        default={},
+        description="what the network is told beside the time: by the data's names, each with settings of its own; "
+        "null leaves one out; default: all that the data hold",
+    )
     learned_variance: bool = Field(
         default=True, description="the network also predicts the variance (2C output channels)"
     )
@@ -134,11 +121,10 @@ class RunConfig(Section):
 
     @field_validator(*KINDS, mode="before")
     @classmethod
-    def _typed_by_kind(cls, value: Any, info: Any) -> Any:
+    def _typed_by_kind(cls, value: Any, info: ValidationInfo) -> Any:
         """Replace a raw mapping by the `Config` of the file its `kind` names."""
-        if isinstance(value, BaseModel):
-            return value
-        return kind_config(info.field_name, value)
+        assert info.field_name is not None
+        return config_of(info.field_name, value, trusted_by(info))
 
     @field_validator("optim", mode="before")
     @classmethod
@@ -148,6 +134,23 @@ class RunConfig(Section):
         return importlib.import_module("speed_engine.engines.optimizer").Config.model_validate(
             value or {}
         )
+
+    @field_validator("conditions", mode="before")
+    @classmethod
+    def _typed_conditions(cls, value: Any, info: ValidationInfo) -> Any:
+        """Each by the file that its `kind` names, by default the condition's own name."""
+        if not isinstance(value, dict):
+            raise ValueError("conditions must be a mapping of names to settings")
+        return {
+            name: None
+            if each is None
+            else config_of(
+                "conditions",
+                {"kind": name, **each} if isinstance(each, dict) else each,
+                trusted_by(info),
+            )
+            for name, each in value.items()
+        }
 
     @model_validator(mode="before")
     @classmethod
@@ -159,48 +162,6 @@ class RunConfig(Section):
             value.setdefault("engine", {"kind": "deepspeed"})
             value.setdefault("optim", {})
         return value
-
-
-def kinds(section: str) -> list[str]:
-    """The names a section's `kind` may have: the modules in its folder."""
-    package = importlib.import_module(KINDS[section])
-    return sorted(
-        m.name for m in pkgutil.iter_modules(package.__path__) if _is_kind(package, m.name)
-    )
-
-
-def _is_kind(package: Any, name: str) -> bool:
-    """A kind's file holds a `Config` of that kind; other files of the folder are parts of kinds."""
-    path = Path(package.__path__[0]) / f"{name}.py"
-    return path.exists() and f'kind: Literal["{name}"]' in path.read_text(encoding="utf-8")
-
-
-def kind_module(section: str, kind: str) -> Any:
-    """The module that implements `kind`. Raises ConfigError with the closest names."""
-    if "." in kind:
-        try:
-            return importlib.import_module(kind)
-        except ModuleNotFoundError as error:
-            raise ConfigError(f"{section}.kind: cannot import {kind!r}: {error}") from error
-    known = kinds(section)
-    if kind not in known:
-        raise ConfigError(
-            f"{section}.kind: there is no {kind!r}{_suggest(kind, known)}; "
-            f"there are: {', '.join(known)}"
-        )
-    return importlib.import_module(f"{KINDS[section]}.{kind}")
-
-
-def kind_config(section: str, value: Any) -> BaseModel:
-    """Validate one section against the `Config` of its kind. `value`: a mapping, or the bare kind."""
-    if isinstance(value, str):
-        value = {"kind": value}
-    if not isinstance(value, dict) or not isinstance(value.get("kind"), str):
-        raise ConfigError(f"{section}.kind is missing; choose one of: {', '.join(kinds(section))}")
-    module = kind_module(section, value["kind"])
-    if "." in value["kind"]:  # an outside module need not know the path it is reached by
-        value = {**value, "kind": module.Config.model_fields["kind"].default}
-    return module.Config.model_validate(value)
 
 
 # ---------------------------------------------------------------------------------------------- reading
@@ -251,7 +212,7 @@ def find(name: str) -> Path:
     path = Path(name)
     if path.suffix in (".yaml", ".yml") and path.exists():
         return path
-    hint = _suggest(name, presets())
+    hint = suggest(name, presets())
     raise ConfigError(
         f"no configuration {name!r}{hint}; presets are: {', '.join(presets())}; "
         "or give the path of a .yaml file"
@@ -312,27 +273,33 @@ def load(name: str, overrides: Sequence[str] = ()) -> RunConfig:
     return build(merge(tree, parse_overrides(overrides)))
 
 
-def build(tree: dict[str, Any]) -> RunConfig:
-    """Check a nested mapping. Raises ConfigError: one sentence for each mistake."""
+def build(tree: dict[str, Any], trusted: Collection[str] | None = None) -> RunConfig:
+    """Check a nested mapping. Raises ConfigError: one sentence for each mistake.
+
+    trusted: the outside modules that a tree from a file of somebody else's may name; None: the
+    tree is the user's own and may name any.
+    """
     try:
-        return RunConfig.model_validate(tree)
+        return RunConfig.model_validate(tree, context={"trusted": trusted})
     except ValidationError as error:
-        raise ConfigError(explain(error, tree)) from error
+        raise ConfigError(explain(error, tree, trusted)) from error
 
 
 # ---------------------------------------------------------------------------------------------- errors
 
 
-def explain(error: ValidationError, tree: dict[str, Any]) -> str:
+def explain(
+    error: ValidationError, tree: dict[str, Any], trusted: Collection[str] | None = None
+) -> str:
     """pydantic's report in the words of the configuration file."""
     sentences = []
     for item in error.errors():
         path = ".".join(str(part) for part in item["loc"])
         if item["type"] == "extra_forbidden":
-            known = _keys_at(item["loc"][:-1], tree)
+            known = _keys_at(item["loc"][:-1], tree, trusted)
             sentences.append(
-                f"unknown key {path}{_suggest(str(item['loc'][-1]), known)}; "
-                f"known here: {', '.join(known)}"
+                f"unknown key {path}{suggest(str(item['loc'][-1]), known)}"
+                + (f"; known here: {', '.join(known)}" if known else "; take it out")
             )
         elif item["type"] == "missing":
             sentences.append(f"the key {path} is missing")
@@ -347,14 +314,16 @@ def explain(error: ValidationError, tree: dict[str, Any]) -> str:
     return "; ".join(dict.fromkeys(sentences))
 
 
-def _keys_at(location: Sequence[Any], tree: dict[str, Any]) -> list[str]:
+def _keys_at(
+    location: Sequence[Any], tree: dict[str, Any], trusted: Collection[str] | None
+) -> list[str]:
     """The keys that the section at `location` knows."""
     model: Any = RunConfig
     for part in location:
         if part in KINDS:
             value = tree.get(part)
             kind = value if isinstance(value, str) else (value or {}).get("kind", "")
-            model = kind_module(str(part), kind).Config
+            model = config_class(str(part), kind, trusted)
         elif part == "optim":
             model = importlib.import_module("speed_engine.engines.optimizer").Config
         else:
@@ -363,8 +332,3 @@ def _keys_at(location: Sequence[Any], tree: dict[str, Any]) -> list[str]:
         if not (isinstance(model, type) and issubclass(model, BaseModel)):
             return []
     return sorted(model.model_fields)
-
-
-def _suggest(word: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(word, known, n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""

@@ -7,13 +7,13 @@
 The schedule fills A, B and tau, the objective C and D, the time-step method the density and W. It
 is built on the host in float64; `to(device)` moves it to where the kernels read it. Methods that
 change while training runs rewrite the density and W in place: `start` once, `observe` after every
-micro-batch, `refresh` after every step; all of them do nothing for others.
+micro-batch, `before_update` and `after_update` around and `refresh` after every step; all of them do
+nothing for others.
 """
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,12 +21,13 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor
 
-from speed_engine.objectives import Objective, W, default, pack, weight_ceiling
+from speed_engine.kinds import config_of, home
+from speed_engine.objectives import Objective, W, pack, weight_ceiling
 from speed_engine.schedules import Schedule, from_alphas_cumprod, from_flow, from_sigmas
 from speed_engine.timesteps import Method, MethodConfig, integer_cdf, parse
 from speed_engine.timesteps.online import Facts
 from speed_engine.timesteps.online.buffer import AllReduce
-from speed_engine.timesteps.online.policy import Policy
+from speed_engine.timesteps.online.policy import ALONE, Evaluate, Policy, Reach
 from speed_engine.timesteps.online.session import Session
 
 
@@ -201,7 +202,9 @@ class StepTable:
         float32 input costs relative accuracy 1e-3 at the first steps; float64 does not.
         """
         schedule = from_alphas_cumprod(alphas_cumprod)
-        return assemble(schedule, default(objective), parse(timesteps), learned_variance)
+        return assemble(
+            schedule, config_of("objective", objective), parse(timesteps), learned_variance
+        )
 
     @staticmethod
     def from_sigmas(
@@ -215,7 +218,7 @@ class StepTable:
         The network is told ln(sigma) / 4.
         """
         schedule = from_sigmas(sigmas, sigma_data)
-        return assemble(schedule, default(objective), parse(timesteps), False)
+        return assemble(schedule, config_of("objective", objective), parse(timesteps), False)
 
     @staticmethod
     def from_flow(
@@ -230,7 +233,7 @@ class StepTable:
         without its final 0), None is continuous time. The network is told time_scale * t.
         """
         schedule = from_flow(times, time_scale)
-        return assemble(schedule, default(objective), parse(timesteps), False)
+        return assemble(schedule, config_of("objective", objective), parse(timesteps), False)
 
     # ---------------------------------------------------------------- changing while training runs
 
@@ -257,6 +260,28 @@ class StepTable:
         """Note a micro-batch's losses: address_2, row_B as `noise` had them, losses_3B from `loss`."""
         if self.session is not None:
             self.session.observe(address_2, row_B, losses_3B)
+
+    def before_update(
+        self,
+        step: int,
+        x0: Tensor,
+        conditions: Mapping[str, Tensor],
+        row_B: Tensor,
+        evaluate: Evaluate,
+        reach: Reach = ALONE,
+    ) -> None:
+        """Call with `step` finished steps, when the gradients are ready; every rank alike.
+
+        A method that looks at the network before and after an update measures it now; nothing for
+        others. x0, conditions and row_B are the last micro-batch of the update and its rows.
+        """
+        if self.policy is not None and self.policy.due(step):
+            self.policy.before(step, x0, conditions, row_B, evaluate, reach)
+
+    def after_update(self, step: int, evaluate: Evaluate, reach: Reach = ALONE) -> None:
+        """Call after the optimizer's step, with the same `step` as `before_update`; every rank alike."""
+        if self.policy is not None and self.policy.due(step):
+            self.policy.after(evaluate, reach)
 
     def refresh(self, step: int, all_reduce: AllReduce | None = None) -> None:
         """Bring the columns up to date after `step` finished steps; a no-op unless something is
@@ -319,7 +344,7 @@ def build_step_table(
 
     Raises ValueError where they contradict each other.
     """
-    schedule = _build(schedule_config)(schedule_config)
+    schedule = home(schedule_config).build(schedule_config)
     return assemble(schedule, objective_config, timesteps_config, learned_variance)
 
 
@@ -331,7 +356,7 @@ def assemble(
 ) -> StepTable:
     """The table on a schedule that already exists."""
     assert isinstance(timesteps_config, MethodConfig)
-    build_method = _build(timesteps_config)
+    build_method = home(timesteps_config).build
     method: Method = build_method(timesteps_config, schedule)
     if schedule.continuous and all(part.online is None for part in method.factors):
         # One row a cell of equal mass: the CDF becomes a straight line and the rows are exact.
@@ -343,7 +368,7 @@ def assemble(
             f"learned_variance needs a discrete schedule and {schedule.kind} is continuous; "
             "turn it off"
         )
-    objective: Objective = _build(objective_config)(objective_config, schedule)
+    objective: Objective = home(objective_config).build(objective_config, schedule)
     gain, eps_gain = objective.gain(schedule), schedule.alpha / schedule.sigma
     weights = [part.own_weight(gain, eps_gain) for part in method.factors]
     weight = torch.stack(weights).prod(dim=0)
@@ -364,11 +389,6 @@ def assemble(
     )
     table._install(step=0)
     return table
-
-
-def _build(config: BaseModel) -> Callable[..., Any]:
-    """The `build` of the file that defines this configuration's class: also for files elsewhere."""
-    return importlib.import_module(type(config).__module__).build
 
 
 def _words(address_2: Tensor, batch: int, seed: int) -> Tensor:

@@ -7,6 +7,9 @@ import sys
 _HERE = os.path.dirname(os.path.realpath(__file__))
 if sys.path and os.path.realpath(sys.path[0]) == _HERE:
     sys.path[0:1] = [os.path.dirname(_HERE), os.path.join(os.path.dirname(_HERE), "kernels")]
+    sys.path.append(
+        os.getcwd()
+    )  # last: a user's own module (`my_lab.mine`) is found, and hides none
 
 import argparse  # noqa: E402
 

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from speed_engine.kinds import Section
 
 from . import DataError
 from .shards import Shards
@@ -21,12 +23,11 @@ NUM_DIGITS = 1797
 SHARD_SIZE = 1000
 
 
-class Config(BaseModel):
+class Config(Section):
     """The digits, in `path`. The first part is for training, the last `held_out` of them (other
     writers) for scoring.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     kind: Literal["digits"] = "digits"
     path: str = Field("data/digits", description="folder of the shards; made when it is missing")
     part: Literal["train", "held_out"] = Field("train", description="which part to read")

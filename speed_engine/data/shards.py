@@ -17,8 +17,10 @@ from typing import Literal
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor
+
+from speed_engine.kinds import Section
 
 from . import DataError
 from .storage import index as index_file
@@ -28,10 +30,9 @@ TORCH_DTYPES = {"uint8": torch.uint8, "float16": torch.float16, "float32": torch
 RMS_RANGE = (0.3, 3.0)
 
 
-class Config(BaseModel):
+class Config(Section):
     """A folder with `index.json` and its shards (`python -m speed_engine encode` makes one)."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     kind: Literal["shards"] = "shards"
     path: str = Field(description="folder with index.json and the shards")
     check_scale: bool = Field(

@@ -12,20 +12,19 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import nn
 
 from speed_engine.distributed import Processes
 from speed_engine.engines import frozen_weights, optimizer
 from speed_engine.engines.deepspeed_json import merged_with
+from speed_engine.kinds import Section
 
 TAG = "zero"
 
 
-class Config(BaseModel):
+class Config(Section):
     """Settings of the DeepSpeed engine."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Literal["deepspeed"] = "deepspeed"
     device: Literal["auto", "cpu", "cuda"] = Field(
@@ -103,8 +102,10 @@ class DeepSpeedEngine:
             self.engine.optimizer.refresh_fp32_params()
             optimizer.reset(self.optimizer)
 
-    def forward(self, *inputs: Any) -> torch.Tensor:
-        return self.engine(*inputs)
+    def forward(
+        self, x: torch.Tensor, time_B: torch.Tensor, **conditions: torch.Tensor
+    ) -> torch.Tensor:
+        return self.engine(x, time_B, **conditions)
 
     def backward(self, loss: torch.Tensor) -> None:
         self.engine.backward(loss, scale_wrt_gas=False)

@@ -13,20 +13,20 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from speed_kernels.adamw_ema.layout import Ema
 from speed_kernels.adamw_ema.optimizer import EMA_KEYS, AdamWEMA
 from torch import Tensor
+
+from speed_engine.kinds import Section
 
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
 Width = Annotated[float, Field(ge=0.001, le=0.288)]
 COUNT = "ema_step"  # applied updates of a peer's EMA, in its state
 
 
-class Config(BaseModel):
+class Config(Section):
     """Settings of the optimizer and of the EMA."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: Literal["adamw_ema", "torch_fused", "apex", "deepspeed_fused"] = Field(
         "adamw_ema", description="adamw_ema: our one-pass kernel; the others are for comparison"

@@ -8,13 +8,9 @@ name of a file of this folder.
 
 from __future__ import annotations
 
-import difflib
-import importlib
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from pydantic import BaseModel
 from torch import Tensor
 
 from speed_engine.schedules import Schedule
@@ -22,20 +18,6 @@ from speed_engine.schedules import Schedule
 # The columns of a packed row, in order.
 COLUMNS = ("A", "B", "C", "D", "W", "LOGVAR_MIN", "LOGVAR_MAX", "MEAN_GAP")
 W = COLUMNS.index("W")
-
-
-def names() -> list[str]:
-    """Every `objective.kind` that exists: the files of this folder."""
-    return sorted(path.stem for path in Path(__file__).parent.glob("*.py") if path.stem[0] != "_")
-
-
-def default(kind: str) -> BaseModel:
-    """The default configuration of a kind. Raises ValueError that lists what exists."""
-    if kind not in names():
-        near = difflib.get_close_matches(kind, names(), n=1)
-        hint = f" (did you mean {near[0]!r}?)" if near else ""
-        raise ValueError(f"there is no objective {kind!r}{hint}; there are: {', '.join(names())}")
-    return importlib.import_module(f"{__name__}.{kind}").Config()
 
 
 @dataclass(frozen=True)

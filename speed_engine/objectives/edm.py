@@ -10,17 +10,16 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
+from speed_engine.kinds import Section
 from speed_engine.objectives import Objective
 from speed_engine.schedules import Schedule
 
 
-class Config(BaseModel):
+class Config(Section):
     """`objective.kind: edm`."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     kind: Literal["edm"] = "edm"
 
 

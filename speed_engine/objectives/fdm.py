@@ -16,17 +16,17 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from speed_engine.kinds import Section
 from speed_engine.objectives import Objective
 from speed_engine.objectives.edm import preconditioned_target
 from speed_engine.schedules import Schedule
 
 
-class Config(BaseModel):
+class Config(Section):
     """`objective.kind: fdm`."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     kind: Literal["fdm"] = "fdm"
     multiplier: float = Field(2.0, gt=0, description="m, the strength of the momentum")
     beta_min: float = Field(0.1, ge=0)

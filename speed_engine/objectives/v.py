@@ -7,16 +7,15 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict
 
+from speed_engine.kinds import Section
 from speed_engine.objectives import Objective
 from speed_engine.schedules import Schedule
 
 
-class Config(BaseModel):
+class Config(Section):
     """`objective.kind: v`."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     kind: Literal["v"] = "v"
 
 

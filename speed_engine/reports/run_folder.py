@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
-from speed_engine.config import RunConfig, build
+from speed_engine.conditions import Condition
+from speed_engine.config import ConfigError, RunConfig, build
+from speed_engine.data import Facts
 from speed_engine.step_table import StepTable
 from speed_engine.training import checkpoint
-from speed_engine.training.assembly import build_table
+from speed_engine.training.assembly import build_table, told
+from speed_engine.training.manifest import upgraded
 from speed_engine.weights import file as weights_file
 
 
@@ -23,15 +26,10 @@ class Run:
 
     folder: Path
     config: RunConfig
-    data: dict[str, Any]
+    facts: Facts  # what the network was told of the data
+    conditions: dict[str, Condition]
     step: int
     checkpoint: Path
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of a sample."""
-        channels, height, width = self.data["shape"]
-        return channels, height, width
 
     def model(self, weights: str = "ema") -> nn.Module:
         """The network with the weights `ema` or `model`, on the host, in evaluation mode."""
@@ -43,8 +41,12 @@ class Run:
         return build_table(self.config)
 
 
-def open_run(folder: Path) -> Run:
-    """The run in `folder`. Raises CheckpointError where there is none that can be used."""
+def open_run(folder: Path, trusted: Collection[str] = ()) -> Run:
+    """The run in `folder`. Raises CheckpointError where there is none that can be used.
+
+    trusted: the outside modules that may be imported. A run's manifest can come from anybody, so a
+    `kind` in it that is a dotted path is refused (ConfigError, with the cure) unless it is here.
+    """
     if not folder.is_dir():
         raise checkpoint.CheckpointError(f"there is no run folder {folder}; check --run")
     found = checkpoint.newest(folder, lambda text: print(f"WARNING: {text}", file=sys.stderr))
@@ -52,8 +54,13 @@ def open_run(folder: Path) -> Run:
         raise checkpoint.CheckpointError(
             f"{folder} holds no checkpoint; train first, or check --run"
         )
-    config = build(found.manifest["config"])
-    return Run(folder, config, found.manifest["data"], found.step, found.folder)
+    try:
+        manifest = upgraded(found.manifest)
+        config = build(manifest["config"], trusted)
+        config, conditions, facts = told(config, Facts.from_json(manifest["data"]))
+    except ConfigError as error:
+        raise ConfigError(f"the run {folder}: {error}") from error
+    return Run(folder, config, facts, conditions, found.step, found.folder)
 
 
 def device_of(name: str) -> torch.device:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,10 @@ from speed_engine.reports.run_folder import open_run
 from speed_engine.training import checkpoint
 
 
-def run(folder: Path, started: float | None) -> int:
+def run(folder: Path, started: float | None, trusted: Collection[str] = ()) -> int:
     """Write `folder/summary.json` and print it as a short table. `started`: time.time() when the
-    whole job began, if it was timed. Raises CheckpointError where the folder is no run."""
-    facts = gather(folder, started)
+    whole job began, if it was timed; trusted: see `open_run`. Raises CheckpointError where the folder is no run."""
+    facts = gather(folder, started, trusted)
     write_json(folder / "summary.json", facts)
     for name, value in facts.items():
         if isinstance(value, float):
@@ -25,9 +26,9 @@ def run(folder: Path, started: float | None) -> int:
     return 0
 
 
-def gather(folder: Path, started: float | None) -> dict[str, Any]:
+def gather(folder: Path, started: float | None, trusted: Collection[str] = ()) -> dict[str, Any]:
     """The numbers of a run: from its manifest, its metrics and the scores of its samples."""
-    opened = open_run(folder)
+    opened = open_run(folder, trusted)
     lines = [json.loads(line) for line in _read(folder / "metrics.jsonl").splitlines()]
     manifest = json.loads(_read(folder / "manifest.json"))
     rates = [line["images_per_s"] for line in lines]

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor
+
+from speed_engine.kinds import Section
 
 # Rows of a continuous schedule: enough that a cell is far narrower than anything a network
 # resolves.
@@ -24,15 +25,9 @@ NUM_CELLS = 16384
 Curve = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
 
 
-def names() -> list[str]:
-    """Every `schedule.kind` that exists: the files of this folder."""
-    return sorted(path.stem for path in Path(__file__).parent.glob("*.py") if path.stem[0] != "_")
-
-
-class DiscreteConfig(BaseModel):
+class DiscreteConfig(Section):
     """What every schedule made of betas can be told."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     num_steps: int = Field(1000, ge=2, description="T, the number of time steps")
     zero_terminal_snr: bool = Field(
         False,

@@ -12,16 +12,16 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor
 
+from speed_engine.kinds import Section
 from speed_engine.schedules import NUM_CELLS, Schedule, cells, on_curve
 
 
-class Config(BaseModel):
+class Config(Section):
     """`schedule.kind: continuous_vp`."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     kind: Literal["continuous_vp"] = "continuous_vp"
     beta_min: float = Field(0.1, gt=0, description="beta at t = 0")
     beta_max: float = Field(20.0, gt=0, description="beta at t = 1")

@@ -9,16 +9,16 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from speed_engine.kinds import Section
 from speed_engine.schedules import NUM_CELLS, Schedule
 from speed_engine.schedules.ve import sigma_schedule
 
 
-class Config(BaseModel):
+class Config(Section):
     """`schedule.kind: edm`."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     kind: Literal["edm"] = "edm"
     sigma_min: float = Field(0.002, gt=0, description="smallest noise level")
     sigma_max: float = Field(80.0, gt=0, description="largest noise level")

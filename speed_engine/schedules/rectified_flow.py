@@ -10,15 +10,15 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from speed_engine.kinds import Section
 from speed_engine.schedules import NUM_CELLS, Schedule, cells, flow_curve, on_curve
 
 
-class Config(BaseModel):
+class Config(Section):
     """`schedule.kind: rectified_flow`."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     kind: Literal["rectified_flow"] = "rectified_flow"
     shift: float = Field(1.0, gt=0, description="resolution shift; 3 for SD3 at 1024 pixels")
     time_scale: float = Field(1000.0, gt=0, description="the network is told time_scale * t'")

@@ -12,16 +12,16 @@ import math
 from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor
 
+from speed_engine.kinds import Section
 from speed_engine.schedules import NUM_CELLS, Schedule, cells, on_curve
 
 
-class Config(BaseModel):
+class Config(Section):
     """`schedule.kind: ve`."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     kind: Literal["ve"] = "ve"
     sigma_min: float = Field(0.02, gt=0, description="smallest noise level")
     sigma_max: float = Field(100.0, gt=0, description="largest noise level")

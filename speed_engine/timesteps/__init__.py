@@ -8,17 +8,15 @@ several methods.
 
 from __future__ import annotations
 
-import difflib
-import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor
 
+from speed_engine.kinds import Section, config_of
 from speed_engine.schedules import Schedule
 from speed_engine.timesteps.online import Online
 
@@ -27,21 +25,18 @@ from speed_engine.timesteps.online import Online
 WeightIn = Literal["own", "eps", "x0"]
 
 
-def names() -> list[str]:
-    """Every `timesteps.kind` that exists: the files of this folder."""
-    return sorted(path.stem for path in Path(__file__).parent.glob("*.py") if path.stem[0] != "_")
-
-
-class MethodConfig(BaseModel):
+class MethodConfig(Section):
     """What every time-step method can be told."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     normalise: bool = Field(
         False, description="scale the weights to mean 1 under the density, E_P[w] = 1"
     )
     weight_vb: bool = Field(
         False, description="multiply the weight into the variational term too, not the MSE alone"
     )
+
+
+MemberConfig = MethodConfig  # a file elsewhere is told these as well (see `kinds`)
 
 
 @dataclass(frozen=True)
@@ -87,27 +82,11 @@ class Method:
         return self.parts or (self,)
 
 
-def parse(value: Any) -> MethodConfig:
-    """The configuration of a kind given by name or as a mapping with a `kind`.
-
-    Raises ValueError that lists what exists.
-    """
-    if isinstance(value, MethodConfig):
-        return value
-    value = {"kind": value} if isinstance(value, str) else dict(value)
-    kind = value.get("kind")
-    if kind not in names():
-        near = difflib.get_close_matches(str(kind), names(), n=1)
-        hint = f" (did you mean {near[0]!r}?)" if near else ""
-        raise ValueError(
-            f"there is no timesteps.kind {kind!r}{hint}; there are: {', '.join(names())}"
-        )
-    return importlib.import_module(f"{__name__}.{kind}").Config.model_validate(value)
-
-
-def builder(config: MethodConfig) -> Callable[[Any, Schedule], Method]:
-    """The `build` of the file that defines this configuration's class: also for files elsewhere."""
-    return importlib.import_module(type(config).__module__).build
+def parse(value: Any, trusted: Collection[str] | None = None) -> MethodConfig:
+    """The configuration of a kind given by name or as a mapping with a `kind` (see `config_of`)."""
+    config = config_of("timesteps", value, trusted)
+    assert isinstance(config, MethodConfig)
+    return config
 
 
 def require_discrete(kind: str, schedule: Schedule) -> None:

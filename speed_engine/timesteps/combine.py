@@ -12,10 +12,11 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
-from pydantic import Field, SerializeAsAny, field_validator
+from pydantic import Field, SerializeAsAny, ValidationInfo, field_validator
 
+from speed_engine.kinds import home, trusted_by
 from speed_engine.schedules import Schedule
-from speed_engine.timesteps import Method, MethodConfig, builder, normalised, parse
+from speed_engine.timesteps import Method, MethodConfig, normalised, parse
 from speed_engine.timesteps.online.policy import Policy
 
 
@@ -27,12 +28,12 @@ class Config(MethodConfig):
 
     @field_validator("parts", mode="before")
     @classmethod
-    def _parse(cls, value: Any) -> tuple[MethodConfig, ...]:
+    def _parse(cls, value: Any, info: ValidationInfo) -> tuple[MethodConfig, ...]:
         if not isinstance(value, list | tuple) or not value:
             raise ValueError(
                 "timesteps.parts must list the methods to combine, such as [speed, p2]"
             )
-        parts = tuple(parse(part) for part in value)
+        parts = tuple(parse(part, trusted_by(info)) for part in value)
         for part in parts:
             if isinstance(part, Config):
                 raise ValueError(
@@ -47,7 +48,7 @@ class Config(MethodConfig):
 
 def build(config: Config, schedule: Schedule) -> Method:
     """The product; the threshold, for the report, is the first that a part has."""
-    parts = tuple(builder(part)(part, schedule) for part in config.parts)
+    parts = tuple(home(part).build(part, schedule) for part in config.parts)
     draws = any(isinstance(part.online, Policy) for part in parts)
     if draws and sum(not torch.equal(part.density, schedule.uniform) for part in parts):
         raise ValueError(

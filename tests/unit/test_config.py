@@ -2,7 +2,7 @@
 
 import pytest
 
-from speed_engine import config
+from speed_engine import config, kinds
 from speed_engine.config import ConfigError, build, load, merge, parse_overrides, presets
 
 
@@ -14,8 +14,8 @@ def test_every_preset_loads_and_survives_a_round_trip(name):
 
 @pytest.mark.parametrize("section", config.KINDS)
 def test_every_kind_has_a_typed_config(section):
-    for kind in config.kinds(section):
-        module = config.kind_module(section, kind)
+    for kind in kinds.names(section):
+        module = kinds.find(section, kind)
         assert module.Config.model_fields["kind"].default == kind
         assert module.Config.model_config["extra"] == "forbid"
         assert module.Config.model_config["frozen"]

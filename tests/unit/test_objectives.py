@@ -5,7 +5,7 @@ import importlib
 import pytest
 import torch
 
-from speed_engine import objectives
+from speed_engine import kinds
 from speed_engine.schedules import cosine, linear
 
 SCHEDULE = linear.build(linear.Config(num_steps=50))
@@ -42,4 +42,4 @@ def test_epsilon_is_refused_at_zero_snr():
 
 
 def test_names_are_the_files():
-    assert {"epsilon", "x0", "v"} <= set(objectives.names())
+    assert {"epsilon", "x0", "v"} <= set(kinds.names("objective"))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from speed_engine import schedules
+from speed_engine import kinds
 from speed_engine.schedules import Schedule, from_alphas_cumprod, from_betas
 from speed_engine.schedules.theory import increments
 from speed_engine.schedules.theory.linear_ddpm import LinearDDPM
@@ -112,8 +112,8 @@ def test_impossible_betas_are_refused():
 
 
 def test_names_are_the_files():
-    assert set(DISCRETE) <= set(schedules.names())
-    assert "theory" not in schedules.names()
+    assert set(DISCRETE) <= set(kinds.names("schedule"))
+    assert "theory" not in kinds.names("schedule")
 
 
 # The paper's statements on linear DDPM. Row j of a table is the paper's t = j + 1.

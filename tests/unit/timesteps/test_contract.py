@@ -5,7 +5,7 @@ import importlib
 import pytest
 import torch
 
-from speed_engine import objectives, schedules, timesteps
+from speed_engine import kinds
 from speed_engine.step_table import StepTable, build_step_table
 from speed_engine.timesteps import parse
 
@@ -28,8 +28,8 @@ def make(kind: str, schedule: str, objective: str = "epsilon", **options) -> Ste
     return build_step_table(small(schedule), config("objectives", objective), method)
 
 
-@pytest.mark.parametrize("schedule", schedules.names())
-@pytest.mark.parametrize("kind", timesteps.names())
+@pytest.mark.parametrize("schedule", kinds.names("schedule"))
+@pytest.mark.parametrize("kind", kinds.names("timesteps"))
 def test_every_method_on_every_schedule(kind, schedule):
     if kind in DISCRETE_ONLY and schedule in CONTINUOUS:
         with pytest.raises(ValueError, match=f"{kind} is defined for numbered steps"):
@@ -52,7 +52,7 @@ def test_every_method_on_every_schedule(kind, schedule):
     assert (normal.density * normal.weight).sum().item() == pytest.approx(1, abs=1e-9)
 
 
-@pytest.mark.parametrize("kind", timesteps.names())
+@pytest.mark.parametrize("kind", kinds.names("timesteps"))
 @pytest.mark.parametrize("objective", ["x0", "v"])
 def test_every_method_at_zero_snr(kind, objective):
     """Finite, or refused with the reason."""
@@ -67,8 +67,8 @@ def test_every_method_at_zero_snr(kind, objective):
     assert table.density.sum().item() == pytest.approx(1, abs=1e-12)
 
 
-@pytest.mark.parametrize("objective", objectives.names())
-@pytest.mark.parametrize("schedule", schedules.names())
+@pytest.mark.parametrize("objective", kinds.names("objective"))
+@pytest.mark.parametrize("schedule", kinds.names("schedule"))
 def test_every_objective_on_every_schedule(objective, schedule):
     """The columns give x0 back, or the pair is refused with the reason."""
     try:
@@ -84,7 +84,7 @@ def test_every_objective_on_every_schedule(objective, schedule):
     torch.testing.assert_close(by_output * output + by_x_t * x_t, x0, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", timesteps.names())
+@pytest.mark.parametrize("kind", kinds.names("timesteps"))
 def test_every_method_explains_itself(kind):
     module = importlib.import_module(f"speed_engine.timesteps.{kind}")
     assert module.__doc__ and len(module.__doc__.split()) >= 12

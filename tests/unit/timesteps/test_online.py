@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from speed_engine import timesteps
+from speed_engine import kinds
 from speed_engine.step_table import StepTable, build_step_table
 from speed_engine.timesteps import parse
 
@@ -197,7 +197,7 @@ ONLINE = {
 
 
 def test_every_online_method_is_in_the_list():
-    for kind in timesteps.names():
+    for kind in kinds.names("timesteps"):
         options = {"parts": ["uniform"]} if kind == "combine" else {}
         method = parse({"kind": kind, **options})
         table = build_step_table(config("schedules", "linear"), config("objectives", "v"), method)

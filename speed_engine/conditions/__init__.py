@@ -1,0 +1,49 @@
+"""What a network is told beside x_t and the time: one file a condition (`conditions.label` is `label.py`).
+
+A file offers a `Config` (with `kind` and `dropout`) and `build(config, name, facts) -> Condition`. What a
+sample's condition is lies in named arrays beside x in the shards (`data.ConditionFacts`). The loader
+lets the condition drop it now and then, at an address; the network gets the tensors by keyword, in
+training, in probing and in sampling alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from speed_engine.data import ConditionFacts
+
+
+class Condition(Protocol):
+    """One condition of one run. `facts.null` says whether "none" has a meaning to the network."""
+
+    @property
+    def facts(self) -> ConditionFacts:
+        """What the data hold for it, with `null` as this run has it."""
+        ...
+
+    def drop(
+        self, arrays: Mapping[str, Tensor], seed: int, step: int, first_slot: int
+    ) -> dict[str, Tensor]:
+        """The network's keywords [B, ...] from the stored arrays [B, ...], some replaced by "none".
+
+        On the host. Which ones is a function of (seed, step, first_slot + place in the batch) alone.
+        """
+        ...
+
+    def null(self, batch: int, device: torch.device | str) -> dict[str, Tensor]:
+        """The keywords for "none". Raises ValueError where the network never learned it."""
+        ...
+
+    def asked(self, requests: Sequence[str]) -> dict[str, Tensor]:
+        """The keywords for what a person asks of `sample`, one text a sample (a class's number or
+        name, a prompt, a file). Raises ValueError naming the request."""
+        ...
+
+    def default(self, numbers: Sequence[int]) -> dict[str, Tensor]:
+        """The keywords of the samples with these numbers when nothing is asked for (classes in
+        turn, say). Raises ValueError where there is no sensible one."""
+        ...

@@ -1,0 +1,79 @@
+"""What the numbers of a stored sample mean: pixels, or an autoencoder's latents, and the way to model space and back.
+
+x = (stored - shift) * scale        by channel; pixels: x in [-1, 1]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Space:
+    """Model space against what is stored.
+
+    scale, shift: one number a channel of model space. posterior: stored arrays hold the mean and the
+    standard deviation of the autoencoder's answer, twice the channels. vae: which autoencoder made
+    the latents, as `encode` was told; None for pixels, or where nobody said.
+    """
+
+    kind: Literal["pixels", "latents"]
+    scale: tuple[float, ...]
+    shift: tuple[float, ...]
+    posterior: bool = False
+    vae: str | None = None
+
+    @staticmethod
+    def pixels(channels: int) -> Space:
+        """Bytes: x = stored / 127.5 - 1."""
+        return Space("pixels", (1 / 127.5,) * channels, (127.5,) * channels)
+
+    @staticmethod
+    def from_json(value: Mapping[str, Any]) -> Space:
+        """The space that `to_json` wrote. Raises KeyError or TypeError for something else."""
+        return Space(
+            value["kind"],
+            tuple(map(float, value["scale"])),
+            tuple(map(float, value["shift"])),
+            bool(value["posterior"]),
+            value["vae"],
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON."""
+        return asdict(self) | {"scale": list(self.scale), "shift": list(self.shift)}
+
+    def to_model(self, stored: Tensor, normals: Tensor | None = None) -> Tensor:
+        """Stored values [B, C or 2C, *space] to model space [B, C, *space], float32, same device.
+
+        With a posterior the value is mean + std * normals, or the mean without normals. Raises
+        ValueError for normals without a posterior.
+        """
+        if normals is not None and not self.posterior:
+            raise ValueError("normals are given, but no posterior is stored; draw no normals")
+        if self.kind == "pixels":
+            return stored.to(torch.float32).div_(127.5).sub_(1)
+        values = stored.to(torch.float32, copy=True)
+        if self.posterior:
+            mean, std = values.chunk(2, 1)
+            values = mean.clone() if normals is None else torch.addcmul(mean, std, normals.float())
+        if any(self.shift):
+            values.sub_(self._column(self.shift, values))
+        return values.mul_(self._column(self.scale, values))
+
+    def to_stored(self, x: Tensor) -> Tensor:
+        """The inverse of `to_model` for a sample without a posterior: x / scale + shift."""
+        return x / self._column(self.scale, x) + self._column(self.shift, x)
+
+    @staticmethod
+    def _column(numbers: tuple[float, ...], like: Tensor) -> Tensor | float:
+        """A number a channel, shaped to meet [B, C, *space]; one float where all are equal."""
+        if len(set(numbers)) == 1:
+            return numbers[0]
+        column = torch.tensor(numbers, dtype=like.dtype, device=like.device)
+        return column.view(-1, *[1] * (like.dim() - 2))
