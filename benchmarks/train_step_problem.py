@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from speed_kernels import philox
-from speed_kernels.noise.reference import epsilon
+from speed_kernels.table import epsilon
 from torch import Tensor
 
 from benchmarks import plain_dit
@@ -87,7 +87,7 @@ class Problem:
         slot_B = torch.arange(self.case.batch, device=self.device)
         cdf_T = uniform_cdf(self.tables.num_rows).to(self.device)
         t_B = philox.row_draw(SEED, address_2[0], slot_B, cdf_T, self.case.batch, False)
-        eps = epsilon(self.x0, address_2, SEED).float()
+        eps = epsilon(self.x0.shape, address_2, SEED).float()
         return Draw(t_B, eps, (t_B.cpu() == 0).nonzero().flatten())
 
 

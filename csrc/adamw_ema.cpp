@@ -8,11 +8,12 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
-#include <bit>
 #include <cmath>
 #include <cstdint>
 #include <numeric>
 #include <vector>
+
+#include "elements.h"
 
 namespace {
 
@@ -26,26 +27,17 @@ enum Scalar {
   SECOND_EMA_WEIGHT, GRAD_NORM
 };
 
+// Types of their own, so that the functions below can be told apart by them.
 struct Bfloat16 { uint16_t bits; };
 struct Half { uint16_t bits; };
 
 inline float widen(float value) { return value; }
 
-inline float widen(Bfloat16 value) { return std::bit_cast<float>(uint32_t(value.bits) << 16); }
+inline float widen(Bfloat16 value) { return speed::from_bfloat16(value.bits); }
 
-// Branch-free, so that it vectorises: the exponent is moved by a multiplication, which also normalises subnormals.
-inline float widen(Half value) {
-  const uint32_t magnitude = uint32_t(value.bits & 0x7fff) << 13;
-  uint32_t bits = std::bit_cast<uint32_t>(std::bit_cast<float>(magnitude) * 0x1p112f);
-  bits |= (value.bits & 0x7c00) == 0x7c00 ? 0x7f800000u : 0u;
-  return std::bit_cast<float>(bits | (uint32_t(value.bits & 0x8000) << 16));
-}
+inline float widen(Half value) { return speed::from_float16(value.bits); }
 
-inline Bfloat16 narrow(float value) {
-  const uint32_t bits = std::bit_cast<uint32_t>(value);
-  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  return {uint16_t(value != value ? 0x7fc0u : rounded)};
-}
+inline Bfloat16 narrow(float value) { return {speed::to_bfloat16(value)}; }
 
 template <typename Grad>
 struct Streams {
@@ -186,18 +178,18 @@ double ema_weight(double kind, double value, double t) {
 
 }  // namespace
 
-// grad_type: 0 float32, 1 bfloat16, 2 float16.
+// grad_type: a speed::DType.
 extern "C" void adamw_ema_update(int64_t num_tensors, const int64_t* sizes, const int64_t* table, const float* scalars,
                                  int grad_type, int second, int copy) {
   if (scalars[APPLY] == 0.0f) return;
-  if (grad_type == 0) return update_grad<float>(num_tensors, sizes, table, scalars, second, copy);
-  if (grad_type == 1) return update_grad<Bfloat16>(num_tensors, sizes, table, scalars, second, copy);
+  if (grad_type == speed::kFloat32) return update_grad<float>(num_tensors, sizes, table, scalars, second, copy);
+  if (grad_type == speed::kBFloat16) return update_grad<Bfloat16>(num_tensors, sizes, table, scalars, second, copy);
   update_grad<Half>(num_tensors, sizes, table, scalars, second, copy);
 }
 
 extern "C" double adamw_ema_squares(int64_t num_tensors, const int64_t* sizes, const int64_t* table, int grad_type) {
-  if (grad_type == 0) return squares<float>(num_tensors, sizes, table);
-  if (grad_type == 1) return squares<Bfloat16>(num_tensors, sizes, table);
+  if (grad_type == speed::kFloat32) return squares<float>(num_tensors, sizes, table);
+  if (grad_type == speed::kBFloat16) return squares<Bfloat16>(num_tensors, sizes, table);
   return squares<Half>(num_tensors, sizes, table);
 }
 

@@ -1,5 +1,5 @@
-// Bias and GELU (tanh approximation) on the CPU: the forward pass, and the backward pass with the bias's gradient and,
-// where asked for, the activation made again. Mathematics and symbols: kernels/speed_kernels/bias_gelu/op.py.
+// Bias and GELU (tanh approximation) on the CPU: the forward pass, and the backward pass with the bias's gradient.
+// Mathematics and symbols: kernels/speed_kernels/bias_gelu/op.py.
 
 #include <ATen/Parallel.h>
 
@@ -60,11 +60,10 @@ extern "C" void speed_bias_gelu(const void* x, const void* bias, void* y, int32_
   });
 }
 
-// d_y, x, d_x and y: [num_rows, num_columns]; bias and d_bias: [num_columns]. bias, y and d_bias may be null, d_x may be
-// d_y. Rows are cut into runs by the shape alone, whose column sums are added in order: any number of threads gives the
-// same result.
-extern "C" void speed_bias_gelu_backward(const void* d_y, const void* x, const void* bias, void* d_x, void* y,
-                                         void* d_bias, int32_t dtype, int64_t num_rows, int64_t num_columns) {
+// d_y, x and d_x: [num_rows, num_columns]; bias and d_bias: [num_columns] or null. Rows are cut into runs by the shape
+// alone, whose column sums are added in order: any number of threads gives the same result.
+extern "C" void speed_bias_gelu_backward(const void* d_y, const void* x, const void* bias, void* d_x, void* d_bias,
+                                         int32_t dtype, int64_t num_rows, int64_t num_columns) {
   const std::vector<float> b = as_floats(bias, dtype, num_columns);
   const int64_t num_blocks = ceil_div(num_columns, kTileColumns);
   const int64_t rows = std::max(kMinRows, ceil_div(num_rows, kRuns));
@@ -85,17 +84,14 @@ extern "C" void speed_bias_gelu_backward(const void* d_y, const void* x, const v
         load(d_y, dtype, at, g, n);
         load(x, dtype, at, u, n);
         for (int64_t i = 0; i < n; ++i) {
-          const float w = u[i] + offset[i];
-          const float v = bounded(w);
+          const float v = bounded(u[i] + offset[i]);
           const float e = exp_minus_q(v);
           const float s = 1.0f / (1.0f + e);
           const float bend = v * (kTwiceK + 3.0f * kTwiceK * kCube * (v * v)) * (e * s);
           g[i] = g[i] * (s + s * bend);
-          u[i] = w * (w < -10.05f ? 0.0f : s);
         }
         for (int64_t i = 0; i < n; ++i) sum[i] += g[i];
         store(d_x, dtype, at, g, n);
-        if (y != nullptr) store(y, dtype, at, u, n);
       }
       if (d_bias != nullptr) std::copy(sum, sum + n, partial.begin() + run * num_columns + first);
     }

@@ -8,7 +8,7 @@ import sys
 import time
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from speed_engine.config import RunConfig, load
 
@@ -111,6 +111,16 @@ def table(args: argparse.Namespace) -> int:
 # -------------------------------------------------------------------------------------------------- sample
 
 
+def _at_least_one(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"give a whole number from 1 up, not {text!r}")
+    return int(text)
+
+
+def _channels(text: str) -> int | Literal["all"]:
+    return "all" if text == "all" else _at_least_one(text)
+
+
 def sample_arguments(parser: argparse.ArgumentParser) -> None:
     _run_arguments(parser)
     parser.add_argument("--out", type=Path, required=True, help="where the pictures go")
@@ -119,13 +129,16 @@ def sample_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=250, help="network evaluations a sample")
     parser.add_argument("--guidance", type=float, default=1.0, help="1 = off")
     parser.add_argument(
-        "--guidance-channels", default="all", help="all, or a number (3: as the released DiT)"
+        "--guidance-channels",
+        type=_channels,
+        default="all",
+        help="all, or a number (3: as the released DiT)",
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--label", type=int, help="only this class (default: all in turn)")
     parser.add_argument("--weights", choices=("ema", "model"), default="ema")
     parser.add_argument("--vae", type=Path, help="folder of the AutoencoderKL that decodes latents")
-    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--batch-size", type=_at_least_one, default=64)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
 
 
@@ -153,9 +166,7 @@ def sample(args: argparse.Namespace) -> int:
         sampler=args.sampler,
         steps=args.steps,
         guidance=args.guidance,
-        guidance_channels=args.guidance_channels
-        if args.guidance_channels == "all"
-        else int(args.guidance_channels),
+        guidance_channels=args.guidance_channels,
         clip_x0=not latents,
         seed=args.seed,
     )
@@ -256,6 +267,7 @@ def export(args: argparse.Namespace) -> int:
         for caution in cautions:
             print(f"note: {caution}")
     else:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
         weights_file.save(args.out, model, notes={"step": run.step, "weights": args.weights})
     print(args.out)
     return 0
@@ -277,12 +289,15 @@ def import_arguments(parser: argparse.ArgumentParser) -> None:
 def import_weights(args: argparse.Namespace) -> int:
     from speed_engine.weights import file as weights_file
 
+    if not args.source.exists():
+        raise ValueError(f"there is no file or folder {args.source}; check --source")
     if args.source.is_dir():
         from speed_engine.weights.dit_diffusers import import_diffusers
 
         model = import_diffusers(args.source, args.frequency_shift)
     else:
         model = weights_file.import_pt(args.source)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     weights_file.save(args.out, model, notes={"source": args.source.name})
     print(args.out)
     return 0

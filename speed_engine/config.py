@@ -106,6 +106,11 @@ class RunConfig(Section):
     timesteps: Kind
     engine: Kind
     optim: Kind
+    conditions: dict[str, Kind | None] = Field(
+        default={},
+        description="what the network is told beside the time: by the data's names, each with settings of its own; "
+        "null leaves one out; default: all that the data hold",
+    )
     learned_variance: bool = Field(
         default=True, description="the network also predicts the variance (2C output channels)"
     )
@@ -129,6 +134,23 @@ class RunConfig(Section):
         return importlib.import_module("speed_engine.engines.optimizer").Config.model_validate(
             value or {}
         )
+
+    @field_validator("conditions", mode="before")
+    @classmethod
+    def _typed_conditions(cls, value: Any, info: ValidationInfo) -> Any:
+        """Each by the file that its `kind` names, by default the condition's own name."""
+        if not isinstance(value, dict):
+            raise ValueError("conditions must be a mapping of names to settings")
+        return {
+            name: None
+            if each is None
+            else config_of(
+                "conditions",
+                {"kind": name, **each} if isinstance(each, dict) else each,
+                trusted_by(info),
+            )
+            for name, each in value.items()
+        }
 
     @model_validator(mode="before")
     @classmethod

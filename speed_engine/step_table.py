@@ -7,11 +7,13 @@
 The schedule fills A, B and tau, the objective C and D, the time-step method the density and W. It
 is built on the host in float64; `to(device)` moves it to where the kernels read it. Methods that
 change while training runs rewrite the density and W in place: `start` once, `observe` after every
-micro-batch, `refresh` after every step; all of them do nothing for others.
+micro-batch, `before_update` and `after_update` around and `refresh` after every step; all of them do
+nothing for others.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,7 +27,7 @@ from speed_engine.schedules import Schedule, from_alphas_cumprod, from_flow, fro
 from speed_engine.timesteps import Method, MethodConfig, integer_cdf, parse
 from speed_engine.timesteps.online import Facts
 from speed_engine.timesteps.online.buffer import AllReduce
-from speed_engine.timesteps.online.policy import Policy
+from speed_engine.timesteps.online.policy import ALONE, Evaluate, Policy, Reach
 from speed_engine.timesteps.online.session import Session
 
 
@@ -270,6 +272,28 @@ class StepTable:
         """Note a micro-batch's losses: address_2, row_B as `noise` had them, losses_3B from `loss`."""
         if self.session is not None:
             self.session.observe(address_2, row_B, losses_3B)
+
+    def before_update(
+        self,
+        step: int,
+        x0: Tensor,
+        conditions: Mapping[str, Tensor],
+        row_B: Tensor,
+        evaluate: Evaluate,
+        reach: Reach = ALONE,
+    ) -> None:
+        """Call with `step` finished steps, when the gradients are ready; every rank alike.
+
+        A method that looks at the network before and after an update measures it now; nothing for
+        others. x0, conditions and row_B are the last micro-batch of the update and its rows.
+        """
+        if self.policy is not None and self.policy.due(step):
+            self.policy.before(step, x0, conditions, row_B, evaluate, reach)
+
+    def after_update(self, step: int, evaluate: Evaluate, reach: Reach = ALONE) -> None:
+        """Call after the optimizer's step, with the same `step` as `before_update`; every rank alike."""
+        if self.policy is not None and self.policy.due(step):
+            self.policy.after(evaluate, reach)
 
     def refresh(self, step: int, all_reduce: AllReduce | None = None) -> None:
         """Bring the columns up to date after `step` finished steps; a no-op unless something is

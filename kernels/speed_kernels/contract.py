@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -18,6 +19,8 @@ import torch
 FILES = {"triton": "triton_gpu", "cpp": "cpp_cpu", "reference": "reference"}
 # What `auto` tries on a device, best first.
 PREFERRED = {"cuda": ("triton", "reference"), "cpu": ("cpp", "reference")}
+# Element types that the backends take; the reference takes float64 as well.
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class BackendError(RuntimeError):
@@ -55,6 +58,19 @@ def implementation(op: str, backend: str) -> ModuleType:
     return importlib.import_module(f"speed_kernels.{op}.{FILES[backend]}")
 
 
+def takes(dtype: torch.dtype, backend: str) -> bool:
+    """Whether tensors of this element type can be computed by `backend`."""
+    return dtype in DTYPES or (dtype == torch.float64 and backend == "reference")
+
+
+def check_dtype(name: str, dtype: torch.dtype, backend: str) -> None:
+    """Refuse an argument's element type that `backend` cannot take. Raises ValueError."""
+    if not takes(dtype, backend):
+        raise ValueError(
+            f"{name} is {dtype}, which the {backend} backend cannot take; cast it to float32, bfloat16 or float16"
+        )
+
+
 def unavailable(op: str, backend: str, device: torch.device | str) -> str | None:
     """Why `backend` cannot run `op` on `device`, or None if it can."""
     device = torch.device(device)
@@ -62,6 +78,8 @@ def unavailable(op: str, backend: str, device: torch.device | str) -> str | None
         return f"the C++ kernels run on the CPU, not on {device.type}"
     if backend == "triton" and device.type != "cuda":
         return f"the Triton kernels run on CUDA devices, not on {device.type}"
+    if backend == "triton" and importlib.util.find_spec("triton") is None:
+        return "triton is not installed"  # macOS and Windows have none
     return implementation(op, backend).unavailable()
 
 

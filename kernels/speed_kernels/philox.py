@@ -25,6 +25,7 @@ STREAM_FLIP = 3
 STREAM_ORDER = 4
 STREAM_POSTERIOR = 5  # a draw from the autoencoder's posterior
 STREAM_SAMPLE = 6  # noise of the samplers
+STREAM_CONDITION_DROP = 7  # of conditions other than labels
 
 MAX_SEED = 2**63 - 1
 

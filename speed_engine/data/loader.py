@@ -1,49 +1,43 @@
 """Batches ahead of time: what the slots of a step hold, read by a thread and copied to the device.
 
-Stateless: any step can be asked for, so a resume at step n is `Feed(...).batches(n, ...)`.
+Stateless: any step can be asked for, so a resume at step n is `Loader(...).batches(n, ...)`.
 """
 
 from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
-from speed_engine.data import order
+from speed_engine.conditions import Condition
+from speed_engine.data import Batch, Source, order
 from speed_engine.distributed import Processes
 
 AHEAD = 4  # batches read before they are needed
 
 
 @dataclass(frozen=True)
-class Batch:
-    """One micro-batch of this process. Everything is on the training device."""
+class Loader:
+    """Where batches come from and how they are split over processes and micro-batches.
 
-    x0: torch.Tensor  # [B, C, H, W] float32, model space
-    labels: torch.Tensor | None  # int64 [B], label drop applied; None without classes
-    address: torch.Tensor  # int64 [2]: (step, first global slot)
+    conditions: those that the network is told, by name. backend: of the op that draws the
+    posterior's normals.
+    """
 
-
-@dataclass(frozen=True)
-class Feed:
-    """Where batches come from and how they are split over processes and micro-batches."""
-
-    source: Any  # a speed_engine.data source
+    source: Source
+    conditions: Mapping[str, Condition]
     seed: int
     global_batch: int
     micro_batch: int
-    null_label: int | None
-    label_dropout: float
     flip: bool
     processes: Processes
-    backend: str  # of the `noise` op, which also draws the posterior's normals
+    backend: str
 
     def __post_init__(self) -> None:
-        if self.flip and not self.source.can_flip:
+        if self.flip and not self.source.facts.flips:
             raise ValueError(
                 "train.flip=true, but the data hold no flipped latents; encode them again with "
                 "--flip, or set train.flip=false"
@@ -76,7 +70,7 @@ class Feed:
             except BaseException as error:  # handed over, raised by the consumer
                 ready.put(error)
 
-        thread = threading.Thread(target=read, name="feed", daemon=True)
+        thread = threading.Thread(target=read, name="loader", daemon=True)
         thread.start()
         try:
             for _ in range((end_step - first_step) * self.accumulation):
@@ -97,19 +91,18 @@ class Feed:
             seed, step, first_slot, num, self.global_batch, len(self.source)
         )
         flips = order.flips(seed, step, first_slot, num) if self.flip else None
-        stored, labels = self.source.read(indices.tolist(), flips)
+        stored, arrays = self.source.read(indices.numpy(), flips)
         address = self._to_device(torch.tensor([step, first_slot], dtype=torch.int64))
-        if self.null_label is not None:
-            labels = order.drop_labels(
-                labels, self.null_label, self.label_dropout, seed, step, first_slot
-            )
-        normals = None
-        if self.source.has_posterior:
-            shape = (num, *self.source.shape)
+        conditions: dict[str, torch.Tensor] = {}
+        for condition in self.conditions.values():
+            conditions |= condition.drop(arrays, seed, step, first_slot)
+        facts, normals = self.source.facts, None
+        if facts.space.posterior:
+            shape = (num, *facts.shape)
             normals = order.posterior_normals(seed, address, shape, self.backend)
         return Batch(
             self.source.decode(self._to_device(stored), normals),
-            self._to_device(labels) if self.source.num_classes else None,
+            {name: self._to_device(value) for name, value in conditions.items()},
             address,
         )
 

@@ -1,8 +1,8 @@
 """Every random decision about the data is a pure function of (seed, step, global sample slot).
 
-The order of the samples, label drop, flips and posterior draws come from Philox at an address, never from a stream
+The order of the samples, flips and posterior draws come from Philox at an address, never from a stream
 with hidden state: a resume stores one integer, and any number of processes sees the same batch. (The draws of t and
-of the noise happen inside the `noise` kernel, at addresses of the same kind.)
+of the noise happen inside the `noise` kernel, what conditions drop in the conditions, at addresses of the same kind.)
 """
 
 from __future__ import annotations
@@ -52,17 +52,6 @@ def permuted(position: torch.Tensor, num: int, seed: int, epoch: int) -> torch.T
         result[outside] = (left << half) | right
         outside = result >= num
     return result
-
-
-def drop_labels(
-    labels_B: torch.Tensor, null_label: int, rate: float, seed: int, step: int, first_slot: int
-) -> torch.Tensor:
-    """Replace each label by `null_label` with probability `rate`, for guidance. int64 [B]."""
-    if rate == 0:
-        return labels_B
-    slot_B = torch.arange(len(labels_B)) + first_slot
-    drawn_B = philox.uniforms(seed, step, slot_B, philox.STREAM_LABEL_DROP, 1)[:, 0]
-    return torch.where(drawn_B < rate, null_label, labels_B)
 
 
 def flips(seed: int, step: int, first_slot: int, num: int) -> torch.Tensor:

@@ -18,7 +18,9 @@ class Engine(Protocol):
 
     compute_dtype: torch.dtype
 
-    def forward(self, *inputs: Any) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, time_B: torch.Tensor, **conditions: torch.Tensor
+    ) -> torch.Tensor:
         """The network's output, ready for `backward`."""
         ...
 

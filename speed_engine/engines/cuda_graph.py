@@ -9,7 +9,7 @@ Whatever cannot be captured is refused, in one sentence, when the engine is made
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -100,10 +100,10 @@ class CudaRecorder:
 
 
 class CapturedStep:
-    """Calls `work(*inputs)`: `WARM_UP` times as it is, then captured once and replayed for ever.
+    """Calls `work(inputs)`: `WARM_UP` times as it is, then captured once and replayed for ever.
 
     Every call does the work once, on the inputs given: the eager calls are training steps, too. `inputs` are tensors
-    or None, of the same shapes, dtypes and devices at each call. What is returned is overwritten by the next call.
+    by name, the same names, shapes, dtypes and devices at each call. What is returned is overwritten by the next call.
     `work` may change tensors in place, but nothing on the host that matters at a replay, and it must leave gradients
     None, so that the captured backward pass allocates them from the graph's memory.
     """
@@ -113,10 +113,10 @@ class CapturedStep:
         self.recorder = recorder
         self.calls = 0
         self.replay: Callable[[], None] | None = None
-        self._inputs: tuple[Tensor | None, ...] | None = None
+        self._inputs: dict[str, Tensor] | None = None
         self._result: Any = None
 
-    def __call__(self, *inputs: Tensor | None) -> Any:
+    def __call__(self, inputs: Mapping[str, Tensor]) -> Any:
         """The result of the work. Raises ValueError for inputs unlike the first call's, or a failed capture."""
         self._fill(inputs)
         self.calls += 1
@@ -129,21 +129,20 @@ class CapturedStep:
 
     def _work(self) -> Any:
         assert self._inputs is not None
-        return self.work(*self._inputs)
+        return self.work(self._inputs)
 
-    def _fill(self, inputs: tuple[Tensor | None, ...]) -> None:
+    def _fill(self, inputs: Mapping[str, Tensor]) -> None:
         """Copy the inputs to where the graph reads them."""
         if self._inputs is None:
-            self._inputs = tuple(x if x is None else torch.empty_like(x) for x in inputs)
-        if list(map(_form, inputs)) != list(map(_form, self._inputs)):
+            self._inputs = {name: torch.empty_like(x) for name, x in inputs.items()}
+        if _forms(inputs) != _forms(self._inputs):
             raise ValueError(
-                f"a captured step takes inputs like those it was captured with, {list(map(_form, self._inputs))}, "
-                f"not {list(map(_form, inputs))}; set engine.cuda_graph=false for batches that differ"
+                f"a captured step takes inputs like those it was captured with, {_forms(self._inputs)}, "
+                f"not {_forms(inputs)}; set engine.cuda_graph=false for batches that differ"
             )
-        for place, x in zip(self._inputs, inputs, strict=True):
-            if place is not None and x is not None:
-                place.copy_(x)
+        for name, x in inputs.items():
+            self._inputs[name].copy_(x)
 
 
-def _form(x: Tensor | None) -> tuple[Any, ...] | None:
-    return None if x is None else (tuple(x.shape), x.dtype, x.device)
+def _forms(inputs: Mapping[str, Tensor]) -> dict[str, tuple[Any, ...]]:
+    return {name: (tuple(x.shape), x.dtype, x.device) for name, x in inputs.items()}

@@ -103,8 +103,10 @@ class DeepSpeedEngine:
             self.engine.optimizer.refresh_fp32_params()
             optimizer.reset(self.optimizer)
 
-    def forward(self, *inputs: Any) -> torch.Tensor:
-        return self.engine(*inputs)
+    def forward(
+        self, x: torch.Tensor, time_B: torch.Tensor, **conditions: torch.Tensor
+    ) -> torch.Tensor:
+        return self.engine(x, time_B, **conditions)
 
     def backward(self, loss: torch.Tensor) -> None:
         self.engine.backward(loss, scale_wrt_gas=False)

@@ -8,7 +8,7 @@ and for measuring what DeepSpeed costs.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -117,10 +117,12 @@ class TorchEngine:
             return contextlib.nullcontext()
         return self.network.no_sync()
 
-    def forward(self, *inputs: Any) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, time_B: torch.Tensor, **conditions: torch.Tensor
+    ) -> torch.Tensor:
         kind, cast = self.processes.device.type, self.config.precision == "autocast"
         with self._communication(), torch.autocast(kind, torch.bfloat16, enabled=cast):
-            return self.network(*inputs)
+            return self.network(x, time_B, **conditions)
 
     def backward(self, loss: torch.Tensor) -> None:
         with self._communication():
@@ -148,25 +150,26 @@ class TorchEngine:
     def captured(
         self, add_gradients: Callable[..., Any], recorder: Recorder | None = None
     ) -> Callable[..., Any]:
-        """`step(lr, *inputs)`: `add_gradients(*inputs)`, then the update, as one CUDA graph (`cuda_graph: true`).
+        """`step(lr, inputs)`: `add_gradients(inputs)`, then the update, as one CUDA graph (`cuda_graph: true`).
 
-        `add_gradients` calls `forward` and `backward` and returns tensors; see CapturedStep for what it may do.
+        `inputs` are tensors by name. `add_gradients` calls `forward` and `backward` and returns tensors; see
+        CapturedStep for what it may do.
         `recorder` stands in for CUDA in tests. Call `load` before the first step.
         """
         optimizer = self.optimizer
         assert isinstance(optimizer, AdamWEMA), "refused when the engine was made"
 
-        def work(*inputs: Any) -> Any:
-            result = add_gradients(*inputs)
+        def work(inputs: Mapping[str, torch.Tensor]) -> Any:
+            result = add_gradients(inputs)
             self._update()
             return result
 
         graph = self.graph = CapturedStep(work, recorder or CudaRecorder(self.processes.device))
 
-        def step(lr: float, *inputs: Any) -> Any:
+        def step(lr: float, inputs: Mapping[str, torch.Tensor]) -> Any:
             self._set_rate(lr)
             optimizer.refresh()  # a replay reads the rate from the device
-            return graph(*inputs)
+            return graph(inputs)
 
         return step
 

@@ -16,7 +16,7 @@ products. backends: op -> backend for the ops of KERNELS; None: plain torch. A n
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any, Protocol
 
@@ -25,6 +25,9 @@ from pydantic import BaseModel
 from torch import Tensor
 
 from speed_engine.data import Facts
+
+# passes(seed, address int64 [2]) -> (share of the loss, further keywords of the network), one entry a forward pass
+Passes = Callable[[int, Tensor], Sequence[tuple[float, dict[str, Tensor]]]]
 
 
 class Model(Protocol):

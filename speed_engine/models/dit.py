@@ -24,6 +24,7 @@ from pydantic import Field, model_validator
 from speed_kernels.attention.op import choose_attention, implementation
 from torch import Tensor, nn
 
+from speed_engine.data import Facts
 from speed_engine.kinds import Section
 from speed_engine.models.parts.blocks import Block, FinalLayer, Recompute, Stream
 from speed_engine.models.parts.fp8 import convert, fp8_unavailable
@@ -46,7 +47,9 @@ SIZES = {
     **{f"XL/{patch}": Size(1152, 28, 16, patch) for patch in (2, 4, 8)},
     **{f"tiny/{patch}": Size(128, 6, 4, patch) for patch in (1, 2)},
 }
+TAKES = ("label", "vector")
 KERNELS = OPS  # the ops of speed_kernels that `build` can use
+COMPUTE_KEYS = ("attention", "residual", "recompute", "products")
 NUM_FREQUENCIES = 128  # a cosine and a sine of each: 256 numbers tell the network the time
 MAX_PERIOD = 10_000.0
 
@@ -63,12 +66,6 @@ class Config(Section):
     num_heads: int | None = Field(default=None, ge=1, description="instead of the named size's")
     patch_size: int | None = Field(default=None, ge=1, description="instead of the named size's")
     mlp_ratio: float = Field(default=4.0, gt=0, description="width of the MLP over the hidden size")
-    label_dropout: float = Field(
-        default=0.1,
-        ge=0,
-        lt=1,
-        description="share of labels dropped, for guidance; 0: no null label",
-    )
     frequency_shift: Literal[0, 1] = Field(
         default=0, description="time frequencies: 0 as in the public checkpoints, 1 as in diffusers"
     )
@@ -139,7 +136,7 @@ class PatchProjection(nn.Conv2d):
 
 
 class TimeEmbedder(nn.Module):
-    """Time [B] -> [B, D]: cosines, then sines, of tau times F frequencies from 1 down to 1/10000,
+    """Time [B] -> [B, D]: cosines, then sines, of the time times F frequencies from 1 down to 1/10000,
     in fp32, then an MLP."""
 
     def __init__(self, hidden_size: int, frequency_shift: int) -> None:
@@ -148,28 +145,26 @@ class TimeEmbedder(nn.Module):
         first = nn.Linear(2 * NUM_FREQUENCIES, hidden_size)
         self.mlp = nn.Sequential(first, nn.SiLU(), nn.Linear(hidden_size, hidden_size))
 
-    def forward(self, tau_B: Tensor, dtype: torch.dtype) -> Tensor:
+    def forward(self, time_B: Tensor, dtype: torch.dtype) -> Tensor:
         # Made on the device at each call, with nothing copied from the host; a buffer would be
         # ruined by casting the module to bf16, where 999 times a frequency is radians off.
-        index_F = torch.arange(NUM_FREQUENCIES, device=tau_B.device, dtype=torch.float32)
-        angle_BF = tau_B.float()[:, None] * torch.exp(index_F * self.step)
+        index_F = torch.arange(NUM_FREQUENCIES, device=time_B.device, dtype=torch.float32)
+        angle_BF = time_B.float()[:, None] * torch.exp(index_F * self.step)
         return self.mlp(torch.cat([angle_BF.cos(), angle_BF.sin()], dim=1).to(dtype))
 
 
 class DiT(nn.Module):
     """The whole network; made and initialised by `build`, whose arguments it keeps as attributes.
 
-    `null_label` is the label that means "no label" (= num_classes), None if the model has none;
+    The label that means "none", where the data's facts have one, is the last row of the table.
     `attention_choice` says which implementation of attention runs and why.
     """
 
     def __init__(
         self,
         config: Config,
-        channels: int,
-        sample_size: int,
-        num_classes: int,
-        learned_variance: bool,
+        facts: Facts,
+        num_outputs: int,
         device: torch.device,
         dtype: torch.dtype,
         glue: Glue,
@@ -177,10 +172,9 @@ class DiT(nn.Module):
         super().__init__()
         hidden_size, depth, num_heads, patch_size = config.resolved()
         head_dim, mlp_width = hidden_size // num_heads, int(hidden_size * config.mlp_ratio)
-        self.grid = sample_size // patch_size
-        self.config, self.channels, self.sample_size = config, channels, sample_size
-        self.num_classes, self.learned_variance = num_classes, learned_variance
-        self.null_label = num_classes if num_classes > 0 and config.label_dropout > 0 else None
+        channels, self.sample_size, _ = facts.shape
+        self.grid = self.sample_size // patch_size
+        self.config, self.facts, self.num_outputs = config, facts, num_outputs
         tokens = self.grid**2
         self.choose_attention = functools.partial(
             choose_attention,
@@ -194,28 +188,30 @@ class DiT(nn.Module):
         projection = PatchProjection(channels, hidden_size, patch_size, stride=patch_size)
         self.x_embedder = nn.Sequential(OrderedDict(proj=projection))
         self.t_embedder = TimeEmbedder(hidden_size, config.frequency_shift)
-        self.y_embedder = None
-        if num_classes > 0:
-            table = nn.Embedding(num_classes + (self.null_label is not None), hidden_size)
+        self.y_embedder = self.vector_embedder = None
+        if (label := facts.conditions.get("label")) is not None:
+            table = nn.Embedding(label.num_values + label.null, hidden_size)
             self.y_embedder = nn.Sequential(OrderedDict(embedding_table=table))
+        if (vector := facts.conditions.get("vector")) is not None:
+            (width,) = vector.arrays["vector"].shape
+            self.vector_embedder = nn.Linear(width, hidden_size, bias=False)
         self.pos_embed = nn.Buffer(torch.empty(1, self.grid**2, hidden_size))
         sizes = (hidden_size, num_heads, mlp_width, self.attention_choice.backend)
         self.blocks = nn.ModuleList(Block(*sizes, glue, config.recompute) for _ in range(depth))
-        num_outputs = patch_size**2 * channels * (1 + learned_variance)
-        self.final_layer = FinalLayer(hidden_size, num_outputs, glue)
+        self.final_layer = FinalLayer(hidden_size, patch_size**2 * num_outputs, glue)
 
     @torch.no_grad()
     def initialise(self, seed: int) -> None:
         """The paper's recipe, drawn on the host in the order of names: equal on every device.
 
         Xavier-uniform for matrices (the patch projection is one), normal with deviation 0.02 for
-        the label table and the time MLP, zero for all biases, every adaLN and the last layer.
+        the conditions' weights and the time MLP, zero for all biases, every adaLN and the last layer.
         """
         generator = torch.Generator().manual_seed(seed)
         for name, weight in self.named_parameters():
             if name.endswith("bias") or "adaLN" in name or name.startswith("final_layer"):
                 weight.zero_()
-            elif name.startswith(("t_embedder", "y_embedder")):
+            elif name.startswith(("t_embedder", "y_embedder", "vector_embedder")):
                 weight.copy_(torch.empty(weight.shape).normal_(0, 0.02, generator=generator))
             else:
                 drawn = torch.empty(weight.flatten(1).shape)
@@ -243,27 +239,38 @@ class DiT(nn.Module):
         known = {id(parameter) for parameter in first}
         return first + [each for each in self.parameters() if id(each) not in known]
 
-    def forward(self, x_BCHW: Tensor, tau_B: Tensor, labels_B: Tensor | None = None) -> Tensor:
-        """Noisy inputs [B, C, H, W] -> output [B, C', H, W], C' = C or 2C (learned variance).
+    def forward(
+        self,
+        x_BCHW: Tensor,
+        time_B: Tensor,
+        *,
+        label: Tensor | None = None,
+        vector: Tensor | None = None,
+    ) -> Tensor:
+        """Noisy inputs [B, C, H, W] -> output [B, num_outputs, H, W].
 
-        tau_B: what the network is told of the noise, integer or fp32, of any range. labels_B:
-        int64 in [0, num_classes), or `null_label` where the caller drops it; None if and only if
-        the model is unconditional. Raises ValueError for inputs that do not fit the model.
+        time_B: what the network is told of the noise, integer or fp32, of any range. label: int64
+        [B] in [0, num_values), or num_values for "none". vector: fp32 [B, K]. Each is given if and
+        only if `facts.conditions` has it. Raises ValueError for inputs that do not fit the model.
         """
-        wanted = (self.channels, self.sample_size, self.sample_size)
-        if tuple(x_BCHW.shape[1:]) != wanted:
-            raise ValueError(f"this model takes samples of {wanted}, not {tuple(x_BCHW.shape[1:])}")
-        if tau_B.dtype in (torch.bfloat16, torch.float16):
-            raise ValueError(f"tau in {tau_B.dtype} would merge time steps; give it in float32")
-        if (labels_B is None) != (self.y_embedder is None):
-            given = "no labels" if labels_B is None else "labels"
-            raise ValueError(f"a model with num_classes {self.num_classes} was given {given}")
+        if tuple(x_BCHW.shape[1:]) != self.facts.shape:
+            wanted, given = self.facts.shape, tuple(x_BCHW.shape[1:])
+            raise ValueError(f"this model takes samples of {wanted}, not {given}")
+        if time_B.dtype in (torch.bfloat16, torch.float16):
+            raise ValueError(f"time in {time_B.dtype} would merge steps; give it in float32")
+        for name, value in (("label", label), ("vector", vector)):
+            if (value is None) == (name in self.facts.conditions):
+                told = "needs the condition" if value is None else "does not take the condition"
+                raise ValueError(f"this model {told} {name!r}")
 
         # The weights' dtype, not the buffers': DeepSpeed's bf16 leaves those in fp32.
         dtype = self.x_embedder.get_parameter("proj.weight").dtype
-        c_BD = self.t_embedder(tau_B, dtype)
+        c_BD = self.t_embedder(time_B, dtype)
         if self.y_embedder is not None:
-            c_BD = c_BD + self.y_embedder(labels_B)
+            c_BD = c_BD + self.y_embedder(label)
+        if self.vector_embedder is not None:
+            assert vector is not None
+            c_BD = c_BD + self.vector_embedder(vector.to(dtype))
         c_BD = F.silu(c_BD)
         x_BTD = self.x_embedder(x_BCHW.to(dtype))
         if self.config.residual == "fp32":
@@ -280,11 +287,9 @@ class DiT(nn.Module):
 
 def build(
     config: Config,
+    facts: Facts,
+    num_outputs: int,
     *,
-    channels: int,
-    sample_size: int,
-    num_classes: int,
-    learned_variance: bool,
     seed: int = 0,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.bfloat16,
@@ -292,25 +297,18 @@ def build(
 ) -> DiT:
     """An initialised DiT in fp32 on `device`; the same `seed` gives the same weights everywhere.
 
-    dtype: what the products will be computed in, for which the attention is chosen.
-    backends: for the ops of `KERNELS`, between the products, the backend of their fused kernels;
-    None: plain torch, which computes the same. num_classes 0: unconditional. On the `meta` device
-    nothing is allocated (to count parameters).
-    Raises ValueError where the sample is not a whole number of patches or the products asked for
-    cannot run on `device`, and
+    facts: of square images, with the conditions of `TAKES` that the network will be told.
+    num_outputs: channels of the output. dtype: what the products will be computed in, for which
+    the attention is chosen. backends: for the ops of `KERNELS`, between the products, the backend
+    of their fused kernels; None: plain torch, which computes the same. On the `meta` device nothing
+    is allocated (to count parameters).
+    Raises ValueError where the sample is not square or not a whole number of patches or the products
+    asked for cannot run on `device`, and
     speed_kernels.contract.BackendError where the attention asked for cannot run.
     """
-    patch = config.resolved().patch_size
-    if sample_size < patch or sample_size % patch != 0:
-        raise ValueError(
-            f"model.patch_size {patch} does not divide the sample size {sample_size}:"
-            " choose another model.size or model.patch_size"
-        )
-    if channels < 1 or num_classes < 0:
-        raise ValueError(f"channels {channels} must be > 0 and num_classes {num_classes} >= 0")
-    facts = (config, channels, sample_size, num_classes, learned_variance)
+    _check(config, facts)
     with torch.device("meta"):  # no memory, no default initialisation
-        model = DiT(*facts, torch.device(device), dtype, Glue(backends))
+        model = DiT(config, facts, num_outputs, torch.device(device), dtype, Glue(backends))
     if torch.device(device).type != "meta":
         model.to_empty(device=device)
         model.initialise(seed)
@@ -321,26 +319,44 @@ def build(
     return model
 
 
-def macs_per_sample(
-    config: Config, *, channels: int, sample_size: int, num_classes: int, learned_variance: bool
-) -> int:
+def _check(config: Config, facts: Facts) -> None:
+    """Refuse samples that are no square of whole patches. Raises ValueError."""
+    if len(facts.shape) != 3 or facts.shape[1] != facts.shape[2]:
+        size = "x".join(map(str, facts.shape[1:]))
+        raise ValueError(
+            f"model.kind=dit takes square images, and the data are {size}; encode them square, or "
+            "choose another model"
+        )
+    patch, size = config.resolved().patch_size, facts.shape[1]
+    if size < patch or size % patch != 0:
+        raise ValueError(
+            f"model.patch_size {patch} does not divide the sample size {size}:"
+            " choose another model.size or model.patch_size"
+        )
+
+
+def macs_per_sample(config: Config, facts: Facts, num_outputs: int) -> int:
     """Multiply-adds of one forward pass of one sample: all matrix products, attention included.
 
     Two FLOP each; a training step is about three forward passes. The paper's "Gflops" are these.
     """
-    del num_classes  # looking up a label multiplies nothing
+    _check(config, facts)
     hidden, depth, _, patch = config.resolved()
-    tokens, pixels = (sample_size // patch) ** 2, patch**2 * channels
+    channels, size, _ = facts.shape
+    tokens, pixels = (size // patch) ** 2, patch**2 * channels
     branches = 4 * hidden + 2 * int(hidden * config.mlp_ratio) + 2 * tokens
-    embedders = 2 * NUM_FREQUENCIES + hidden + tokens * pixels
-    last = 2 * hidden + tokens * pixels * (1 + learned_variance)
+    # Looking up a label multiplies nothing.
+    vector = facts.conditions.get("vector")
+    width = 0 if vector is None else vector.arrays["vector"].shape[0]
+    embedders = 2 * NUM_FREQUENCIES + hidden + width + tokens * pixels
+    last = 2 * hidden + tokens * patch**2 * num_outputs
     return hidden * (embedders + depth * (tokens * branches + 6 * hidden) + last)
 
 
 def activation_bytes_per_sample(
     config: Config,
+    facts: Facts,
     *,
-    sample_size: int,
     precision: Literal["fp32", "bf16", "autocast"] = "bf16",
     fused: bool = True,
 ) -> int:
@@ -364,4 +380,4 @@ def activation_bytes_per_sample(
     if config.recompute == "full":
         kept = (stream + product) * depth + block
     last = stream + (2 if fused else 3) * product
-    return int((kept + last) * (sample_size // patch) ** 2 * hidden)
+    return int((kept + last) * (facts.shape[1] // patch) ** 2 * hidden)

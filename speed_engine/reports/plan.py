@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import yaml
 
+from speed_engine.conditions import label
 from speed_engine.config import RunConfig
-from speed_engine.kinds import find as kind_module
+from speed_engine.data import Facts
+from speed_engine.data.space import Space
+from speed_engine.kinds import find
 from speed_engine.training.assembly import (
     build_model,
     build_source,
     build_table,
     macs_per_sample,
-    model_facts,
+    told,
 )
 
 # What the plan assumes while the data do not exist yet: latents of a 256x256 image, 1000 classes.
-ASSUMED_SHAPE, ASSUMED_CLASSES = (4, 32, 32), 1000
+ASSUMED = Facts(
+    (4, 32, 32),
+    Space("latents", (0.18215,) * 4, (0.0,) * 4),
+    {"label": label.described(1000)},
+)
+DIGITS = Facts((1, 8, 8), Space.pixels(1), {"label": label.described(10)})
 GIB = 2**30
 
 
@@ -32,22 +39,28 @@ def state_bytes(parameters: int, zero: int, precision: str, world: int) -> float
 
 def run(config: RunConfig) -> int:
     """Print the plan. Raises ValueError for a configuration that cannot run."""
-    shape, num_classes, source = _data(config)
-    model = build_model(config, shape, num_classes, "meta")
+    data, source = _data(config)
+    config, conditions, facts = told(config, data)
+    model = build_model(config, facts, "meta")
     # The fixed position embedding is a tensor of the public checkpoints, and counted there.
     parameters = sum(t.numel() for t in model.state_dict().values())
-    macs = macs_per_sample(config, shape, num_classes)
+    macs = macs_per_sample(config, facts)
     table = build_table(config)
     print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False).rstrip())
     print()
-    print(
-        f"data            {source}: {num_classes} classes, samples of {'x'.join(map(str, shape))}"
-    )
+    print(f"data            {source}: {facts.space.kind} of {'x'.join(map(str, facts.shape))}")
+    for name, condition in conditions.items():
+        values = f"{condition.facts.num_values} values" if condition.facts.num_values else ""
+        arrays = [
+            f"{key} {each.dtype} {list(each.shape)}" for key, each in condition.facts.arrays.items()
+        ]
+        dropped = f"dropped at {getattr(config.conditions[name], 'dropout', 0):g}"
+        print(f"condition       {name}: {', '.join(filter(None, [values, *arrays, dropped]))}")
     print(f"parameters      {parameters:,} ({parameters / 1e6:.0f} M)")
-    print(f"forward pass    {macs / 1e9:.1f} GMAC = {2 * macs / 1e9:.0f} GFLOP a sample")
+    print(f"forward pass    {macs / 1e9:.3g} GMAC = {2 * macs / 1e9:.3g} GFLOP a sample")
     batch, steps = config.train.global_batch, config.train.steps
     print(f"training        {steps:,} steps of {batch}: {6.0 * macs * batch * steps:.2e} FLOP")
-    _print_memory(config, model_facts(config, shape, num_classes), parameters)
+    _print_memory(config, facts, parameters)
     expected = float((table.density * table.weight).sum())
     print(
         f"time steps      {config.timesteps.kind} on {config.schedule.kind}, {table.num_rows} rows; "
@@ -58,20 +71,21 @@ def run(config: RunConfig) -> int:
     return 0
 
 
-def _data(config: RunConfig) -> tuple[tuple[int, int, int], int, str]:
-    """(shape, classes, where that comes from). Data that are not there yet are assumed, and said so."""
+def _data(config: RunConfig) -> tuple[Facts, str]:
+    """(the data, where that comes from). Data that are not there yet are assumed, and said so."""
     path = getattr(config.data, "path", None)
     if path is not None and Path(path).exists():
-        source = build_source(config)
-        return source.shape, source.num_classes, str(path)
-    if getattr(config.data, "kind", "") == "digits":
-        return (1, 8, 8), 10, "digits"
-    return ASSUMED_SHAPE, ASSUMED_CLASSES, f"assumed, for {path} does not exist"
+        return build_source(config).facts, str(path)
+    if path is None:  # an outside source that needs no folder
+        return build_source(config).facts, config.data.kind
+    if config.data.kind == "digits":
+        return DIGITS, "digits"
+    return ASSUMED, f"assumed, for {path} does not exist"
 
 
-def _print_memory(config: RunConfig, facts: dict[str, Any], parameters: int) -> None:
+def _print_memory(config: RunConfig, facts: Facts, parameters: int) -> None:
     """One line for each ZeRO stage, on 1, 8 and 64 processes."""
-    module = kind_module("model", config.model.kind)
+    module = find("model", config.model.kind)
     precision = getattr(config.engine, "precision", "fp32")
     print(
         f"memory          weights, gradients, optimizer and EMA on a process, {precision} (estimate):"
@@ -83,9 +97,7 @@ def _print_memory(config: RunConfig, facts: dict[str, Any], parameters: int) -> 
             f"                   {zero} {sizes[0]:8.2f} GiB {sizes[1]:8.2f} GiB {sizes[2]:9.2f} GiB"
         )
     if hasattr(module, "activation_bytes_per_sample"):
-        each = module.activation_bytes_per_sample(
-            config.model, sample_size=facts["sample_size"], precision=precision
-        )
+        each = module.activation_bytes_per_sample(config.model, facts, precision=precision)
         micro = config.train.micro_batch or config.train.global_batch
         print(
             f"                activations: {each / 2**20:.1f} MiB a sample, {micro * each / GIB:.1f} GiB "

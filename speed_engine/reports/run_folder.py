@@ -6,15 +6,17 @@ import sys
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
+from speed_engine.conditions import Condition
 from speed_engine.config import ConfigError, RunConfig, build
+from speed_engine.data import Facts
 from speed_engine.step_table import StepTable
 from speed_engine.training import checkpoint
-from speed_engine.training.assembly import build_table
+from speed_engine.training.assembly import build_table, told
+from speed_engine.training.manifest import upgraded
 from speed_engine.weights import file as weights_file
 
 
@@ -24,15 +26,10 @@ class Run:
 
     folder: Path
     config: RunConfig
-    data: dict[str, Any]
+    facts: Facts  # what the network was told of the data
+    conditions: dict[str, Condition]
     step: int
     checkpoint: Path
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of a sample."""
-        channels, height, width = self.data["shape"]
-        return channels, height, width
 
     def model(self, weights: str = "ema") -> nn.Module:
         """The network with the weights `ema` or `model`, on the host, in evaluation mode."""
@@ -58,10 +55,12 @@ def open_run(folder: Path, trusted: Collection[str] = ()) -> Run:
             f"{folder} holds no checkpoint; train first, or check --run"
         )
     try:
-        config = build(found.manifest["config"], trusted)
+        manifest = upgraded(found.manifest)
+        config = build(manifest["config"], trusted)
+        config, conditions, facts = told(config, Facts.from_json(manifest["data"]))
     except ConfigError as error:
         raise ConfigError(f"the run {folder}: {error}") from error
-    return Run(folder, config, found.manifest["data"], found.step, found.folder)
+    return Run(folder, config, facts, conditions, found.step, found.folder)
 
 
 def device_of(name: str) -> torch.device:

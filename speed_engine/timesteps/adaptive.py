@@ -21,6 +21,7 @@ mean over the last batch.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -91,24 +92,28 @@ class Lesson:
     """What is measured before an update and compared after it."""
 
     x0: Tensor
-    labels: Tensor | None
+    conditions: Mapping[str, Tensor]
     row_B: Tensor
     selected_S: Tensor  # rows
-    sample: tuple[Tensor, Tensor | None] | None  # what a sweep looks at, where one is due
+    sample: tuple[Tensor, dict[str, Tensor]] | None  # what a sweep looks at, where one is due
     error_SB: Tensor = field(default_factory=lambda: torch.zeros(()))
     sweep_R: Tensor = field(default_factory=lambda: torch.zeros(()))
 
 
-def _first_sample(x0: Tensor, labels: Tensor | None, reach: Reach) -> tuple[Tensor, Tensor | None]:
-    """The first sample of rank 0's batch, on every rank: (x0 [1, ...], label [1] or None)."""
+def _first_sample(
+    x0: Tensor, conditions: Mapping[str, Tensor], reach: Reach
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The first sample of rank 0's batch, on every rank: (x0 [1, ...], its conditions [1, ...])."""
     share = 1.0 if reach.rank == 0 else 0.0
-    packed = x0[:1].double().flatten() * share
-    if labels is not None:
-        packed = torch.cat([packed, labels[:1].double() * share])
+    firsts = [x0[:1], *(value[:1] for value in conditions.values())]
+    packed = torch.cat([first.double().flatten() for first in firsts]) * share
     if reach.all_reduce is not None:
         reach.all_reduce(packed)
-    image = packed[: x0[0].numel()].view_as(x0[:1]).to(x0.dtype)
-    return image, None if labels is None else packed[-1:].round().to(labels.dtype)
+    pieces = packed.split([first.numel() for first in firsts])
+    image, *values = (  # float64 holds every integer below 2^53
+        piece.view_as(first).to(first.dtype) for piece, first in zip(pieces, firsts, strict=True)
+    )
+    return image, dict(zip(conditions, values, strict=True))
 
 
 class Sampler(Policy):
@@ -160,14 +165,16 @@ class Sampler(Policy):
         self,
         step: int,
         x0: Tensor,
-        labels: Tensor | None,
+        conditions: Mapping[str, Tensor],
         row_B: Tensor,
         evaluate: Evaluate,
         reach: Reach,
     ) -> None:
         selected_S = self.swept_R[self.selection.best]
-        sample = _first_sample(x0, labels, reach) if step % self.config.sweep_every == 0 else None
-        lesson = Lesson(x0, labels, row_B, selected_S, sample)
+        sample = (
+            _first_sample(x0, conditions, reach) if step % self.config.sweep_every == 0 else None
+        )
+        lesson = Lesson(x0, conditions, row_B, selected_S, sample)
         lesson.error_SB = self._selected(lesson, evaluate, reach)
         lesson.sweep_R = self._sweep(lesson, evaluate, reach)
         self.lesson = lesson
@@ -205,7 +212,7 @@ class Sampler(Policy):
         errors = [
             evaluate(
                 lesson.x0,
-                lesson.labels,
+                lesson.conditions,
                 lesson.selected_S[index].expand(batch).contiguous(),
                 reach.rank * MAX_SLOTS + index * batch,
             )
@@ -218,16 +225,18 @@ class Sampler(Policy):
         bits_R = torch.zeros(self.swept_R.numel(), dtype=torch.float64, device=self.swept_R.device)
         if lesson.sample is None:
             return bits_R
-        image, label = lesson.sample
+        image, conditions = lesson.sample
         batch, num_swept = lesson.x0.shape[0], self.swept_R.numel()
         # Every rank runs the network equally often on full batches: its share is filled up.
         share = -(-num_swept // (reach.num_ranks * batch)) * batch
         place_N = torch.arange(share, device=bits_R.device) * reach.num_ranks + reach.rank
         row_N = self.swept_R[place_N.clamp(max=num_swept - 1)]
         images = image.expand(batch, *image.shape[1:])
-        labels = None if label is None else label.expand(batch)
+        conditions = {
+            name: value.expand(batch, *value.shape[1:]) for name, value in conditions.items()
+        }
         errors = [
-            evaluate(images, labels, rows, index * batch + reach.rank * share)
+            evaluate(images, conditions, rows, index * batch + reach.rank * share)
             for index, rows in enumerate(row_N.split(batch))
         ]
         mine_N = place_N < num_swept

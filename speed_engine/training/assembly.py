@@ -1,28 +1,113 @@
-"""From a configuration to the parts of a run, and the manifest that records what was decided."""
+"""From a configuration to the parts of a run. The loop, the benchmarks and the tests all come through here."""
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
-import json
-import platform
-from pathlib import Path
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from speed_kernels.attention.op import BACKENDS
-from speed_kernels.contract import BackendError, Choice, choose
+from speed_kernels.contract import Choice, choose
+from torch import nn
 
+from speed_engine import kinds
+from speed_engine.conditions import Condition
 from speed_engine.config import RunConfig
-from speed_engine.data.loader import Feed
+from speed_engine.data import Facts, Source
+from speed_engine.data.loader import Loader
 from speed_engine.distributed import Processes
-from speed_engine.kinds import find as kind_module
+from speed_engine.engines import Engine
+from speed_engine.models import refuse_unknown_conditions
 from speed_engine.step_table import StepTable, build_step_table
+from speed_engine.timesteps.online.policy import Reach
+from speed_engine.training.attention import agree_on_attention
+from speed_engine.training.metrics import Meter
+from speed_engine.training.step import DiffusionStep
 
 OPS = ("noise", "loss", "adamw_ema")  # of every training step
-AS_BEFORE = "as before the interruption: "
-# What may differ between a run and its continuation; everything else changes the result.
-FREE_TO_CHANGE = {"name", "run_dir", "log", "checkpoint", "kernels"}
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Everything of a run but its engine. Nothing is written yet.
+
+    config: with the conditions' settings filled in. facts: what the network is told of the data.
+    """
+
+    config: RunConfig
+    processes: Processes
+    source: Source
+    facts: Facts
+    conditions: dict[str, Condition]
+    choices: list[Choice]
+    model: nn.Module
+    table: StepTable
+    loader: Loader
+
+    @property
+    def backends(self) -> dict[str, str]:
+        """Op -> backend."""
+        return {choice.op: choice.backend for choice in self.choices}
+
+
+def build(config: RunConfig, processes: Processes, source: Source | None = None) -> Parts:
+    """The parts of the run. Collective. Raises ValueError: one sentence for a user's mistake.
+
+    source: instead of the one that `config.data` names.
+    """
+    micro_batch, _ = split_batch(config, processes.world)
+    choices = choose_kernels(config, processes.device)
+    backends = {choice.op: choice.backend for choice in choices}
+    source = build_source(config) if source is None else source
+    config, conditions, facts = told(config, source.facts)
+    model = build_model(config, facts, processes.device, backends)
+    agree_on_attention(model, processes)
+    loader = Loader(
+        source,
+        conditions,
+        config.seed,
+        config.train.global_batch,
+        micro_batch,
+        config.train.flip,
+        processes,
+        backends["noise"],
+    )
+    table = build_table(config).to(processes.device)
+    return Parts(config, processes, source, facts, conditions, choices, model, table, loader)
+
+
+def open_engine(parts: Parts) -> Engine:
+    """The engine around the model. Collective."""
+    config = parts.config
+    micro_batch, accumulation = split_batch(config, parts.processes.world)
+    return kinds.find("engine", config.engine.kind).open_engine(
+        config.engine,
+        parts.model,
+        config.optim,
+        parts.processes,
+        micro_batch=micro_batch,
+        accumulation=accumulation,
+        backend=parts.backends["adamw_ema"],
+    )
+
+
+def open_step(parts: Parts, engine: Engine) -> DiffusionStep:
+    """The training step, its table started; a CUDA graph still has to be asked for (`captured`)."""
+    config, processes = parts.config, parts.processes
+    parts.table.start(config.train.global_batch, parts.facts.shape)
+    return DiffusionStep(
+        config,
+        parts.table,
+        engine,
+        parts.backends,
+        Reach(processes.rank, processes.world, processes.all_reduce()),
+        split_batch(config, processes.world)[1],
+        Meter(processes.device, parts.table.num_rows),
+        getattr(parts.model, "passes", None),
+    )
+
+
+# ---------------------------------------------------------------------------------------------- one part each
 
 
 def split_batch(config: RunConfig, world: int) -> tuple[int, int]:
@@ -47,9 +132,46 @@ def split_batch(config: RunConfig, world: int) -> tuple[int, int]:
     return micro, share // micro
 
 
-def build_source(config: RunConfig) -> Any:
-    """The data. Raises ValueError (DataError) naming the file and the cure."""
-    return kind_module("data", config.data.kind).build(config.data)
+def build_source(config: RunConfig) -> Source:
+    """The data. Raises ValueError (DataError) naming the file and the cure, or the missing part of the contract."""
+    source = kinds.find("data", config.data.kind).build(config.data)
+    parts = ("facts", "fingerprint", "__len__", "read", "decode")
+    lacking = [name for name in parts if not hasattr(source, name)]
+    if not lacking and not isinstance(source.facts, Facts):
+        lacking = ["facts of the type speed_engine.data.Facts"]
+    if lacking:
+        raise ValueError(
+            f"data.kind={config.data.kind}: what its build returns has no {lacking[0]}; "
+            "speed_engine/data/__init__.py says what a Source offers"
+        )
+    return source
+
+
+def told(config: RunConfig, data: Facts) -> tuple[RunConfig, dict[str, Condition], Facts]:
+    """What the network is told of the data: (config with every condition's settings, conditions by name, facts).
+
+    A condition of the data that the configuration does not name gets its kind's defaults; `null` leaves it out. Raises
+    ValueError where configuration, data and model contradict each other.
+    """
+    for name in config.conditions:
+        if name not in data.conditions:
+            there = ", ".join(data.conditions) or "none"
+            raise ValueError(
+                f"conditions.{name}: the data hold no such condition (they hold: {there}); remove the key, or encode "
+                "the data with it"
+            )
+    settings = {
+        name: config.conditions.get(name, kinds.config_of("conditions", facts.kind))
+        for name, facts in data.conditions.items()
+    }
+    conditions: dict[str, Condition] = {
+        name: kinds.find("conditions", section.kind).build(section, name, data.conditions[name])
+        for name, section in settings.items()
+        if section is not None
+    }
+    facts = data.with_conditions({name: each.facts for name, each in conditions.items()})
+    refuse_unknown_conditions(kinds.find("model", config.model.kind), facts, config.model.kind)
+    return config.model_copy(update={"conditions": settings}), conditions, facts
 
 
 def build_table(config: RunConfig) -> StepTable:
@@ -59,190 +181,45 @@ def build_table(config: RunConfig) -> StepTable:
     )
 
 
-def model_facts(config: RunConfig, shape: tuple[int, int, int], num_classes: int) -> dict[str, Any]:
-    """What a model is told of the data. Raises ValueError for images that are not square."""
-    channels, height, width = shape
-    if height != width:
-        raise ValueError(f"data: images of {height}x{width} are not square; encode them square")
-    return {
-        "channels": channels,
-        "sample_size": height,
-        "num_classes": num_classes,
-        "learned_variance": config.learned_variance,
-    }
-
-
 def choose_kernels(config: RunConfig, device: torch.device) -> list[Choice]:
     """The backend of every op of a training step, the network's own ops included.
 
     Raises speed_kernels.contract.BackendError where one that was asked for cannot run.
     """
-    ops = OPS + getattr(kind_module("model", config.model.kind), "KERNELS", ())
+    ops = OPS + getattr(kinds.find("model", config.model.kind), "KERNELS", ())
     kernels = config.kernels
     return [choose(op, device, kernels.backend, kernels.strict) for op in ops]
 
 
+def num_outputs(config: RunConfig, facts: Facts) -> int:
+    """Channels of the network's output: those of a sample, twice with a learned variance."""
+    return facts.shape[0] * (1 + config.learned_variance)
+
+
 def build_model(
     config: RunConfig,
-    shape: tuple[int, int, int],
-    num_classes: int,
+    facts: Facts,
     device: torch.device | str = "cpu",
-    backends: dict[str, str] | None = None,
+    backends: Mapping[str, str] | None = None,
 ) -> Any:
     """The freshly initialised network; on the device `meta` it takes no memory.
 
-    backends: op -> backend for the network's fused kernels; None: plain torch.
+    facts: as `told` gives them. backends: op -> backend for the network's fused kernels; None:
+    plain torch.
     """
-    module = kind_module("model", config.model.kind)
-    facts = model_facts(config, shape, num_classes)
     precision = getattr(config.engine, "precision", "fp32")
-    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
-    options = {"seed": config.seed, "device": device, "dtype": dtype, "backends": backends}
-    return module.build(config.model, **facts, **options)
-
-
-def agree_on_attention(model: Any, processes: Processes) -> None:
-    """All processes use what the first one measured to be fastest. Collective."""
-    choice: Choice | None = getattr(model, "attention_choice", None)
-    if choice is None:  # a network without attention
-        return
-    words = list(BACKENDS)
-    mine = float(words.index(choice.backend)) if processes.first else 0.0
-    word = words[int(processes.sum(torch.tensor(mine, dtype=torch.float64)).item())]
-    if word != choice.backend:
-        model.attend_by(word)
-
-
-def keep_attention(
-    model: Any, processes: Processes, before: dict[str, Any], now: dict[str, Any]
-) -> str | None:
-    """Attend as before the interruption: a second measurement may prefer another kernel, with other last bits.
-
-    before, now: the manifests of the checkpoint and of this run. Another device, or a kernel that was asked for by
-    name, changes nothing. Collective. Returns one sentence where the earlier kernel cannot run any more.
-    """
-    earlier: dict[str, Any] | None = before.get("attention")
-    chosen: Choice | None = getattr(model, "attention_choice", None)
-    if earlier is None or chosen is None or chosen.backend == earlier["backend"]:
-        return None
-    if now["config"]["model"]["attention"] != "auto" or before.get("device") != now["device"]:
-        return None
-    word, why_not = earlier["backend"], None
-    try:
-        model.attend_by(word)
-    except BackendError as error:
-        why_not = str(error)
-    if processes.any(why_not is not None):
-        model.attend_by(chosen.backend)
-        model.attention_choice = chosen
-        return (
-            f"attention was computed by {word} before, and is by {chosen.backend} from here on: "
-            f"{why_not or 'another process cannot'}"
-        )
-    reason = AS_BEFORE + earlier["reason"].removeprefix(AS_BEFORE)
-    model.attention_choice = dataclasses.replace(model.attention_choice, reason=reason)
-    return None
-
-
-def build_feed(
-    config: RunConfig, source: Any, model: Any, processes: Processes, backend: str
-) -> Feed:
-    """The batches of this process. `backend` of the op `noise`, whose words flip and drop labels."""
-    train = config.train
-    micro_batch, _ = split_batch(config, processes.world)
-    return Feed(
-        source,
-        config.seed,
-        train.global_batch,
-        micro_batch,
-        model.null_label,
-        config.model.label_dropout,
-        train.flip,
-        processes,
-        backend,
+    return kinds.find("model", config.model.kind).build(
+        config.model,
+        facts,
+        num_outputs(config, facts),
+        seed=config.seed,
+        device=device,
+        dtype=torch.float32 if precision == "fp32" else torch.bfloat16,
+        backends=backends,
     )
 
 
-def open_engine(config: RunConfig, model: Any, processes: Processes, backend: str) -> Any:
-    """The engine around `model`. `backend` of the op `adamw_ema`. Collective."""
-    micro_batch, accumulation = split_batch(config, processes.world)
-    return kind_module("engine", config.engine.kind).open_engine(
-        config.engine,
-        model,
-        config.optim,
-        processes,
-        micro_batch=micro_batch,
-        accumulation=accumulation,
-        backend=backend,
-    )
-
-
-def macs_per_sample(config: RunConfig, shape: tuple[int, int, int], num_classes: int) -> int:
+def macs_per_sample(config: RunConfig, facts: Facts) -> int:
     """Multiply-adds of one forward pass of one sample."""
-    module = kind_module("model", config.model.kind)
-    return module.macs_per_sample(config.model, **model_facts(config, shape, num_classes))
-
-
-def describe(
-    config: RunConfig,
-    processes: Processes,
-    source: Any,
-    model: Any,
-    choices: list[Choice],
-    engine_facts: dict[str, Any],
-) -> dict[str, Any]:
-    """The run's manifest: everything that was decided, JSON-able."""
-    if processes.device.type == "cuda":
-        device = torch.cuda.get_device_name(processes.device)
-    else:
-        device = f"{platform.machine()} CPU"
-    return {
-        "config": config.model_dump(mode="json"),
-        "data": {
-            "shape": list(source.shape),
-            "num_classes": source.num_classes,
-            "num_samples": len(source),
-            "fingerprint": source.fingerprint,
-            "space": source.kind,
-            "scale": source.index.scale,
-            "shift": source.index.shift,
-        },
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "kernels": [dataclasses.asdict(choice) for choice in choices],
-        "attention": attention_facts(model),
-        "processes": processes.world,
-        "device": device,
-        "threads": torch.get_num_threads(),
-        "versions": {"torch": torch.__version__, "python": platform.python_version()},
-        **engine_facts,
-    }
-
-
-def attention_facts(model: Any) -> dict[str, Any] | None:
-    """Which implementation of attention runs and why; None for a network without attention."""
-    choice: Choice | None = getattr(model, "attention_choice", None)
-    return None if choice is None else dataclasses.asdict(choice)
-
-
-def run_folder(config: RunConfig, fingerprint: str, world: int) -> Path:
-    """Where the run writes: `run_dir`, or runs/NAME-HASH with the hash of what a resume compares."""
-    if config.run_dir is not None:
-        return Path(config.run_dir)
-    decided = {
-        "config": config.model_dump(mode="json"),
-        "data": {"fingerprint": fingerprint},
-        "processes": world,
-    }
-    text = json.dumps(comparable(decided), sort_keys=True)
-    return Path("runs") / f"{config.name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
-
-
-def comparable(manifest: dict[str, Any]) -> dict[str, Any]:
-    """The part of a manifest that must be equal for a resume to continue the same run."""
-    config = {k: v for k, v in manifest["config"].items() if k not in FREE_TO_CHANGE}
-    config["train"] = {k: v for k, v in config["train"].items() if k != "steps"}
-    config["data"] = manifest["data"]["fingerprint"]  # wherever the files are now
-    result = {"config": config}
-    if manifest["config"]["engine"]["kind"] == "deepspeed":  # ZeRO's shards fit one world size
-        result["processes"] = manifest["processes"]
-    return result
+    module = kinds.find("model", config.model.kind)
+    return module.macs_per_sample(config.model, facts, num_outputs(config, facts))

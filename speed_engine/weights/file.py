@@ -28,6 +28,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from speed_engine.atomic_files import atomic
+from speed_engine.data import Facts
 from speed_engine.models import dit
 
 METADATA_KEY = "speed_engine"
@@ -39,10 +40,11 @@ NOT_LEARNED = {"attention", "residual", "recompute", "products"}
 def describe(model: nn.Module) -> dict[str, Any]:
     """What `build` needs to make this model again, ready for JSON."""
     config: Any = model.config
-    keys = ("channels", "sample_size", "num_classes", "learned_variance")
+    facts: Any = model.facts
     return {
         "config": config.model_dump(mode="json", exclude=NOT_LEARNED),
-        **{key: getattr(model, key) for key in keys},
+        "facts": facts.to_json(),
+        "num_outputs": model.num_outputs,
     }
 
 
@@ -58,8 +60,9 @@ def rebuild(description: Mapping[str, Any], source: str, device: torch.device | 
                 f"{source} asks for a model {kind!r}, which speed-engine does not have"
             )
         module = importlib.import_module(f"speed_engine.models.{kind}")
-        arguments = {key: value for key, value in description.items() if key != "config"}
-        return module.build(module.Config(**description["config"]), device=device, **arguments)
+        config = module.Config(**description["config"])
+        facts = Facts.from_json(description["facts"])
+        return module.build(config, facts, description["num_outputs"], device=device)
     except (KeyError, TypeError, ValidationError) as error:
         raise ValueError(
             f"{source} has a description of its model that does not fit: {error}"

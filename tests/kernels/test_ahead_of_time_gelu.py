@@ -35,17 +35,15 @@ def forward(arch: int, dtype: str, width: int = 4608, bias: bool = True) -> Repo
     )
 
 
-def backward(
-    arch: int, dtype: str, width: int = 4608, bias: bool = True, keep_y: bool = False
-) -> Report:
+def backward(arch: int, dtype: str, width: int = 4608, bias: bool = True) -> Report:
     rows, columns = triton_gpu.tile_shape(triton_gpu.BACKWARD_TILE, width)
-    names = ("d_y_ptr", "x_ptr", "bias_ptr", "d_x_ptr", "y_ptr")
+    names = ("d_y_ptr", "x_ptr", "bias_ptr", "d_x_ptr")
     pointers = dict.fromkeys(names, f"*{dtype}") | {"partial_ptr": "*fp32"}
     numbers = dict.fromkeys(("num_rows", "num_columns", "num_blocks", "num_tiles"), "i32")
     return report(
         triton_gpu.backward_kernel,
         pointers | numbers,
-        {"BIAS": bias, "KEEP_Y": keep_y, "ROWS": rows, "COLUMNS": columns},
+        {"BIAS": bias, "ROWS": rows, "COLUMNS": columns},
         arch,
         triton_gpu.NUM_WARPS,
         divisible=() if width % 16 else ("num_columns",),
@@ -80,20 +78,19 @@ def test_forward_kernel(arch: int, dtype: str) -> None:
 
 
 @every_case
-@pytest.mark.parametrize("keep_y", [False, True])
-def test_backward_kernel(arch: int, dtype: str, keep_y: bool) -> None:
-    found = backward(arch, dtype, keep_y=keep_y)
+def test_backward_kernel(arch: int, dtype: str) -> None:
+    found = backward(arch, dtype)
     assert found.spills == found.stack_bytes == 0
     assert found.registers <= 72
     num = accesses(triton_gpu.BACKWARD_TILE, dtype)
     assert found.loads == ({128: 2 * num + 1} if dtype == "fp32" else {64: 1, 128: 2 * num})
     # The column sums are one more store.
-    assert found.stores == {128: (1 + keep_y) * num + 1}
+    assert found.stores == {128: num + 1}
 
 
 @pytest.mark.parametrize("width", [16, 33, 513, 4607])
 def test_other_widths(width: int) -> None:
-    for found in (forward(90, "bf16", width), backward(90, "bf16", width, keep_y=True)):
+    for found in (forward(90, "bf16", width), backward(90, "bf16", width)):
         assert found.spills == found.stack_bytes == 0
         assert found.registers <= 168
         assert width % 16 or found.load_bits == found.store_bits == 128

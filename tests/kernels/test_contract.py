@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import inspect
 import subprocess
 import sys
@@ -75,6 +76,15 @@ def test_backends_are_bound_to_their_device() -> None:
         choose("noise", "cuda", "cpp")
     with pytest.raises(BackendError, match="Triton kernels run on CUDA devices, not on cpu"):
         choose("noise", "cpu", "triton")
+
+
+def test_a_machine_without_triton_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before any file that imports it is loaded: macOS and Windows have none."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(contract, "implementation", lambda op, backend: pytest.fail("was loaded"))
+    for op in OPS:
+        if "triton" in contract.backends(op):
+            assert contract.unavailable(op, "triton", "cuda") == "triton is not installed"
 
 
 def test_unknown_backend_names_those_that_exist() -> None:

@@ -16,7 +16,7 @@ import torch
 from speed_kernels.loss import cpp_cpu, reference
 from speed_kernels.loss.op import diffusion_loss, loss_op, sample_inputs
 from speed_kernels.noise.op import noise
-from speed_kernels.noise.reference import epsilon
+from speed_kernels.table import epsilon
 from torch import Tensor
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
@@ -123,7 +123,7 @@ class Problem:
         self.row_B = torch.tensor([rows[b % len(rows)] for b in range(shape[0])])
         self.address = torch.tensor([12, 40])
         self.learned = learned
-        self.eps = epsilon(self.x0, self.address, SEED)
+        self.eps = epsilon(self.x0.shape, self.address, SEED)
         f = self.eps.float() + spread * torch.randn(shape, generator=generator)
         v = torch.randn(shape, generator=generator)
         self.out = torch.cat((f, v), 1) if learned else f
@@ -300,7 +300,7 @@ def test_samples_of_many_tiles(
 ) -> None:
     if INTERPRETING:
         shape = shape if math.prod(shape) < 20000 else (1, 1, 3, 1025)
-        monkeypatch.setattr("speed_kernels.noise.triton_gpu.tiles_per_program", lambda *_: 2)
+        monkeypatch.setattr("speed_kernels.launch.tiles_per_program", lambda *_: 2)
     problem = Problem(shape=shape, rows=(700, 0))
     total, losses, grad = problem.run(backend, device)
     expected_total, expected, expected_grad = problem.published()

@@ -6,6 +6,8 @@ from speed_kernels import philox
 from torch import nn
 
 from speed_engine import StepTable, diffusion_loss
+from speed_engine.data import Batch
+from speed_engine.diffusion_step import losses
 
 BETAS = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
 ALPHAS_CUMPROD = (1 - BETAS).cumprod(0)
@@ -52,27 +54,74 @@ def test_the_gradient_reaches_the_network():
     assert scale.grad.item() == pytest.approx((higher - lower).item() / 0.002, rel=2e-2)
 
 
-def test_labels_outputs_and_places():
+def test_conditions_outputs_and_places():
     table = StepTable.from_alphas_cumprod(ALPHAS_CUMPROD, timesteps="uniform")
 
     class Output:
         def __init__(self, sample):
             self.sample = sample
 
-    def model(x_t, tau_B, labels, scale):
-        assert labels.shape == tau_B.shape
+    def model(x_t, time_B, labels, scale):
+        assert labels.shape == time_B.shape
         return Output(scale * x_t)
 
-    options = {"step": 1, "seed": 2, "model_kwargs": {"scale": 0.1}}
-    x0, labels = x0_of(6), torch.arange(6)
-    whole = diffusion_loss(model, x0, table, labels=labels, **options)
+    def told(a, b):
+        return {"labels": torch.arange(6)[a:b], "scale": 0.1}
+
+    options = {"step": 1, "seed": 2}
+    x0 = x0_of(6)
+    whole = diffusion_loss(model, x0, table, conditions=told(0, 6), **options)
     halves = [
         diffusion_loss(
-            model, x0[a:b], table, labels=labels[a:b], first_slot=a, num_slots=6, **options
+            model, x0[a:b], table, conditions=told(a, b), first_slot=a, num_slots=6, **options
         )
         for a, b in ((0, 3), (3, 6))
     ]
     torch.testing.assert_close((halves[0] + halves[1]) / 2, whole)
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ({"first_slot": 3}, "given first_slot without num_slots"),
+        ({"num_slots": 12}, "given num_slots without first_slot"),
+        ({"first_slot": 8, "num_slots": 12}, "no place for 6 samples"),
+        ({"first_slot": -1, "num_slots": 12}, "no place for 6 samples"),
+    ],
+)
+def test_half_a_place_in_the_batch_is_refused(place, message):
+    table = StepTable.from_alphas_cumprod(ALPHAS_CUMPROD)
+    with pytest.raises(ValueError, match=message):
+        diffusion_loss(lambda x_t, time_B: x_t, x0_of(6), table, step=0, seed=0, **place)
+
+
+def test_a_tuple_is_its_first_and_nothing_else_is_guessed():
+    table = StepTable.from_alphas_cumprod(ALPHAS_CUMPROD)
+    options = {"step": 0, "seed": 0}
+    plain = diffusion_loss(lambda x_t, time_B: 0.5 * x_t, x0_of(), table, **options)
+    tupled = diffusion_loss(lambda x_t, time_B: (0.5 * x_t,), x0_of(), table, **options)
+    assert torch.equal(plain, tupled)
+    with pytest.raises(ValueError, match="returned a dict"):
+        diffusion_loss(lambda x_t, time_B: {"out": x_t}, x0_of(), table, **options)
+
+
+def test_several_passes_share_the_loss():
+    table = StepTable.from_alphas_cumprod(ALPHAS_CUMPROD)
+    batch = Batch(x0_of(), {}, torch.tensor([0, 0]))
+
+    def network(x_t, time_B, scale):
+        return scale * x_t
+
+    def once(scale):
+        passes = [(1.0, {"scale": scale})]
+        return losses(table, network, batch, seed=0, num_slots=6, passes=passes)
+
+    passes = [(0.75, {"scale": torch.tensor(0.5)}), (0.25, {"scale": torch.tensor(0.1)})]
+    both = losses(table, network, batch, seed=0, num_slots=6, passes=passes)
+    one, other = once(torch.tensor(0.5)), once(torch.tensor(0.1))
+    torch.testing.assert_close(both.total, 0.75 * one.total + 0.25 * other.total)
+    torch.testing.assert_close(both.each_3B, 0.75 * one.each_3B + 0.25 * other.each_3B)
+    assert torch.equal(both.row_B, one.row_B)
 
 
 def test_adaptive_methods_learn_in_a_foreign_loop():

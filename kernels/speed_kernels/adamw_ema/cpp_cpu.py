@@ -16,8 +16,7 @@ from torch import Tensor
 
 from speed_kernels import build
 from speed_kernels.adamw_ema import layout
-
-GRAD_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+from speed_kernels.cpp import DTYPE_NUMBERS, address
 
 
 def unavailable() -> str | None:
@@ -39,15 +38,11 @@ def _library() -> ctypes.CDLL:
 
 
 def _grad_type(grads: Sequence[Tensor]) -> int:
-    if grads[0].dtype not in GRAD_TYPES:
+    if grads[0].dtype not in DTYPE_NUMBERS:
         raise ValueError(
             f"the C++ kernel takes no {grads[0].dtype} gradient; use backend reference"
         )
-    return GRAD_TYPES[grads[0].dtype]
-
-
-def _address(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
+    return DTYPE_NUMBERS[grads[0].dtype]
 
 
 def grad_square_sum(grads: Sequence[Tensor]) -> Tensor:
@@ -73,10 +68,10 @@ def prepare(
     hyper = hyper.contiguous()
     _library().adamw_ema_prepare(
         step.data_ptr(),
-        _address(skipped),
+        address(skipped),
         hyper.data_ptr(),
-        _address(square_sum),
-        _address(grad_scale),
+        address(square_sum),
+        address(grad_scale),
         scalars.data_ptr(),
     )
     return scalars

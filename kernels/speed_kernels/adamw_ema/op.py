@@ -23,7 +23,6 @@ from speed_kernels import contract
 from speed_kernels.adamw_ema import layout
 
 NAME = "adamw_ema"
-GRAD_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @torch.library.custom_op("speed_kernels::grad_square_sum", mutates_args=())
@@ -147,7 +146,7 @@ def _check(
     """Refuse what the kernels cannot address. dtypes None: a gradient's."""
     if len(tensors) != len(like):
         raise ValueError(f"{name} has {len(tensors)} tensors for {len(like)} parameters")
-    allowed = {*GRAD_DTYPES, torch.float64} if dtypes is None else dtypes
+    allowed = {*contract.DTYPES, torch.float64} if dtypes is None else dtypes
     for index, (tensor, model) in enumerate(zip(tensors, like, strict=True)):
         if not tensor.is_contiguous():
             raise ValueError(f"{name}[{index}] is not contiguous; call .contiguous() on it first")

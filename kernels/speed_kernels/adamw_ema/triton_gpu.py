@@ -6,24 +6,21 @@ device as a table; inside a CUDA graph, which would keep the table of the captur
 
 # N elements of a flat buffer, P partial sums, L tensors of a list.
 
+# Triton's language is not Python: a jit function's constants and launch options are no parameters that pyright knows.
+# pyright: reportArgumentType=false, reportCallIssue=false
+
 from __future__ import annotations
 
-import importlib.util
 import itertools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
+from speed_kernels import launch
 from speed_kernels.adamw_ema import layout
-
-# macOS and Windows have no triton: `unavailable` says so, and no kernel is ever launched.
-HAS_TRITON = importlib.util.find_spec("triton") is not None
-if TYPE_CHECKING or HAS_TRITON:
-    import triton
-    import triton.language as tl
-jit: Any = triton.jit if HAS_TRITON else lambda function: function
 
 BLOCK = 1024  # elements per program: 8 per thread, two 128-bit loads of float32
 NUM_WARPS = 4
@@ -32,16 +29,10 @@ MAX_PARTIALS = 2048  # programs of the sum of squares on any device: the order o
 
 def unavailable() -> str | None:
     """Why this backend cannot run here, or None."""
-    if not HAS_TRITON:
-        return "triton is not installed"
-    if not torch.cuda.is_available():
-        return "there is no CUDA device"
-    if torch.cuda.get_device_capability() < (8, 0):
-        return "the Triton kernels need compute capability 8.0 (A100) or newer"
-    return None
+    return launch.unavailable()
 
 
-@jit
+@triton.jit
 def _update(
     p_ptr,
     g_ptr,
@@ -77,7 +68,7 @@ def _update(
         tl.store(copy_ptr + i, p.to(tl.bfloat16), mask=mask)
 
 
-@jit
+@triton.jit
 def update_kernel(
     p_ptr,
     g_ptr,
@@ -101,7 +92,7 @@ def update_kernel(
     )
 
 
-@jit
+@triton.jit
 def _address(table_ptr, type_ptr, ALIGNED: tl.constexpr):
     """The address at `table_ptr`, as a pointer of the type of `type_ptr`."""
     address = tl.load(table_ptr).to(type_ptr.dtype)
@@ -110,7 +101,7 @@ def _address(table_ptr, type_ptr, ALIGNED: tl.constexpr):
     return address
 
 
-@jit
+@triton.jit
 def update_list_kernel(
     table_ptr,
     float_ptr,
@@ -157,7 +148,7 @@ def update_list_kernel(
         )
 
 
-@jit
+@triton.jit
 def square_kernel(g_ptr, partial_ptr, N, BLOCK: tl.constexpr):
     """partial[program] = sum of squares of every num_programs-th block, in float64."""
     lanes = tl.arange(0, BLOCK)
@@ -171,7 +162,7 @@ def square_kernel(g_ptr, partial_ptr, N, BLOCK: tl.constexpr):
     tl.store(partial_ptr + tl.program_id(0), tl.sum(total.to(tl.float64), axis=0))
 
 
-@jit
+@triton.jit
 def square_total_kernel(partial_ptr, total_ptr, P, BLOCK: tl.constexpr):
     """total = sum of all partial sums, by one program, in a fixed order."""
     lanes = tl.arange(0, BLOCK)
@@ -181,14 +172,14 @@ def square_total_kernel(partial_ptr, total_ptr, P, BLOCK: tl.constexpr):
     tl.store(total_ptr, tl.sum(total, axis=0).to(tl.float32))
 
 
-@jit
+@triton.jit
 def _ema_weight(kind, value, t):
     warmup = tl.maximum(value, 9.0 / (9.0 + t))
     power = 1.0 - tl.exp((value + 1.0) * tl.log(tl.maximum(1.0 - 1.0 / t, 1e-300)))
     return tl.where(kind == 1.0, warmup, tl.where(kind == 2.0, power, value))
 
 
-@jit
+@triton.jit
 def prepare_kernel(
     step_ptr,
     skipped_ptr,

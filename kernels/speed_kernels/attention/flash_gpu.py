@@ -16,9 +16,10 @@ from collections.abc import Iterator
 from functools import partial
 
 import torch
+from torch.nn import attention
+
 from speed_kernels.attention.interface import Backend, Case, no_gpu, unfit
 from speed_kernels.attention.sdpa import attend_flash
-from torch.nn import attention
 
 TORCHS_OWN = "FA2"
 # Name in torch -> (the module that torch imports, where it comes from).

@@ -9,8 +9,9 @@ import warnings
 from collections.abc import Callable
 
 import torch
-from speed_kernels.attention.interface import Case, reference
 from torch import Tensor
+
+from speed_kernels.attention.interface import Case, reference
 
 WARM_UP, REPEATS = 5, 10
 # Work before each run, so that the host is ahead of the GPU when the clock starts and what is timed is the kernels; it

@@ -14,10 +14,11 @@ import functools
 from collections.abc import Callable, Mapping
 
 import torch
+from torch import Tensor
+
 from speed_kernels.attention import flash_gpu, measure, sdpa, xformers_gpu
 from speed_kernels.attention.interface import Backend, Case, dtype_name, reference
 from speed_kernels.contract import BackendError, Choice
-from torch import Tensor
 
 __all__ = ["BACKENDS", "choose_attention", "decide", "implementation", "reference"]
 

@@ -16,9 +16,10 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from speed_kernels.attention.interface import HALF, Backend, Case, no_gpu, unfit
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from speed_kernels.attention.interface import HALF, Backend, Case, no_gpu, unfit
 
 # Older versions read past the end where a tile of tokens is not full.
 CUDNN_FOR_ANY_LENGTH = 91501

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import importlib.util
 
-from speed_kernels.attention.interface import Backend, Case, no_gpu
 from torch import Tensor
+
+from speed_kernels.attention.interface import Backend, Case, no_gpu
 
 
 def unavailable() -> str | None:

@@ -7,9 +7,10 @@ import functools
 from typing import Any
 
 import torch
-from speed_kernels import build
-from speed_kernels.noise.cpp_cpu import DTYPE_NUMBERS
 from torch import Tensor
+
+from speed_kernels import build
+from speed_kernels.cpp import DTYPE_NUMBERS, address
 
 
 def unavailable() -> str | None:
@@ -24,13 +25,9 @@ def library_functions(isa: str | None = None) -> tuple[Any, Any]:
     pointer, word, count = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
     forward, backward = library.speed_bias_gelu, library.speed_bias_gelu_backward
     forward.argtypes = [*[pointer] * 3, word, count, count]
-    backward.argtypes = [*[pointer] * 6, word, count, count]
+    backward.argtypes = [*[pointer] * 5, word, count, count]
     forward.restype = backward.restype = None
     return forward, backward
-
-
-def _address(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
 
 
 def bias_gelu(x: Tensor, bias_D: Tensor | None) -> Tensor:
@@ -42,7 +39,7 @@ def bias_gelu(x: Tensor, bias_D: Tensor | None) -> Tensor:
         num_columns = x.shape[-1]
         library_functions()[0](
             x.data_ptr(),
-            _address(bias_D),
+            address(bias_D),
             y.data_ptr(),
             DTYPE_NUMBERS[x.dtype],
             x.numel() // num_columns,
@@ -51,30 +48,22 @@ def bias_gelu(x: Tensor, bias_D: Tensor | None) -> Tensor:
     return y
 
 
-def bias_gelu_backward(
-    d_y: Tensor,
-    x: Tensor,
-    bias_D: Tensor | None,
-    keep_y: bool,
-    overwrite: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def bias_gelu_backward(d_y: Tensor, x: Tensor, bias_D: Tensor | None) -> tuple[Tensor, Tensor]:
     """See `speed_kernels.bias_gelu.reference`. The result does not depend on the number of threads."""
     d_y, x = d_y.contiguous(), x.contiguous()
     bias_D = None if bias_D is None else bias_D.contiguous()
-    d_x = d_y if overwrite else torch.empty(x.shape, dtype=x.dtype)
-    y = torch.empty(x.shape if keep_y else (0,), dtype=x.dtype)
+    d_x = torch.empty(x.shape, dtype=x.dtype)
     d_bias_D = torch.zeros(0 if bias_D is None else x.shape[-1], dtype=x.dtype)
     if x.numel() > 0:
         num_columns = x.shape[-1]
         library_functions()[1](
             d_y.data_ptr(),
             x.data_ptr(),
-            _address(bias_D),
+            address(bias_D),
             d_x.data_ptr(),
-            _address(y if keep_y else None),
-            _address(None if bias_D is None else d_bias_D),
+            address(None if bias_D is None else d_bias_D),
             DTYPE_NUMBERS[x.dtype],
             x.numel() // num_columns,
             num_columns,
         )
-    return d_x, d_bias_D, y
+    return d_x, d_bias_D

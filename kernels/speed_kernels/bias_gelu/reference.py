@@ -22,14 +22,8 @@ def bias_gelu(x: Tensor, bias_D: Tensor | None) -> Tensor:
     return (u * torch.sigmoid(_argument(u))).to(x.dtype).contiguous()
 
 
-def bias_gelu_backward(
-    d_y: Tensor,
-    x: Tensor,
-    bias_D: Tensor | None,
-    keep_y: bool,
-    overwrite: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(d_x, d_bias, y); d_bias is empty without a bias, y unless `keep_y`. `overwrite` allows d_x in d_y's memory."""
+def bias_gelu_backward(d_y: Tensor, x: Tensor, bias_D: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(d_x, d_bias); d_bias is empty without a bias."""
     u = _biased(x, bias_D)
     q = _argument(u)
     s, product = torch.sigmoid(q), torch.sigmoid(q) * torch.sigmoid(-q)
@@ -37,8 +31,7 @@ def bias_gelu_backward(
     # Where the product is zero the other factors may be infinite: theirs is zero.
     d_x = d_y.double() * (s + torch.where(product == 0.0, 0.0, bend))
     d_bias_D = d_x.unsqueeze(0).flatten(0, -2).sum(0) if bias_D is not None else d_x.new_empty(0)
-    y = u * s if keep_y else u.new_empty(0)
-    return d_x.to(x.dtype).contiguous(), d_bias_D.to(x.dtype), y.to(x.dtype).contiguous()
+    return d_x.to(x.dtype).contiguous(), d_bias_D.to(x.dtype)
 
 
 def _biased(x: Tensor, bias_D: Tensor | None) -> Tensor:

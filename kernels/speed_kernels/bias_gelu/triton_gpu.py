@@ -19,8 +19,9 @@ import math
 import torch
 import triton
 import triton.language as tl
-from speed_kernels.noise import triton_gpu as noise_gpu
 from torch import Tensor
+
+from speed_kernels import launch
 
 FORWARD_TILE, BACKWARD_TILE = (
     2048,
@@ -46,7 +47,7 @@ BOUND = tl.constexpr(10.0)
 
 def unavailable() -> str | None:
     """Why Triton kernels cannot run here, or None."""
-    return noise_gpu.unavailable()
+    return launch.unavailable()
 
 
 @triton.jit
@@ -98,14 +99,12 @@ def backward_kernel(
     x_ptr,
     bias_ptr,
     d_x_ptr,
-    y_ptr,
     partial_ptr,
     num_rows,
     num_columns,
     num_blocks,
     num_tiles,
     BIAS: tl.constexpr,
-    KEEP_Y: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
@@ -132,9 +131,6 @@ def backward_kernel(
         bend_RC = v_RC * (TWICE_K + TWICE_3KC * (v_RC * v_RC)) * (e_RC * s_RC)
         d_x_RC = d_y_RC * (s_RC + s_RC * bend_RC)
         store_tile(d_x_ptr + start, offset_RC, d_x_RC, mask_RC)
-        if KEEP_Y:
-            y_RC = u_RC * tl.where(u_RC < -BOUND, 0.0, s_RC)
-            store_tile(y_ptr + start, offset_RC, y_RC, mask_RC)
         if BIAS:
             sum_RC += d_x_RC  # outside the mask d_y is zero
     if BIAS:
@@ -196,20 +192,13 @@ def bias_gelu(x: Tensor, bias_D: Tensor | None) -> Tensor:
     return y
 
 
-def bias_gelu_backward(
-    d_y: Tensor,
-    x: Tensor,
-    bias_D: Tensor | None,
-    keep_y: bool,
-    overwrite: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def bias_gelu_backward(d_y: Tensor, x: Tensor, bias_D: Tensor | None) -> tuple[Tensor, Tensor]:
     """See `speed_kernels.bias_gelu.reference`. One launch, and a small one if there is a bias."""
     d_y, x = d_y.contiguous(), x.contiguous()
-    d_x = d_y if overwrite else torch.empty_like(x)
-    y = torch.empty_like(x) if keep_y else x.new_empty(0)
+    d_x = torch.empty_like(x)
     d_bias_D = x.new_empty(0) if bias_D is None else x.new_zeros(x.shape[-1])
     if x.numel() == 0:
-        return d_x, d_bias_D, y
+        return d_x, d_bias_D
     num_columns = x.shape[-1]
     num_rows = x.numel() // num_columns
     rows, columns = tile_shape(BACKWARD_TILE, num_columns)
@@ -227,14 +216,12 @@ def bias_gelu_backward(
             x,
             bias_D.contiguous() if has_bias else x,
             d_x,
-            y,
             partial,
             num_rows,
             num_columns,
             num_blocks,
             num_tiles,
             BIAS=has_bias,
-            KEEP_Y=keep_y,
             ROWS=rows,
             COLUMNS=columns,
             num_warps=NUM_WARPS,
@@ -249,4 +236,4 @@ def bias_gelu_backward(
                 COLUMNS=SUM_COLUMNS,
                 num_warps=NUM_WARPS,
             )
-    return d_x, d_bias_D, y
+    return d_x, d_bias_D

@@ -11,9 +11,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from speed_kernels import build
-from speed_kernels.noise.cpp_cpu import DTYPE_NUMBERS
 from torch import Tensor
+
+from speed_kernels import build
+from speed_kernels.cpp import DTYPE_NUMBERS, address
 
 
 def unavailable() -> str | None:
@@ -40,10 +41,6 @@ def library_functions(isa: str | None = None) -> tuple[Callable[..., Any], Calla
 def rows_of(tensor_BD: Tensor) -> Tensor:
     """The tensor, or a copy of it if the elements of a row are not neighbours."""
     return tensor_BD if tensor_BD.stride(1) == 1 else tensor_BD.contiguous()
-
-
-def address(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
 
 
 def forward(

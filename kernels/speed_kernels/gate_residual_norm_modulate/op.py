@@ -29,8 +29,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from speed_kernels import contract
 from torch import Tensor
+
+from speed_kernels import contract
 
 NAME = "gate_residual_norm_modulate"
 _STREAM = (torch.float32, torch.bfloat16)

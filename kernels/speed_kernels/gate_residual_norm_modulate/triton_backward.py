@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+
 from speed_kernels.gate_residual_norm_modulate.triton_rows import (
     channels,
     load_piece,

@@ -18,11 +18,12 @@ from typing import Any
 
 import torch
 import triton
+from torch import Tensor
+
+from speed_kernels import launch
 from speed_kernels.gate_residual_norm_modulate.triton_backward import backward_kernel, finish_kernel
 from speed_kernels.gate_residual_norm_modulate.triton_forward import forward_kernel
 from speed_kernels.gate_residual_norm_modulate.triton_rows import pieces
-from speed_kernels.noise import triton_gpu as noise_gpu
-from torch import Tensor
 
 NUM_WARPS = 8
 NUM_STAGES = 3  # rows in work, and two more sets of rows on their way
@@ -34,7 +35,7 @@ FINISH = {"LINES": 8, "WIDTH": 128, "BIAS_LINES": 64, "BIAS_WIDTH": 32}
 
 def unavailable() -> str | None:
     """Why Triton kernels cannot run here, or None."""
-    return noise_gpu.unavailable()
+    return launch.unavailable()
 
 
 def vector(*sizes: int) -> int:

@@ -27,10 +27,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from speed_kernels import contract
 from torch import Tensor
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # float64 as well on the reference
+from speed_kernels import contract
 
 
 def group_norm_silu(
@@ -162,12 +161,7 @@ def _check(
         raise ValueError(
             f"x_BCHW has the shape {tuple(x_BCHW.shape)}; it must be [B, C, H, W], so unsqueeze or flatten it"
         )
-    if x_BCHW.dtype not in DTYPES and not (
-        x_BCHW.dtype == torch.float64 and backend == "reference"
-    ):
-        raise ValueError(
-            f"x_BCHW is {x_BCHW.dtype}, which backend {backend} cannot take; cast it to float32, bfloat16 or float16"
-        )
+    contract.check_dtype("x_BCHW", x_BCHW.dtype, backend)
     num_channels = x_BCHW.shape[1]
     if num_groups < 1 or num_channels % num_groups != 0:
         raise ValueError(
@@ -204,7 +198,7 @@ def sample_inputs(
     for index, (shape, num_groups) in enumerate(cases):
         x_BCHW = 2.0 * torch.randn(shape, generator=generator) + 1.0
         weight_C, bias_C = 1.0 + 0.5 * torch.randn(2, shape[1], generator=generator)
-        for dtype in DTYPES if index == 0 else DTYPES[index % 3 : index % 3 + 1]:
+        for dtype in contract.DTYPES if index == 0 else contract.DTYPES[index % 3 : index % 3 + 1]:
             x = x_BCHW.to(device, dtype)
             if index % 2:
                 x = x.contiguous(memory_format=torch.channels_last)

@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 import triton
-from speed_kernels.group_norm_silu import triton_kernels
-from speed_kernels.noise import triton_gpu as noise_gpu
 from torch import Tensor
+
+from speed_kernels import launch
+from speed_kernels.group_norm_silu import triton_kernels
 
 TILE = 1024  # elements that a program handles at a time: 8 per thread
 MIN_COLUMNS, MAX_COLUMNS = 32, 512
@@ -31,7 +32,7 @@ SUM_PARTS, SUM_COLUMNS = 128, 16  # tile of the sum over the batch
 
 def unavailable() -> str | None:
     """Why Triton kernels cannot run here, or None."""
-    return noise_gpu.unavailable()
+    return launch.unavailable()
 
 
 def tile_columns(num_channels: int) -> int:

@@ -8,9 +8,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from speed_kernels import build
-from speed_kernels.noise.cpp_cpu import DTYPE_NUMBERS
 from torch import Tensor
+
+from speed_kernels import build
+from speed_kernels.cpp import DTYPE_NUMBERS
 
 
 def unavailable() -> str | None:

@@ -30,10 +30,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from speed_kernels import contract
-from speed_kernels.noise.op import check_table
-from speed_kernels.noise.op import sample_inputs as noise_inputs
 from torch import Tensor
+
+from speed_kernels import contract, table
 
 
 def diffusion_loss(
@@ -176,13 +175,8 @@ def _check(
     ticket: Tensor | None,
     backend: str,
 ) -> None:
-    check_table(rows_T8, address_2, x0, seed, backend)
-    if out.dtype not in (torch.float32, torch.bfloat16, torch.float16) and not (
-        out.dtype == torch.float64 and backend == "reference"
-    ):
-        raise ValueError(
-            f"out is {out.dtype}, which the {backend} backend cannot take; cast it to float32, bfloat16 or float16"
-        )
+    table.check_table(rows_T8, address_2, x0, seed, backend)
+    contract.check_dtype("out", out.dtype, backend)
     if learned_variance and x0.dim() < 2:
         raise ValueError(
             "a learned variance needs a channel dimension; give x0 the shape [B, C, ...]"
@@ -195,10 +189,7 @@ def _check(
             f"out has the shape {tuple(out.shape)} but x0 {tuple(x0.shape)} and learned_variance={learned_variance} "
             f"ask for {tuple(expected)}; correct the network's output channels"
         )
-    if row_B.shape != (x0.shape[0],) or row_B.dtype != torch.int64:
-        raise ValueError(
-            f"row_B is {row_B.dtype} {tuple(row_B.shape)}; it must be int64 [{x0.shape[0]}], as the noise op returns it"
-        )
+    table.check_rows(row_B, x0)
     if ticket is not None and (
         ticket.shape != (1,) or ticket.dtype != torch.int32 or ticket.device != x0.device
     ):
@@ -206,9 +197,8 @@ def _check(
             f"ticket is {ticket.dtype} {tuple(ticket.shape)} on {ticket.device}; it must be a zero int32 [1] on "
             f"{x0.device}, or None"
         )
-    for name, tensor in (("out", out), ("row_B", row_B)):
-        if tensor.device != x0.device:
-            raise ValueError(f"{name} is on {tensor.device} but x0 on {x0.device}; move it there")
+    if out.device != x0.device:
+        raise ValueError(f"out is on {out.device} but x0 on {x0.device}; move it there")
 
 
 def sample_inputs(
@@ -216,7 +206,7 @@ def sample_inputs(
 ) -> Iterator[tuple[Any, ...]]:
     """Small argument tuples of the op that cover shapes, dtypes and options; for opcheck and for tests."""
     generator = torch.Generator().manual_seed(1)
-    for index, (x0, _, rows_T8, _, address_2, seed, *_) in enumerate(noise_inputs()):
+    for index, (x0, _, rows_T8, _, address_2, seed, *_) in enumerate(table.samples()):
         learned = x0.dim() > 1 and index % 3 != 2
         shape = list(x0.shape)
         if learned:
@@ -225,9 +215,9 @@ def sample_inputs(
         row_B = torch.randint(0, rows_T8.shape[0], (x0.shape[0],), generator=generator)
         row_B[:1] = 0  # the likelihood
         rows_T8 = rows_T8.clone()
-        rows_T8[:, 5] -= 8.0  # LOGVAR_MIN
-        rows_T8[:, 6] -= 7.0  # LOGVAR_MAX
-        rows_T8[:, 7] *= 0.02  # MEAN_GAP
+        rows_T8[:, table.LOGVAR_MIN] -= 8.0
+        rows_T8[:, table.LOGVAR_MAX] -= 7.0
+        rows_T8[:, table.MEAN_GAP] *= 0.02
         tensors = (out, x0, row_B, rows_T8, address_2)
         yield (
             *(tensor.to(device) for tensor in tensors),

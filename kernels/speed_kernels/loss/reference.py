@@ -8,8 +8,9 @@ from __future__ import annotations
 import math
 
 import torch
-from speed_kernels.noise.reference import column, epsilon
 from torch import Tensor
+
+from speed_kernels.table import NUM_COLUMNS, column, epsilon
 
 _LN2 = math.log(2.0)
 
@@ -34,8 +35,9 @@ def loss(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `speed_kernels.loss.op`."""
     f, v = (out.double().chunk(2, dim=1)) if learned_variance else (out.double(), None)
-    eps, x0 = epsilon(x0, address_2, seed), x0.double()
-    _, _, c_B, d_B, w_B, min_B, max_B, gap_B = (column(rows_T8, row_B, i, x0) for i in range(8))
+    eps, x0 = epsilon(x0.shape, address_2, seed), x0.double()
+    columns = (column(rows_T8, row_B, index, x0) for index in range(NUM_COLUMNS))
+    _, _, c_B, d_B, w_B, min_B, max_B, gap_B = columns
     num_elements = max(x0[:1].numel(), 1)
 
     error = f - (c_B * x0 + d_B * eps)

@@ -17,23 +17,27 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from speed_kernels import philox
-from speed_kernels.noise import triton_gpu as noise_gpu
-from speed_kernels.noise.triton_philox import normals_tile
 from torch import Tensor
+
+from speed_kernels import launch, table
+from speed_kernels.triton_philox import normals_tile
 
 TILE = 1024
 ROW_0_TILE = tl.constexpr(512)
 NUM_WARPS = 4
 LAST_TILE = 512  # partial sums that the last program adds at a time, of
 LAST_SAMPLES = 64  # at most so many samples
+NUM_COLUMNS = tl.constexpr(table.NUM_COLUMNS)
+C, D, W = (tl.constexpr(index) for index in (table.C, table.D, table.W))
+LOGVAR_MIN, LOGVAR_MAX = tl.constexpr(table.LOGVAR_MIN), tl.constexpr(table.LOGVAR_MAX)
+MEAN_GAP = tl.constexpr(table.MEAN_GAP)
 BITS_PER_NAT = tl.constexpr(1.4426950408889634)
 BINS = tl.constexpr(255.0)
 
 
 def unavailable() -> str | None:
     """Why Triton kernels cannot run here, or None."""
-    return noise_gpu.unavailable()
+    return launch.unavailable()
 
 
 @triton.jit
@@ -192,7 +196,7 @@ def finish(
         mask_S = b_S < batch
         row_S = tl.load(row_ptr + b_S, mask_S, 0)
         valid_S = (row_S >= 0) & (row_S < num_rows)
-        weight_S = tl.load(rows_ptr + row_S * 8 + 4, valid_S, float("nan"))
+        weight_S = tl.load(rows_ptr + row_S * NUM_COLUMNS + W, valid_S, float("nan"))
         mse_S = sum_of_chunks(partial_ptr, b_S, batch, num_chunks, CHUNKS, SAMPLES)
         mse_S = mse_S * inverse_elements
         vb_S = tl.zeros([SAMPLES], tl.float32)
@@ -252,15 +256,15 @@ def loss_kernel(
     row = tl.load(row_ptr + b)
     # A row that the table does not have gives losses and gradients that are not a number.
     valid = (row >= 0) & (row < num_rows)
-    columns_ptr = rows_ptr + row * 8
-    target_x0 = tl.load(columns_ptr + 2, mask=valid, other=float("nan"))
-    target_eps = tl.load(columns_ptr + 3, mask=valid, other=float("nan"))
-    weight = tl.load(columns_ptr + 4, mask=valid, other=float("nan"))
+    columns_ptr = rows_ptr + row * NUM_COLUMNS
+    target_x0 = tl.load(columns_ptr + C, mask=valid, other=float("nan"))
+    target_eps = tl.load(columns_ptr + D, mask=valid, other=float("nan"))
+    weight = tl.load(columns_ptr + W, mask=valid, other=float("nan"))
     mse_gradient = 2.0 * grad_scale * inverse_elements * weight
     if LEARNED:
-        log_var_min = tl.load(columns_ptr + 5, mask=valid, other=float("nan"))
-        spread = tl.load(columns_ptr + 6, mask=valid, other=float("nan")) - log_var_min
-        mean_gap = tl.load(columns_ptr + 7, mask=valid, other=float("nan"))
+        log_var_min = tl.load(columns_ptr + LOGVAR_MIN, mask=valid, other=float("nan"))
+        spread = tl.load(columns_ptr + LOGVAR_MAX, mask=valid, other=float("nan")) - log_var_min
+        mean_gap = tl.load(columns_ptr + MEAN_GAP, mask=valid, other=float("nan"))
         vb_gradient = grad_scale * vb_scale * inverse_elements * BITS_PER_NAT * 0.5 * spread
         if WEIGHT_VB:
             vb_gradient = vb_gradient * weight
@@ -331,13 +335,12 @@ def loss(
         )
     total = torch.empty((), dtype=torch.float32, device=device)
     num_elements = x0.numel() // batch
-    num_tiles = noise_gpu.tiles_per_program(batch, num_elements, device)
+    num_tiles = launch.tiles_per_program(batch, num_elements, TILE, device)
     num_chunks = triton.cdiv(num_elements, num_tiles * TILE)
     partial = torch.empty(2 * num_chunks * batch, dtype=torch.float32, device=device)
     if ticket is None:
         ticket = torch.zeros(1, dtype=torch.int32, device=device)
     samples = min(LAST_SAMPLES, triton.next_power_of_2(batch))
-    key0, key1 = philox.key_of(seed)
     with torch.cuda.device_of(x0):
         loss_kernel[(batch * num_chunks,)](
             out,
@@ -352,8 +355,7 @@ def loss(
             losses_3B,
             num_elements,
             rows_T8.shape[0],
-            noise_gpu.signed_word(key0),
-            noise_gpu.signed_word(key1),
+            *launch.signed_key(seed),
             batch,
             num_chunks,
             num_tiles,
@@ -363,8 +365,8 @@ def loss(
             LEARNED=learned_variance,
             WEIGHT_VB=weight_vb,
             TILE=TILE,
-            RUN=noise_gpu.run_length(out, x0),
-            WIDE=num_elements >= 2**31 - 8 * TILE,
+            RUN=launch.run_length(out, x0),
+            WIDE=launch.is_wide(num_elements, TILE),
             CHUNKS=LAST_TILE // samples,
             SAMPLES=samples,
             num_warps=NUM_WARPS,

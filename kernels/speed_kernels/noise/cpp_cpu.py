@@ -8,11 +8,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from speed_kernels import build, philox
 from torch import Tensor
 
-# The numbers of csrc/elements.h.
-DTYPE_NUMBERS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+from speed_kernels import build, philox
+from speed_kernels.cpp import DTYPE_NUMBERS
 
 
 def unavailable() -> str | None:

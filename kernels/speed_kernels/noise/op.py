@@ -21,10 +21,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from speed_kernels import contract, philox
 from torch import Tensor
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # float64 as well on the reference
+from speed_kernels import contract, table
 
 
 def noise(
@@ -119,28 +118,6 @@ def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ..
 noise_op.register_autograd(_backward, setup_context=_setup_context)
 
 
-def check_table(rows_T8: Tensor, address_2: Tensor, x0: Tensor, seed: int, backend: str) -> None:
-    """Refuse tensors and seeds that the kernels cannot take. Raises ValueError."""
-    if x0.dim() < 1:
-        raise ValueError("x0 has no batch dimension; give it the shape [batch, ...]")
-    if x0.dtype not in DTYPES and not (x0.dtype == torch.float64 and backend == "reference"):
-        raise ValueError(
-            f"x0 is {x0.dtype}, which the {backend} backend cannot take; cast it to float32, bfloat16 or float16"
-        )
-    if rows_T8.dim() != 2 or rows_T8.shape[1] != 8 or rows_T8.dtype != torch.float32:
-        raise ValueError(
-            f"rows_T8 is {rows_T8.dtype} {tuple(rows_T8.shape)}; it must be float32 [T, 8]"
-        )
-    if address_2.shape != (2,) or address_2.dtype != torch.int64:
-        raise ValueError(
-            f"address_2 is {address_2.dtype} {tuple(address_2.shape)}; it must be int64 [2]: (step, first slot)"
-        )
-    for name, tensor in (("rows_T8", rows_T8), ("address_2", address_2)):
-        if tensor.device != x0.device:
-            raise ValueError(f"{name} is on {tensor.device} but x0 on {x0.device}; move it there")
-    philox.key_of(seed)
-
-
 def _check(
     x0: Tensor,
     cdf_T: Tensor,
@@ -152,7 +129,7 @@ def _check(
     dtype: torch.dtype,
     backend: str,
 ) -> None:
-    check_table(rows_T8, address_2, x0, seed, backend)
+    table.check_table(rows_T8, address_2, x0, seed, backend)
     num_rows = rows_T8.shape[0]
     for name, tensor, expected in (("cdf_T", cdf_T, torch.int64), ("tau_T", tau_T, torch.float32)):
         if tensor.shape != (num_rows,) or tensor.dtype != expected or tensor.device != x0.device:
@@ -164,7 +141,7 @@ def _check(
         raise ValueError(
             f"num_slots={num_slots} is outside 1 .. 2**31 - 1; give the size of the global batch"
         )
-    if dtype not in DTYPES and not (dtype == torch.float64 and backend == "reference"):
+    if not contract.takes(dtype, backend):
         raise ValueError(
             f"dtype={dtype} cannot be written by the {backend} backend; choose float32, bfloat16 or float16"
         )
@@ -174,26 +151,5 @@ def sample_inputs(
     device: torch.device | str = "cpu", backend: str = "reference"
 ) -> Iterator[tuple[Any, ...]]:
     """Small argument tuples of the op that cover shapes, dtypes and options; for opcheck and for tests."""
-    generator = torch.Generator().manual_seed(0)
-    shapes = ((3, 4, 8, 8), (5, 3, 7, 3), (2, 1), (4,), (0, 4, 2, 2))
-    dtypes = ((torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16))
-    dtypes += ((torch.float32, torch.bfloat16), (torch.float16, torch.float32))
-    for index, shape in enumerate(shapes):
-        num_rows = (7, 1000, 1, 33, 20)[index]
-        density = torch.rand(num_rows, generator=generator, dtype=torch.float64) + 0.1
-        cdf_T = (density.cumsum(0) / density.sum() * 2**32).round().long()
-        cdf_T[-1] = 2**32
-        rows_T8 = torch.rand(num_rows, 8, generator=generator)
-        tau_T = torch.arange(num_rows, dtype=torch.float32)
-        x0 = torch.randn(shape, generator=generator)
-        address_2 = torch.tensor([11 + index, 6 * index])
-        for x0_dtype, dtype in dtypes if index == 0 else dtypes[index % 4 : index % 4 + 1]:
-            tensors = (x0.to(x0_dtype), cdf_T, rows_T8, tau_T, address_2)
-            yield (
-                *(tensor.to(device) for tensor in tensors),
-                2**40 + 17,
-                32,
-                index % 2 == 0,
-                dtype,
-                backend,
-            )
+    for args in table.samples():
+        yield (*(arg.to(device) if isinstance(arg, Tensor) else arg for arg in args), backend)

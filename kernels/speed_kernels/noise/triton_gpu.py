@@ -16,24 +16,22 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from speed_kernels import philox
-from speed_kernels.noise.triton_philox import normals_tile, philox4x32
 from torch import Tensor
+
+from speed_kernels import launch, philox, table
+from speed_kernels.triton_philox import normals_tile, philox4x32
 
 TILE = 1024  # elements that a program handles at a time
 NUM_WARPS = 4
 STREAM_T = tl.constexpr(philox.STREAM_T)
 TWO_32 = tl.constexpr(2**32)
+NUM_COLUMNS = tl.constexpr(table.NUM_COLUMNS)
+A, B = tl.constexpr(table.A), tl.constexpr(table.B)
 
 
 def unavailable() -> str | None:
     """Why Triton kernels cannot run here, or None."""
-    if not torch.cuda.is_available():
-        return "no CUDA device is visible"
-    major, minor = torch.cuda.get_device_capability()
-    if major < 8:
-        return f"the GPU has compute capability {major}.{minor}; 8.0 (A100) or newer is needed"
-    return None
+    return launch.unavailable()
 
 
 @triton.jit
@@ -106,8 +104,8 @@ def noise_kernel(
     if chunk == 0:
         tl.store(row_out_ptr + b, row.to(tl.int64))
         tl.store(tau_out_ptr + b, tl.load(tau_ptr + row))
-    scale = tl.load(rows_ptr + row * 8)
-    sigma = tl.load(rows_ptr + row * 8 + 1)
+    scale = tl.load(rows_ptr + row * NUM_COLUMNS + A)
+    sigma = tl.load(rows_ptr + row * NUM_COLUMNS + B)
 
     first_tile = chunk * num_tiles
     if WIDE:
@@ -124,34 +122,12 @@ def noise_kernel(
         tl.store(x_t_ptr + sample + offset_E, x_t_E.to(x_t_ptr.dtype.element_ty), mask=mask_E)
 
 
-def signed_word(word: int) -> int:
-    """A 32-bit word as the signed integer of the same bits: kernels take words as int32."""
-    return word - 2**32 if word >= 2**31 else word
-
-
 def fanout(num_rows: int) -> int:
     """Fan-out of the two-level row search."""
     size = 16
     while size * size < num_rows:
         size *= 2
     return size
-
-
-def tiles_per_program(batch: int, num_elements: int, device: torch.device) -> int:
-    """How many tiles a program takes in turn: more once there are enough programs to fill the GPU four times over."""
-    tiles = batch * -(-num_elements // TILE)
-    num_processors = 1
-    if device.type == "cuda":
-        num_processors = torch.cuda.get_device_properties(device).multi_processor_count
-    per_program = 1
-    while per_program < 8 and tiles > 2 * per_program * 64 * num_processors:
-        per_program *= 2
-    return per_program
-
-
-def run_length(*tensors: Tensor) -> int:
-    """Consecutive elements per thread: a 128-bit access of the narrowest tensor."""
-    return 16 // min(tensor.element_size() for tensor in tensors)
 
 
 def noise(
@@ -176,8 +152,7 @@ def noise(
     if batch == 0:
         return x_t, row_B, tau_B
     num_elements = x0.numel() // batch
-    num_tiles = tiles_per_program(batch, num_elements, x0.device)
-    key0, key1 = philox.key_of(seed)
+    num_tiles = launch.tiles_per_program(batch, num_elements, TILE, x0.device)
     # A sample without elements still draws its row.
     num_chunks = max(1, triton.cdiv(num_elements, num_tiles * TILE))
     with torch.cuda.device_of(x0):
@@ -192,8 +167,7 @@ def noise(
             tau_B,
             num_elements,
             num_rows,
-            signed_word(key0),
-            signed_word(key1),
+            *launch.signed_key(seed),
             num_slots,
             philox.stratum_stride(num_slots),
             num_chunks,
@@ -201,8 +175,8 @@ def noise(
             STRATIFIED=stratified,
             FANOUT=fanout(num_rows),
             TILE=TILE,
-            RUN=run_length(x0, x_t),
-            WIDE=num_elements >= 2**31 - 8 * TILE,
+            RUN=launch.run_length(x0, x_t),
+            WIDE=launch.is_wide(num_elements, TILE),
             num_warps=NUM_WARPS,
             enable_fp_fusion=True,
         )

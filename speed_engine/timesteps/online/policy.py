@@ -9,7 +9,7 @@ Shape legend: B samples of a rank's micro-batch, N samples of one evaluation.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -17,9 +17,9 @@ from torch import Tensor
 from speed_engine.timesteps.online import Online
 from speed_engine.timesteps.online.buffer import AllReduce
 
-# (x0 [N, ...], labels [N] or None, row_N int64, first slot) -> unweighted mse_N float32, without
-# gradients. The noise is a function of the step and the slot, so equal calls compare equal draws.
-Evaluate = Callable[[Tensor, Tensor | None, Tensor, int], Tensor]
+# (x0 [N, ...], the network's conditions by name, row_N int64, first slot) -> unweighted mse_N float32,
+# without gradients. The noise is a function of the step and the slot, so equal calls compare equal draws.
+Evaluate = Callable[[Tensor, Mapping[str, Tensor], Tensor, int], Tensor]
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Policy(Online):
         self,
         step: int,
         x0: Tensor,
-        labels: Tensor | None,
+        conditions: Mapping[str, Tensor],
         row_B: Tensor,
         evaluate: Evaluate,
         reach: Reach,

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from speed_engine.data.order import batch_indices, drop_labels, permuted
+from speed_engine.data.order import batch_indices, permuted
 
 
 @pytest.mark.parametrize("num", [1, 2, 3, 5, 16, 17, 1797])
@@ -37,14 +37,3 @@ def test_any_split_sees_the_same_batch():
     whole = batch_indices(1, 7, 0, 12, 12, 100)
     parts = [batch_indices(1, 7, first, 3, 12, 100) for first in (0, 3, 6, 9)]
     assert torch.equal(torch.cat(parts), whole)
-
-
-def test_label_drop():
-    labels = torch.arange(20_000) % 10
-    dropped = drop_labels(labels, 10, 0.1, seed=0, step=3, first_slot=0)
-    gone = dropped == 10
-    assert abs(gone.double().mean() - 0.1) < 4 * (0.1 * 0.9 / 20_000) ** 0.5
-    assert torch.equal(dropped[~gone], labels[~gone])
-    half = drop_labels(labels[10_000:], 10, 0.1, seed=0, step=3, first_slot=10_000)
-    assert torch.equal(half, dropped[10_000:])
-    assert drop_labels(labels, 10, 0.0, seed=0, step=3, first_slot=0) is labels

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +11,20 @@ import torch
 from torch import Tensor
 
 from speed_engine import config as configuration
-from speed_engine.data.loader import Batch
+from speed_engine.conditions import label
+from speed_engine.data import Batch, Facts
+from speed_engine.data.space import Space
 from speed_engine.distributed import Processes
 from speed_engine.engines import cuda_graph
 from speed_engine.engines.cuda_graph import WARM_UP, CapturedStep, refuse_what_cannot_be_captured
 from speed_engine.engines.torch import TorchEngine
 from speed_engine.timesteps.online.policy import ALONE
 from speed_engine.training import assembly, metrics
-from speed_engine.training.loop import DiffusionStep
+from speed_engine.training.step import DiffusionStep
 
-SHAPE, CLASSES, BATCH = (1, 8, 8), 10, 8
+SHAPE, CLASSES = (1, 8, 8), 10
+FACTS = Facts(SHAPE, Space.pixels(1), {"label": label.described(CLASSES, null=True)})
+BATCH = 8
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 
@@ -62,7 +66,7 @@ def training(device: str, *overrides: str) -> DiffusionStep:
     backends = dict.fromkeys(("noise", "loss", "adamw_ema"), backend)
     engine = TorchEngine(
         config.engine,
-        assembly.build_model(config, SHAPE, CLASSES),
+        assembly.build_model(config, FACTS),
         config.optim,
         Processes(0, 1, 0, where),
         micro_batch=BATCH,
@@ -81,7 +85,7 @@ def batches(device: str) -> Iterator[Batch]:
         generator = torch.Generator().manual_seed(step)
         x0 = torch.randn(BATCH, *SHAPE, generator=generator).to(device)
         labels = torch.randint(0, CLASSES, (BATCH,), generator=generator).to(device)
-        yield Batch(x0, labels, torch.tensor([step, 0]).to(device))
+        yield Batch(x0, {"label": labels}, torch.tensor([step, 0]).to(device))
         step += 1
 
 
@@ -164,8 +168,8 @@ def test_the_buffers() -> None:
     addresses: list[int] = []
     total = torch.zeros(3)
 
-    def work(x: Tensor, nothing: None) -> tuple[Tensor]:
-        assert nothing is None
+    def work(inputs: Mapping[str, Tensor]) -> tuple[Tensor]:
+        x = inputs["x"]
         addresses.append(x.data_ptr())
         total.add_(x)
         return (2 * x,)
@@ -174,18 +178,23 @@ def test_the_buffers() -> None:
     results = []
     for call in range(WARM_UP + 3):
         x = torch.full((3,), float(call))
-        (result,) = step(x, None)
+        (result,) = step({"x": x})
         assert torch.equal(result, 2 * x)
         assert (step.replay is not None) == (call >= WARM_UP)
         results.append(result)
     assert len(set(addresses)) == 1
     assert all(result is results[-1] for result in results[WARM_UP:])
     assert torch.equal(total, torch.full((3,), float(sum(range(WARM_UP + 3)))))
-    for other in (torch.zeros(4), torch.zeros(3, dtype=torch.float64), None):
+    three = torch.zeros(3)
+    for other in (
+        {"x": torch.zeros(4)},
+        {"x": three.double()},
+        {"y": three},
+        {},
+        {"x": three, "y": three},
+    ):
         with pytest.raises(ValueError, match="inputs like those it was captured with"):
-            step(other, None)
-    with pytest.raises(ValueError, match="inputs like those"):
-        step(torch.zeros(3), torch.zeros(3))
+            step(other)
 
 
 def test_state_is_loaded_before_the_capture(tmp_path: Path) -> None:

@@ -14,16 +14,20 @@ from speed_kernels.adamw_ema import op as adamw
 from torch import Tensor, nn
 
 from speed_engine import config as configuration
-from speed_engine.data.loader import Batch
+from speed_engine.conditions import label
+from speed_engine.data import Batch, Facts
+from speed_engine.data.space import Space
 from speed_engine.distributed import Processes
 from speed_engine.engines import optimizer
 from speed_engine.engines.master_weights import GradientSums, Masters
 from speed_engine.engines.torch import Config, TorchEngine
 from speed_engine.timesteps.online.policy import ALONE
 from speed_engine.training import assembly, metrics
-from speed_engine.training.loop import DiffusionStep
+from speed_engine.training.step import DiffusionStep
 
-SHAPE, CLASSES, BATCH = (1, 8, 8), 10, 16
+SHAPE, CLASSES = (1, 8, 8), 10
+FACTS = Facts(SHAPE, Space.pixels(1), {"label": label.described(CLASSES, null=True)})
+BATCH = 16
 ONE = Processes(0, 1, 0, torch.device("cpu"))
 PRECISIONS = ("fp32", "bf16", "autocast")
 BACKENDS = {"noise": "cpp", "loss": "cpp", "adamw_ema": "cpp"}
@@ -34,7 +38,7 @@ def training(*overrides: str, micro: int = BATCH) -> DiffusionStep:
     small = ["model.hidden_size=48", "model.depth=2", "model.num_heads=2", "optim.warmup_steps=0"]
     small += ["engine=torch", f"train.global_batch={BATCH}", f"train.micro_batch={micro}"]
     config = configuration.load("digits_dit_tiny", [*small, *overrides])
-    model = assembly.build_model(config, SHAPE, CLASSES)
+    model = assembly.build_model(config, FACTS)
     engine = TorchEngine(
         config.engine,
         model,
@@ -60,7 +64,7 @@ def batches(first_step: int, micro: int = BATCH) -> Iterator[Batch]:
         x0 = classes[labels] + 0.1 * torch.randn(BATCH, *SHAPE, generator=generator)
         for start in range(0, BATCH, micro):
             part = slice(start, start + micro)
-            yield Batch(x0[part], labels[part], torch.tensor([step, start]))
+            yield Batch(x0[part], {"label": labels[part]}, torch.tensor([step, start]))
         step += 1
 
 
@@ -235,7 +239,7 @@ def test_exported_weights(precision: str) -> None:
     do = training(f"engine.precision={precision}")
     run(do, 0, 3)
     engine = do.engine
-    plain = assembly.build_model(do.config, SHAPE, CLASSES)
+    plain = assembly.build_model(do.config, FACTS)
     for ema in (False, True):
         weights = engine.weights(ema=ema)
         assert {k: v.shape for k, v in weights.items()} == {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -11,11 +12,22 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from speed_engine.conditions import label
+from speed_engine.data import ArrayFacts, ConditionFacts, Facts
+from speed_engine.data.space import Space
 from speed_engine.models import dit
 from speed_engine.models.parts.glue import modulated_norm
 
-IMAGENET = {"channels": 4, "sample_size": 32, "num_classes": 1000, "learned_variance": True}
-DIGITS = {"channels": 1, "sample_size": 8, "num_classes": 10, "learned_variance": False}
+
+def shape(channels=1, size=8, classes=10, null=True, learned_variance=False) -> dict[str, Any]:
+    """The arguments of `build` that come from the data."""
+    conditions = {"label": label.described(classes, null=null)} if classes else {}
+    facts = Facts((channels, size, size), Space.pixels(channels), conditions)
+    return {"facts": facts, "num_outputs": channels * (1 + learned_variance)}
+
+
+IMAGENET = shape(4, 32, 1000, learned_variance=True)
+DIGITS = shape()
 # "Gflops" of Table 4 of the paper (they count multiply-adds), and parameters in millions.
 PUBLISHED = {
     "S/2": (6.06, 33), "S/4": (1.41, 33), "S/8": (0.36, 33),
@@ -30,9 +42,9 @@ def small(**changes) -> dit.Config:
     return dit.Config(size="tiny/2", **{**sizes, **changes})
 
 
-def trained(config: dit.Config, **shape) -> dit.DiT:
+def trained(config: dit.Config, **changes) -> dit.DiT:
     """A model whose zeros are gone, as after some training."""
-    model = dit.build(config, **{**DIGITS, **shape})
+    model = dit.build(config, **shape(**changes))
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -59,14 +71,14 @@ def test_published_sizes_have_the_published_costs(size):
 
 @pytest.mark.parametrize("learned_variance", [False, True])
 def test_macs_are_those_that_torch_counts(learned_variance):
-    shape = {**DIGITS, "channels": 3, "learned_variance": learned_variance}
+    told = shape(channels=3, learned_variance=learned_variance)
     config = small(mlp_ratio=3.0)
-    model = dit.build(config, **shape)
-    x, tau, labels = inputs(1, channels=3)
+    model = dit.build(config, **told)
+    x, time, labels = inputs(1, channels=3)
     # torch's counter knows the plain attention only.
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        model(x, tau, labels)
-    assert counter.get_total_flops() == 2 * dit.macs_per_sample(config, **shape)
+        model(x, time, label=labels)
+    assert counter.get_total_flops() == 2 * dit.macs_per_sample(config, **told)
 
 
 def test_xl2_has_the_names_and_shapes_of_the_public_checkpoint():
@@ -101,7 +113,8 @@ def test_xl2_has_the_names_and_shapes_of_the_public_checkpoint():
 
 def test_untrained_output_is_exactly_zero_and_learns():
     model = dit.build(small(), **DIGITS)
-    out = model(*inputs())
+    x, time, labels = inputs()
+    out = model(x, time, label=labels)
     assert out.shape == (3, 1, 8, 8) and (out == 0).all()
     (out - 1).square().sum().backward()
     assert model.final_layer.linear.bias.grad.abs().sum() > 0
@@ -149,62 +162,78 @@ def test_position_embedding_is_column_then_row():
 def test_time_embedding_frequencies(shift):
     embedder = dit.TimeEmbedder(8, shift)
     embedder.mlp = torch.nn.Identity()
-    for tau in (torch.tensor([0, 1, 999]), torch.tensor([0.37, -1.25, 80.0])):
-        waves = embedder(tau, torch.float32)
-        angle = tau.double()[:, None] * 10000.0 ** (-torch.arange(128).double() / (128 - shift))
+    for time in (torch.tensor([0, 1, 999]), torch.tensor([0.37, -1.25, 80.0])):
+        waves = embedder(time, torch.float32)
+        angle = time.double()[:, None] * 10000.0 ** (-torch.arange(128).double() / (128 - shift))
         wanted = torch.cat([angle.cos(), angle.sin()], 1)
         torch.testing.assert_close(waves.double(), wanted, atol=2e-4, rtol=0)
 
 
-def test_null_label_and_table_rows():
+def test_null_label_is_a_row_of_its_own():
     def rows(**changes):
-        shape = {**DIGITS, "num_classes": changes.pop("num_classes", 10)}
-        model = dit.build(small(**changes), **shape)
-        embedder = model.y_embedder
-        return model.null_label, None if embedder is None else len(embedder.embedding_table.weight)
+        embedder = dit.build(small(), **shape(**changes)).y_embedder
+        return None if embedder is None else len(embedder.embedding_table.weight)
 
-    assert rows() == (10, 11)
-    assert rows(label_dropout=0) == (None, 10)
-    assert rows(num_classes=1) == (1, 2)
-    assert rows(num_classes=0) == (None, None)
+    assert rows() == 11
+    assert rows(null=False) == 10
+    assert rows(classes=1) == 2
+    assert rows(classes=0) is None
+
+
+def test_a_vector_is_told_and_none_is_zero():
+    vector = ConditionFacts("vector", {"vector": ArrayFacts((3,), "float32")})
+    facts = Facts((1, 8, 8), Space.pixels(1), {"vector": vector})
+    model = dit.build(small(), facts, 1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1)
+    x, time, _ = inputs()
+    out = model(x, time, vector=torch.zeros(3, 3))
+    assert not torch.allclose(out, model(x, time, vector=torch.ones(3, 3)))
+    told = {**facts.conditions, "label": label.described(10)}
+    config = small()
+    both, one = (dit.macs_per_sample(config, facts.with_conditions(c), 1) for c in (told, {}))
+    assert both - one == 3 * 16
+    with pytest.raises(ValueError, match="needs the condition 'vector'"):
+        model(x, time)
 
 
 def test_labels_time_and_null_label_change_the_output():
     model = trained(small())
-    x, tau, labels = inputs()
-    out = model(x, tau, labels)
-    assert not torch.allclose(out, model(x, tau, labels + 1))
-    assert not torch.allclose(out, model(x, tau + 1, labels))
-    assert not torch.allclose(out, model(x, tau, torch.full_like(labels, model.null_label)))
-    torch.testing.assert_close(out, model(x, tau.float(), labels))
+    x, time, labels = inputs()
+    out = model(x, time, label=labels)
+    assert not torch.allclose(out, model(x, time, label=labels + 1))
+    assert not torch.allclose(out, model(x, time + 1, label=labels))
+    assert not torch.allclose(out, model(x, time, label=torch.full_like(labels, 10)))
+    torch.testing.assert_close(out, model(x, time.float(), label=labels))
     # Samples do not see each other.
-    torch.testing.assert_close(out[1:2], model(x[1:2], tau[1:2], labels[1:2]))
+    torch.testing.assert_close(out[1:2], model(x[1:2], time[1:2], label=labels[1:2]))
 
 
 def test_unconditional_model():
-    model = trained(small(), num_classes=0, learned_variance=True, channels=2)
-    x, tau, labels = inputs(channels=2)
-    assert model(x, tau).shape == (3, 4, 8, 8)
+    model = trained(small(), classes=0, learned_variance=True, channels=2)
+    x, time, labels = inputs(channels=2)
+    assert model(x, time).shape == (3, 4, 8, 8)
     assert not any(key.startswith("y_embedder") for key in model.state_dict())
-    with pytest.raises(ValueError, match="num_classes 0 was given labels"):
-        model(x, tau, labels)
+    with pytest.raises(ValueError, match="does not take the condition 'label'"):
+        model(x, time, label=labels)
 
 
 def test_inputs_that_do_not_fit_are_refused():
     model = dit.build(small(), **DIGITS)
-    x, tau, labels = inputs()
+    x, time, labels = inputs()
     with pytest.raises(ValueError, match=r"samples of \(1, 8, 8\), not \(1, 8, 6\)"):
-        model(x[..., :6], tau, labels)
-    with pytest.raises(ValueError, match="num_classes 10 was given no labels"):
-        model(x, tau)
+        model(x[..., :6], time, label=labels)
+    with pytest.raises(ValueError, match="needs the condition 'label'"):
+        model(x, time)
     with pytest.raises(ValueError, match="float32"):
-        model(x, tau.bfloat16(), labels)
+        model(x, time.bfloat16(), label=labels)
 
 
 @pytest.mark.parametrize("sample_size", [1, 7, 9])
 def test_sample_that_is_no_whole_number_of_patches(sample_size):
     with pytest.raises(ValueError, match=f"model.patch_size 2 does not divide .* {sample_size}"):
-        dit.build(small(), **{**DIGITS, "sample_size": sample_size})
+        dit.build(small(), **shape(size=sample_size))
 
 
 @pytest.mark.parametrize(
@@ -216,7 +245,6 @@ def test_sample_that_is_no_whole_number_of_patches(sample_size):
             "model.hidden_size 128 must be a multiple of 4 and of model.num_heads 5",
         ),
         ({"hidden_size": 6, "num_heads": 2}, "model.hidden_size 6"),
-        ({"label_dropout": 1.0}, "label_dropout"),
         ({"heads": 2}, "heads"),
         ({"depth": 0}, "depth"),
     ],
@@ -233,12 +261,12 @@ def test_overrides_replace_the_named_size():
 
 def test_bf16_parameters_and_autocast_stay_near_fp32():
     model = trained(small(hidden_size=64, num_heads=4, depth=4))
-    x, tau, labels = inputs()
-    wanted = model(x, tau, labels)
+    x, time, labels = inputs()
+    wanted = model(x, time, label=labels)
     with torch.autocast("cpu", torch.bfloat16):
-        autocast = model(x.bfloat16(), tau, labels)
+        autocast = model(x.bfloat16(), time, label=labels)
     model.bfloat16()
-    for found in (autocast, model(x.bfloat16(), tau, labels), model(x, tau, labels)):
+    for found in (autocast, model(x.bfloat16(), time, label=labels), model(x, time, label=labels)):
         assert found.dtype == torch.bfloat16
         assert ((found - wanted).norm() / wanted.norm()).item() < 3e-2
 
@@ -247,10 +275,10 @@ def test_time_survives_bf16_parameters():
     """Frequencies cast to bf16 would be off by radians at t = 999."""
     embedder = dit.TimeEmbedder(8, 0).bfloat16()
     embedder.mlp = torch.nn.Identity()
-    tau = torch.tensor([999.0])
+    time = torch.tensor([999.0])
     exact = dit.TimeEmbedder(8, 0)
     exact.mlp = torch.nn.Identity()
-    difference = embedder(tau, torch.bfloat16).float() - exact(tau, torch.float32)
+    difference = embedder(time, torch.bfloat16).float() - exact(time, torch.float32)
     assert difference.abs().max() < 5e-3
 
 
@@ -266,13 +294,16 @@ def test_norm_statistics_are_fp32_under_bf16():
 
 def test_gradients_are_those_of_finite_differences():
     config = small(hidden_size=8, depth=1)
-    model = trained(config, sample_size=4).double()
-    x, tau, labels = inputs(2, size=4)
+    model = trained(config, size=4).double()
+    x, time, labels = inputs(2, size=4)
     weight = model.blocks[0].adaLN_modulation[1].weight.detach().clone()
 
     def run(x, weight):
         return torch.func.functional_call(
-            model, {"blocks.0.adaLN_modulation.1.weight": weight}, (x, tau[:2], labels[:2])
+            model,
+            {"blocks.0.adaLN_modulation.1.weight": weight},
+            (x, time[:2]),
+            {"label": labels[:2]},
         )
 
     arguments = (x.double().requires_grad_(), weight.requires_grad_())
@@ -312,7 +343,8 @@ def test_the_whole_model_is_one_graph():
     model = trained(small(depth=1))
     torch.compiler.reset()
     compiled = torch.compile(model, backend="eager", fullgraph=True)
-    torch.testing.assert_close(compiled(*inputs()), model(*inputs()))
+    x, time, labels = inputs()
+    torch.testing.assert_close(compiled(x, time, label=labels), model(x, time, label=labels))
 
 
 def test_fp8_is_refused_where_it_cannot_run(monkeypatch):

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from speed_engine.conditions import label
+from speed_engine.data import Facts
+from speed_engine.data.space import Space
 from speed_engine.models import dit
 
-DIGITS = {"channels": 1, "sample_size": 8, "num_classes": 10, "learned_variance": False}
+
+def digits(size: int = 8) -> dict[str, Any]:
+    """The arguments of `build` that come from the data."""
+    conditions = {"label": label.described(10, null=True)}
+    return {"facts": Facts((1, size, size), Space.pixels(1), conditions), "num_outputs": 1}
 
 
 def small(**changes) -> dit.Config:
@@ -16,9 +25,9 @@ def small(**changes) -> dit.Config:
     return dit.Config(size="tiny/2", **{**sizes, **changes})
 
 
-def trained(config: dit.Config, **shape) -> dit.DiT:
+def trained(config: dit.Config, size: int = 8, backends: dict[str, str] | None = None) -> dit.DiT:
     """A model whose zeros are gone, as after some training."""
-    model = dit.build(config, **{**DIGITS, **shape})
+    model = dit.build(config, **digits(size), backends=backends)
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -29,7 +38,8 @@ def trained(config: dit.Config, **shape) -> dit.DiT:
 def inputs(batch: int = 3, size: int = 8):
     generator = torch.Generator().manual_seed(7)
     x = torch.randn(batch, 1, size, size, generator=generator)
-    return x, torch.arange(batch) * 300, torch.arange(batch) % 10
+    numbers = torch.arange(batch)
+    return {"x_BCHW": x, "time_B": numbers * 300, "label": numbers % 10}
 
 
 class Operations(TorchDispatchMode):
@@ -47,11 +57,11 @@ def test_recomputing_changes_memory_only(recompute):
     plain, again = trained(small()), trained(small(recompute=recompute))
     arguments = inputs()
     for model in (plain, again):
-        model(*arguments).square().sum().backward()
+        model(**arguments).square().sum().backward()
     for (key, a), b in zip(plain.named_parameters(), again.parameters(), strict=True):
         assert torch.equal(a.grad, b.grad), key
     with torch.no_grad():
-        assert torch.equal(plain(*arguments), again(*arguments))
+        assert torch.equal(plain(**arguments), again(**arguments))
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "autocast"])
@@ -61,9 +71,8 @@ def test_recomputing_changes_memory_only(recompute):
 def test_activation_estimate_is_what_autograd_saves(precision, recompute, residual, fused):
     """Two batch sizes, so that what does not grow with the batch (autocast's weights) drops out."""
     config = small(hidden_size=96, depth=4, recompute=recompute, residual=residual)
-    shape = {**DIGITS, "sample_size": 16}
     backends = dict.fromkeys(dit.KERNELS, "reference") if fused else None
-    model = trained(config, **shape, backends=backends)
+    model = trained(config, 16, backends)
     if precision == "bf16":
         model.bfloat16()
 
@@ -80,11 +89,11 @@ def test_activation_estimate_is_what_autograd_saves(precision, recompute, residu
             torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
             torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"),
         ):
-            model(*arguments)
+            model(**arguments)
         return sum(size for size, _ in kept.values())
 
     found = (saved(6) - saved(2)) / 4
-    options = {"sample_size": 16, "precision": precision, "fused": fused}
+    options = {"facts": digits(16)["facts"], "precision": precision, "fused": fused}
     estimate = dit.activation_bytes_per_sample(config, **options)
     if recompute == "full":  # the estimate adds the one block that is computed again
         plain = config.model_copy(update={"recompute": "none"})
@@ -99,7 +108,7 @@ def test_activation_estimate_is_what_autograd_saves(precision, recompute, residu
 def test_xl2_activation_estimate():
     def gigabytes(**changes):
         config = dit.Config(residual="compute", **changes)
-        return 256e-9 * dit.activation_bytes_per_sample(config, sample_size=32)
+        return 256e-9 * dit.activation_bytes_per_sample(config, digits(32)["facts"])
 
     assert gigabytes() == pytest.approx(76, abs=1)
     assert gigabytes(recompute="selective") == pytest.approx(51, abs=1)
@@ -114,7 +123,7 @@ def test_selective_recompute_repeats_no_product():
             small(recompute=recompute), backends=dict.fromkeys(dit.KERNELS, "reference")
         )
         with Operations() as operations:
-            model(*inputs()).square().sum().backward()
+            model(**inputs()).square().sum().backward()
         return sum(name in ("mm", "addmm") for name in operations.names)
 
     assert products("selective") == products("none") < products("full")
@@ -151,10 +160,10 @@ def test_fused_is_plain(backend, precision, residual):
 
 
 def step(model, precision):
-    x, tau, labels = inputs()
+    x, time, labels = inputs().values()
     dtype = next(model.parameters()).dtype
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
-        out = model(x.to(dtype), tau, labels)
+        out = model(x.to(dtype), time, label=labels)
     out.double().square().mean().backward()
     return out.detach(), {name: p.grad for name, p in model.named_parameters()}
 
@@ -170,7 +179,7 @@ def test_adjacent_projections_are_one_product():
     counts = []
     for model in (apart, together):
         with Operations() as operations:
-            model(*inputs()).square().sum().backward()
+            model(**inputs()).square().sum().backward()
         counts.append(sum(name in ("mm", "addmm") for name in operations.names))
     assert counts[0] - counts[1] == 3 * 2, (
         "three projections became one, forward and twice backward"

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from speed_engine.conditions import label
+from speed_engine.data import Facts
+from speed_engine.data.space import Space
 from speed_engine.models import dit
 from speed_engine.models.parts import fp8
 
 BOTH = pytest.mark.parametrize("scaling", ["tensor", "row"])
 ULP = 2.0**-7  # of bf16, the largest
-TINY_DIT = {"channels": 1, "sample_size": 8, "num_classes": 10, "learned_variance": False}
+TINY_DIT: dict[str, Any] = {
+    "facts": Facts((1, 8, 8), Space.pixels(1), {"label": label.described(10, null=True)}),
+    "num_outputs": 1,
+}
 
 
 def by_hand(x_RC: Tensor, scaling: str) -> Tensor:
@@ -295,9 +302,10 @@ def test_convert_takes_the_four_products_of_each_block_of_a_dit(scaling):
     torch.manual_seed(1)
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.1)
-    inputs = (torch.randn(3, 1, 8, 8), torch.arange(3) * 300, torch.arange(3))
+    inputs = {"x_BCHW": torch.randn(3, 1, 8, 8), "time_B": torch.arange(3) * 300}
+    inputs["label"] = torch.arange(3)
     before = {name: id(parameter) for name, parameter in model.named_parameters()}
-    keys, wanted = list(model.state_dict()), model(*inputs).detach()
+    keys, wanted = list(model.state_dict()), model(**inputs).detach()
     assert fp8.convert(model.eval(), scaling) == 8
     swapped = {n for n, m in model.named_modules() if isinstance(m, fp8.Fp8Linear)}
     parts = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
@@ -305,7 +313,7 @@ def test_convert_takes_the_four_products_of_each_block_of_a_dit(scaling):
     assert {name: id(parameter) for name, parameter in model.named_parameters()} == before
     assert list(model.state_dict()) == keys
     assert not any(module.training for module in model.modules())
-    out = model(*inputs)
+    out = model(**inputs)
     assert 1e-4 < (out - wanted).norm() / wanted.norm() < 0.1
     out.square().sum().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())

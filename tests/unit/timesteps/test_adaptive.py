@@ -12,13 +12,12 @@ import pytest
 import torch
 from sklearn.feature_selection import f_regression
 
-from speed_engine.diffusion_step import diffusion_loss
+from speed_engine.diffusion_step import diffusion_loss, evaluator
 from speed_engine.step_table import StepTable, build_step_table
 from speed_engine.timesteps import adaptive, parse
 from speed_engine.timesteps.online.beta_policy import BetaPolicy, Halved
 from speed_engine.timesteps.online.feature_selection import FeatureSelection
 from speed_engine.timesteps.online.policy import Reach
-from speed_engine.training.probing import after_update, before_update
 
 BATCH, ROWS = 16, 40
 BACKENDS = {"noise": "reference", "loss": "reference"}
@@ -44,9 +43,9 @@ class Toy:
     def __init__(self, table: StepTable) -> None:
         self.sigma_T, self.theta, self.calls = table.schedule.sigma.float(), 0.0, 0
 
-    def forward(self, x_t: torch.Tensor, tau_B: torch.Tensor, labels: torch.Tensor | None):
+    def forward(self, x_t: torch.Tensor, time_B: torch.Tensor) -> torch.Tensor:
         self.calls += 1
-        row_B = tau_B.long()
+        row_B = time_B.long()
         factor_B = self.theta * (row_B >= ROWS // 2) / self.sigma_T[row_B]
         return x_t * factor_B[:, None, None, None]
 
@@ -60,10 +59,10 @@ def lesson(table: StepTable, toy: Toy, number: int, reach: Reach | None = None) 
     address_2 = torch.tensor([number, reach.rank * share])
     _, row_B, _ = table.noise(x0, address_2, seed=1, num_slots=BATCH, backend="reference")
     toy.theta = 0.0
-    options = {"forward": toy.forward, "seed": 1, "reach": reach, "backends": BACKENDS}
-    before_update(table, number, x0, None, row_B, **options)
+    evaluate = evaluator(table, toy.forward, number, seed=1, backends=BACKENDS)
+    table.before_update(number, x0, {}, row_B, evaluate, reach)
     toy.theta = 0.2 * (row_B >= ROWS // 2).float().mean().item()
-    after_update(table, number, **options)
+    table.after_update(number, evaluate, reach)
     table.refresh(number + 1)
     return row_B
 
@@ -195,13 +194,13 @@ def test_nothing_waits_for_the_device():
     x0, row_B = torch.randn(BATCH, 2, 4, 4), torch.arange(BATCH)
     policy, reach = table.policy, Reach()
 
-    def evaluate(x0, labels, row_N, first_slot):
+    def evaluate(x0, conditions, row_N, first_slot):
         return row_N.float() / ROWS
 
     with NoWaiting():
         for number in range(12):
             policy.draw(x0, torch.arange(BATCH) << 27)
-            policy.before(number, x0, None, row_B, evaluate, reach)
+            policy.before(number, x0, {}, row_B, evaluate, reach)
             policy.after(evaluate, reach)
             table.refresh(number + 1)
 
@@ -314,10 +313,10 @@ def test_a_broken_loss_teaches_nothing():
     policy, x0 = table.policy, torch.zeros(BATCH, 2, 4, 4)
     values = iter([0.5, 0.5, float("nan"), 0.5])
 
-    def evaluate(x0, labels, row_N, first_slot):
+    def evaluate(x0, conditions, row_N, first_slot):
         return torch.full(row_N.shape, next(values))
 
-    policy.before(1, x0, None, torch.arange(BATCH), evaluate, Reach())
+    policy.before(1, x0, {}, torch.arange(BATCH), evaluate, Reach())
     policy.after(evaluate, Reach())
     assert policy.adam.value.isfinite().all()
     assert (policy.adam.value - before).abs().max() < 0.02  # momentum at most

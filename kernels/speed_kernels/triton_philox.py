@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+
 from speed_kernels import philox
 
 STREAM_EPS = tl.constexpr(philox.STREAM_EPS)

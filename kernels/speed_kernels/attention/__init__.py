@@ -1,0 +1,1 @@
+"""The attention op: which implementation computes it, and why."""

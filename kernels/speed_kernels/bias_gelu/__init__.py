@@ -1,0 +1,1 @@
+"""The bias_gelu op: a bias and GELU."""

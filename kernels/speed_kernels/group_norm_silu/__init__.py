@@ -1,0 +1,1 @@
+"""The group_norm_silu op: group normalisation with SiLU."""

@@ -1,0 +1,1 @@
+"""The loss op: the training loss and its gradient by the network's output."""

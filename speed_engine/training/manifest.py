@@ -1,0 +1,93 @@
+"""The manifest: everything that was decided for a run, and what of it must be equal for a resume."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import hashlib
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from speed_engine.conditions import label
+from speed_engine.config import RunConfig
+from speed_engine.data import Facts
+from speed_engine.data.space import Space
+from speed_engine.training.assembly import Parts
+from speed_engine.training.attention import attention_facts
+
+# What may differ between a run and its continuation; everything else changes the result.
+FREE_TO_CHANGE = {"name", "run_dir", "log", "checkpoint", "kernels"}
+
+
+def describe(parts: Parts, engine_facts: dict[str, Any]) -> dict[str, Any]:
+    """The run's manifest, JSON-able."""
+    config, facts, processes, model = parts.config, parts.facts, parts.processes, parts.model
+    if processes.device.type == "cuda":
+        device = torch.cuda.get_device_name(processes.device)
+    else:
+        device = f"{platform.machine()} CPU"
+    return {
+        "config": config.model_dump(mode="json"),
+        "data": {
+            **facts.to_json(),
+            "num_samples": len(parts.source),
+            "fingerprint": parts.source.fingerprint,
+        },
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "kernels": [dataclasses.asdict(choice) for choice in parts.choices],
+        "attention": attention_facts(model),
+        "processes": processes.world,
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "versions": {"torch": torch.__version__, "python": platform.python_version()},
+        **engine_facts,
+    }
+
+
+def upgraded(manifest: dict[str, Any]) -> dict[str, Any]:
+    """A manifest as this version writes it, from one of any version.
+
+    The first version told networks of class labels alone, by keys of the model and of the data.
+    """
+    data = manifest["data"]
+    if "num_classes" not in data:
+        return manifest
+    manifest = copy.deepcopy(manifest)
+    data, config = manifest["data"], manifest["config"]
+    dropout = config["model"].pop("label_dropout", 0.1)
+    classes, channels = data.pop("num_classes"), data["shape"][0]
+    space = Space(
+        data.pop("space"), (data.pop("scale"),) * channels, (data.pop("shift"),) * channels
+    )
+    conditions = {"label": label.described(classes, null=dropout > 0)} if classes else {}
+    data |= Facts(tuple(data["shape"]), space, conditions).to_json()
+    config["conditions"] = {"label": {"kind": "label", "dropout": dropout}} if classes else {}
+    return manifest
+
+
+def run_folder(config: RunConfig, fingerprint: str, world: int) -> Path:
+    """Where the run writes: `run_dir`, or runs/NAME-HASH with the hash of what a resume compares."""
+    if config.run_dir is not None:
+        return Path(config.run_dir)
+    decided = {
+        "config": config.model_dump(mode="json"),
+        "data": {"fingerprint": fingerprint},
+        "processes": world,
+    }
+    text = json.dumps(comparable(decided), sort_keys=True)
+    return Path("runs") / f"{config.name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+def comparable(manifest: dict[str, Any]) -> dict[str, Any]:
+    """The part of a manifest that must be equal for a resume to continue the same run."""
+    config = {k: v for k, v in manifest["config"].items() if k not in FREE_TO_CHANGE}
+    config["train"] = {k: v for k, v in config["train"].items() if k != "steps"}
+    config["data"] = manifest["data"]["fingerprint"]  # wherever the files are now
+    result = {"config": config}
+    if manifest["config"]["engine"]["kind"] == "deepspeed":  # ZeRO's shards fit one world size
+        result["processes"] = manifest["processes"]
+    return result

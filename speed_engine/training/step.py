@@ -1,0 +1,121 @@
+"""One step of training on one process: forward, backward, update. Nothing in it waits for the device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+from speed_engine.config import RunConfig
+from speed_engine.data import Batch
+from speed_engine.diffusion_step import ONE_PASS, evaluator, losses
+from speed_engine.engines import Engine, optimizer
+from speed_engine.models import Passes
+from speed_engine.step_table import StepTable
+from speed_engine.timesteps.online.policy import Reach
+from speed_engine.training.metrics import Meter
+
+
+@dataclass(frozen=True)
+class DiffusionStep:
+    """The step of a run; `assembly.open_step` makes one.
+
+    accumulation: micro-batches of this process in a step. passes: the network's, see
+    `speed_engine.models`. graph: see `captured`.
+    """
+
+    config: RunConfig
+    table: StepTable
+    engine: Engine
+    backends: Mapping[str, str]
+    reach: Reach
+    accumulation: int
+    meter: Meter
+    passes: Passes | None = None
+    graph: Callable[..., tuple[Tensor, Tensor]] | None = None
+
+    def __call__(self, step: int, batches: Iterator[Batch]) -> None:
+        """Make the update that follows `step` finished steps, from the next micro-batches."""
+        lr = optimizer.learning_rate(self.config.optim, step)
+        if self.graph is not None:
+            batch = next(batches)
+            noted = self.graph(lr, _by_name(batch))
+            self.table.observe(batch.address, *noted)
+            self.table.refresh(step + 1, self.reach.all_reduce)
+            return
+        for _ in range(self.accumulation - 1):
+            self.add_gradients(next(batches))
+            self.engine.step(lr)  # counts the micro-batch, changes nothing
+        batch = next(batches)
+        row_B = self.add_gradients(batch)
+        evaluate = evaluator(
+            self.table,
+            self.engine.forward,
+            step,
+            seed=self.config.seed,
+            dtype=self.engine.compute_dtype,
+            backends=self.backends,
+        )
+        self.table.before_update(step, batch.x0, batch.conditions, row_B, evaluate, self.reach)
+        self.engine.step(lr)
+        self.table.after_update(step, evaluate, self.reach)
+        self.table.refresh(step + 1, self.reach.all_reduce)
+
+    def captured(self) -> DiffusionStep:
+        """The same step as one CUDA graph (`engine.cuda_graph`). Raises ValueError for a policy."""
+        if self.table.policy is not None:
+            raise ValueError(
+                f"timesteps.kind={self.config.timesteps.kind} looks at the network between gradients and update, "
+                "where one CUDA graph of both has no gap; set engine.cuda_graph=false"
+            )
+
+        def gradients(inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+            return self.gradients(_from_names(inputs))
+
+        engine: Any = self.engine  # only an engine with the setting `cuda_graph` gets here
+        return replace(self, graph=engine.captured(gradients))
+
+    def add_gradients(self, batch: Batch) -> Tensor:
+        """Forward and backward of one micro-batch -> row_B, the rows of the table that it drew."""
+        row_B, losses_3B = self.gradients(batch)
+        self.table.observe(batch.address, row_B, losses_3B)
+        return row_B
+
+    def gradients(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """What `add_gradients` does on the device alone -> (row_B, losses_3B of the loss op)."""
+        train, seed = self.config.train, self.config.seed
+        made = losses(
+            self.table,
+            self.engine.forward,
+            batch,
+            seed=seed,
+            num_slots=train.global_batch,
+            stratified=train.stratified,
+            dtype=self.engine.compute_dtype,
+            vb_scale=train.vb_scale,
+            # Gradients add up to the mean.
+            grad_scale=1.0 / (batch.x0.shape[0] * self.accumulation),
+            unit_upstream=True,  # both engines call backward on this very scalar
+            passes=ONE_PASS if self.passes is None else self.passes(seed, batch.address),
+            backends=self.backends,
+        )
+        self.engine.backward(made.total)
+        self.meter.add(made.each_3B, made.row_B)
+        return made.row_B, made.each_3B
+
+
+def _by_name(batch: Batch) -> dict[str, Tensor]:
+    """A batch as a captured graph takes it."""
+    told = {f"condition {name}": value for name, value in batch.conditions.items()}
+    return {"x0": batch.x0, "address": batch.address, **told}
+
+
+def _from_names(inputs: Mapping[str, Tensor]) -> Batch:
+    told = {
+        name.removeprefix("condition "): value
+        for name, value in inputs.items()
+        if name.startswith("condition ")
+    }
+    return Batch(inputs["x0"], told, inputs["address"])
