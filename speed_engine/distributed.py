@@ -16,6 +16,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from speed_engine.launched import Place, place
+
 TIMEOUT = datetime.timedelta(minutes=30)  # the first step compiles kernels and may load large files
 
 
@@ -72,14 +74,14 @@ class Processes:
 def start(device: str) -> Processes:
     """Join the other processes. `device`: auto, cpu or cuda. Raises ValueError if it is not there.
 
-    The launcher's environment (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT) is used where it is set;
-    without it this is a run of one process, which needs no port.
+    The launcher's environment (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT; or SLURM's) is used where it
+    is set, and refused where only a part of it is; without it this is a run of one process, which needs no port.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("engine.device=cuda, but torch sees no CUDA device; use engine.device=cpu")
     use_cuda = device != "cpu" and torch.cuda.is_available()
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    told = place(os.environ)
+    rank, world, local_rank = (told.rank, told.world, told.local_rank) if told else (0, 1, 0)
     if use_cuda:
         if local_rank >= torch.cuda.device_count():
             raise ValueError(
@@ -88,20 +90,35 @@ def start(device: str) -> Processes:
             )
         torch.cuda.set_device(local_rank)
     elif "OMP_NUM_THREADS" not in os.environ:  # processes of one machine share its cores
-        neighbours = int(
-            os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world
-        )
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // max(1, neighbours)))
+        neighbours = told.neighbours if told else 1
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // neighbours))
     if not dist.is_initialized():
-        backend = "nccl" if use_cuda else "gloo"
-        place: dict[str, Any] = {}
-        if "MASTER_ADDR" not in os.environ:
-            store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
-            place = {"store": store, "rank": 0, "world_size": 1}
-        dist.init_process_group(backend, timeout=TIMEOUT, **place)
+        _join("nccl" if use_cuda else "gloo", told)
+    if (dist.get_rank(), dist.get_world_size()) != (rank, world):
+        raise ValueError(
+            f"this is process {rank} of {world} by the environment, but process {dist.get_rank()} of "
+            f"{dist.get_world_size()} in torch's process group; start them by one launcher"
+        )
     host_group = dist.new_group(backend="gloo", timeout=TIMEOUT) if use_cuda else dist.group.WORLD
     name = f"cuda:{local_rank}" if use_cuda else "cpu"
     return Processes(rank, world, local_rank, torch.device(name), host_group)
+
+
+def _join(backend: str, told: Place | None) -> None:
+    """Form the group. Raises ValueError where the first process's port is taken or out of reach."""
+    if told is None:
+        store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+        dist.init_process_group(backend, timeout=TIMEOUT, store=store, rank=0, world_size=1)
+        return
+    try:
+        dist.init_process_group(backend, timeout=TIMEOUT, rank=told.rank, world_size=told.world)
+    except dist.DistError as error:
+        doing = "open" if told.rank == 0 else "reach"
+        raise ValueError(
+            f"cannot {doing} port {told.port} of {told.address}, where the processes meet: "
+            f"{' '.join(str(error).split())[:200]}; if another run holds it, choose another: "
+            f"deepspeed --master_port {told.port % 65535 + 1} ... (torchrun --master-port)"
+        ) from error
 
 
 def stop(together: bool) -> None:

@@ -24,7 +24,7 @@ def told_in_one_sentence(action: Callable[[], int]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (ValueError, OSError, BackendError, BuildError) as error:
-        rank = os.environ.get("RANK", "0")
+        rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
         who = "error" if rank == "0" else f"error (process {rank})"
         print(f"{who}: {error}", file=sys.stderr, flush=True)
         return BAD_INPUT

@@ -27,7 +27,7 @@ def run(arguments: argparse.Namespace) -> int:
     from speed_engine.config import load
     from speed_engine.training.loop import train
 
-    if arguments.local_rank is not None:
+    if arguments.local_rank is not None and "RANK" in os.environ:  # alone it says nothing
         os.environ.setdefault("LOCAL_RANK", str(arguments.local_rank))
     overrides = list(arguments.overrides)
     if arguments.deepspeed_config:

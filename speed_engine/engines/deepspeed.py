@@ -6,8 +6,9 @@ with the rest; full weights are assembled only to be exported.
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -56,7 +57,6 @@ class DeepSpeedEngine:
         import deepspeed
         import deepspeed.ops
 
-        os.environ.setdefault("LOCAL_RANK", str(processes.local_rank))  # it insists, even alone
         # On CPUs DeepSpeed would first compile a shared-memory all-reduce for most of a minute;
         # gloo does the same sums.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -94,9 +94,10 @@ class DeepSpeedEngine:
             deepspeed_adam=fused_adam,
         )
         self.engine: Any
-        self.engine, *_ = deepspeed.initialize(
-            model=model, optimizer=self.optimizer, config=settings, dist_init_required=False
-        )
+        with _local_rank_told(processes.local_rank):
+            self.engine, *_ = deepspeed.initialize(
+                model=model, optimizer=self.optimizer, config=settings, dist_init_required=False
+            )
         if config.zero == 0 and config.precision == "bf16":
             # This wrapper makes a step with zero gradients while it is built: undo it.
             self.engine.optimizer.refresh_fp32_params()
@@ -168,6 +169,20 @@ class DeepSpeedEngine:
             "optimizer": type(self.optimizer).__name__,
             "deepspeed_config": self.settings,
         }
+
+
+@contextlib.contextmanager
+def _local_rank_told(local_rank: int) -> Iterator[None]:
+    """DeepSpeed insists on LOCAL_RANK, even alone; afterwards the environment is as it was."""
+    before = os.environ.get("LOCAL_RANK")
+    os.environ["LOCAL_RANK"] = str(local_rank)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["LOCAL_RANK"]
+        else:
+            os.environ["LOCAL_RANK"] = before
 
 
 def _guard_ourselves(settings: dict[str, Any], optim_config: optimizer.Config) -> bool:
