@@ -78,15 +78,9 @@ class StepTable:
     def to(self, device: torch.device | str) -> StepTable:
         """The same recipe with its tensors on `device`; to be called before `start`."""
         assert self.session is None
-        return replace(
-            self,
-            density=self.density.to(device),
-            weight=self.weight.to(device),
-            cdf_T=self.cdf_T.to(device),
-            rows_T8=self.rows_T8.to(device),
-            tau_T=self.tau_T.to(device),
-            ticket=self.ticket.to(device),
-        )
+        names = ("density", "weight", "cdf_T", "rows_T8", "tau_T", "ticket")
+        moved: dict[str, Any] = {name: getattr(self, name).to(device) for name in names}
+        return replace(self, **moved)
 
     # ---------------------------------------------------------------- the two ops
 
@@ -101,8 +95,7 @@ class StepTable:
         dtype: torch.dtype | None = None,
         backend: str = "auto",
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Draw a row for every sample and noise it: (x_t like x0 in `dtype`, row_B int64, tau_B
-        float32).
+        """Draw a row a sample and noise it: (x_t like x0 in `dtype`, row_B int64, tau_B float32).
 
         address_2: int64 (step, global slot of x0's first sample) on x0's device; `num_slots` is the
         global batch. A method whose draw depends on the sample (`adaptive`) ignores `stratified`.
@@ -165,8 +158,7 @@ class StepTable:
         unit_upstream: bool = False,
         backend: str = "auto",
     ) -> tuple[Tensor, Tensor]:
-        """(grad_scale * sum over the samples of the loss, losses_3B float32: total, unweighted MSE,
-        variational term in bits).
+        """(grad_scale * sum of the samples' losses, losses_3B float32: total, unweighted MSE, bits).
 
         `grad_scale` defaults to 1 / B, the mean. The noise is regenerated from the address.
         """

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from speed_engine.launched import NEEDED, Place, place
+from speed_engine.distributed.launched import NEEDED, Place, place
 
 WHOLE = {
     "RANK": "1",

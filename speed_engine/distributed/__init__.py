@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from speed_engine.launched import Place, place
+from speed_engine.distributed.launched import Place, place
 
 TIMEOUT = datetime.timedelta(minutes=30)  # the first step compiles kernels and may load large files
 
