@@ -32,11 +32,11 @@ from benchmarks.harness import order_of, paired_ratio
 from benchmarks.loss_picture import draw
 from speed_engine.atomic_files import write_json
 from speed_engine.config import RunConfig, load
-from speed_engine.data.loader import Batch
+from speed_engine.data import Batch
 from speed_engine.distributed import Processes, start, stop
 from speed_engine.errors import told_in_one_sentence
-from speed_engine.timesteps.online.policy import Reach
-from speed_engine.training import assembly, loop, metrics
+from speed_engine.training import assembly, metrics
+from speed_engine.training.step import DiffusionStep
 
 # Of other sections the runs would not see the same batches, or their losses would not be the same quantity.
 SECTIONS = ("model", "engine", "optim", "kernels")
@@ -50,7 +50,7 @@ class Contender:
 
     value: str
     config: RunConfig
-    do: loop.DiffusionStep
+    do: DiffusionStep
     meter: metrics.Meter
     batches: Iterator[Batch]
     losses: list[float] = field(default_factory=list)  # of every step
@@ -102,25 +102,16 @@ def prepare(
 
     Raises ValueError for a time-step method that changes while it trains, unless `changing`.
     """
-    device = processes.device
-    _, accumulation = assembly.split_batch(config, processes.world)
-    backends = {each.op: each.backend for each in assembly.choose_kernels(config, device)}
-    model = assembly.build_model(config, source.shape, source.num_classes, device, backends)
-    table = assembly.build_table(config).to(device)
-    if table.changes and not changing:
+    parts = assembly.build(config, processes, source)
+    if parts.table.changes and not changing:
         raise ValueError(
             f"timesteps.kind={config.timesteps.kind} changes with the losses it sees, so the runs "
             "would not draw the same time steps; choose another, as --set timesteps=uniform"
         )
-    feed = assembly.build_feed(config, source, model, processes, backends["noise"])
-    engine = assembly.open_engine(config, model, processes, backends["adamw_ema"])
-    table.start(config.train.global_batch, source.shape)
-    meter = metrics.Meter(device, table.num_rows)
-    reach = Reach(processes.rank, processes.world, processes.all_reduce())
-    do = loop.DiffusionStep(config, table, engine, backends, reach, accumulation, meter)
+    do = assembly.open_step(parts, assembly.open_engine(parts))
     if getattr(config.engine, "cuda_graph", False):
         do = do.captured()
-    return Contender(value, config, do, meter, feed.batches(0, config.train.steps))
+    return Contender(value, config, do, do.meter, parts.loader.batches(0, config.train.steps))
 
 
 def run(contenders: Sequence[Contender], steps: int, block: int) -> None:

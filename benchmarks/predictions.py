@@ -15,6 +15,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
+from speed_engine.conditions.label import described
+from speed_engine.data import Facts
+from speed_engine.data.space import Space
 from speed_engine.models import dit
 
 LATENT = (4, 32)  # channels, height and width
@@ -49,13 +52,10 @@ class Work:
     @property
     def flop(self) -> float:
         """All matrix products and attention, forward and backward: six a multiply-add of the forward pass."""
-        macs = dit.macs_per_sample(
-            dit.Config(size=self.size),
-            channels=LATENT[0],
-            sample_size=self.sample_size,
-            num_classes=NUM_CLASSES,
-            learned_variance=True,
-        )
+        channels, size = LATENT[0], self.sample_size
+        space = Space("latents", (1.0,) * channels, (0.0,) * channels)
+        facts = Facts((channels, size, size), space, {"label": described(NUM_CLASSES, null=True)})
+        macs = dit.macs_per_sample(dit.Config(size=self.size), facts, 2 * channels)
         return 6.0 * macs * self.batch
 
     @property

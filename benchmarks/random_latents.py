@@ -15,6 +15,9 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
+from speed_engine.conditions.label import described
+from speed_engine.data import Facts
+from speed_engine.data.space import Space
 from speed_engine.kinds import Section
 
 KIND = "benchmarks.random_latents"
@@ -32,16 +35,14 @@ class Config(Section):
 
 
 class RandomLatents:
-    """See `speed_engine.data.Source`; also `read` and `decode`, as the feed uses them."""
-
-    kind, can_flip, has_posterior = "latents", True, False
+    """See `speed_engine.data.Source`."""
 
     def __init__(self, config: Config) -> None:
         num, channels, size = config.num_samples, config.channels, config.size
         generator = torch.Generator().manual_seed(config.seed)
         patterns = torch.randn(max(1, config.num_classes), channels, 8, 8, generator=generator)
         label = torch.randint(max(1, config.num_classes), (num,), generator=generator)
-        self.labels = label if config.num_classes else torch.zeros_like(label)
+        self.labels = label
         self.samples = torch.empty(num, channels, size, size, dtype=torch.float16)
         for begin in range(0, num, 1024):
             part = label[begin : begin + 1024]
@@ -50,40 +51,31 @@ class RandomLatents:
             field = F.interpolate(coarse, (size, size), mode="bilinear")
             field = field + 0.3 * torch.randn(field.shape, generator=generator)
             self.samples[begin : begin + 1024] = (field / field.std()).half()
-        self.shape = (channels, size, size)
-        self.num_classes, self.num_stored = config.num_classes, num
+        space = Space("latents", (1.0,) * channels, (0.0,) * channels)
+        told = {"label": described(config.num_classes)} if config.num_classes else {}
+        self.facts = Facts((channels, size, size), space, told, flips=True)
         self.fingerprint = f"random latents {config.model_dump_json()}"
 
     def __len__(self) -> int:
-        return self.num_stored
+        return len(self.samples)
 
     def read(
         self,
         indices: Sequence[int] | np.ndarray | Tensor,
         flips: Sequence[bool] | np.ndarray | Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """(stored [B, C, H, W] in float16, labels int64 [B])."""
         chosen = torch.as_tensor(indices)
         stored = self.samples[chosen]
         if flips is not None:
             rows = torch.as_tensor(flips)
             stored[rows] = stored[rows].flip(-1)
-        return stored, self.labels[chosen]
+        return stored, {"label": self.labels[chosen]} if self.facts.conditions else {}
 
     def decode(self, stored: Tensor, normals: Tensor | None = None) -> Tensor:
         """Model space, float32, on the device of `stored`."""
         assert normals is None  # there is no posterior
         return stored.float()
-
-    def batch(
-        self,
-        indices: Sequence[int] | np.ndarray | Tensor,
-        flips: Sequence[bool] | np.ndarray | Tensor | None = None,
-        normals: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """See `speed_engine.data.Source.batch`."""
-        stored, labels = self.read(indices, flips)
-        return self.decode(stored, normals), labels
 
 
 def build(config: Config) -> RandomLatents:

@@ -17,17 +17,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks import random_latents
 from benchmarks.harness import GateError, Unavailable
 from benchmarks.predictions import NUM_CLASSES
 from benchmarks.train_step_problem import DECAY, LR, SEED, Problem, TrainCase, seed_weights
 from benchmarks.train_step_providers import Trainer
 from speed_engine import config as configuration
 from speed_engine.config import RunConfig
-from speed_engine.data.loader import Batch
+from speed_engine.data import Batch
 from speed_engine.distributed import Processes
 from speed_engine.models.dit import position_embedding
-from speed_engine.timesteps.online.policy import Reach
-from speed_engine.training import assembly, loop, metrics
+from speed_engine.training import assembly
+from speed_engine.training.step import DiffusionStep
 
 PRESET = "imagenet256_dit_xl2"
 AHEAD = 1024  # addresses on the device before they are needed, as the loop's reading thread does
@@ -60,7 +61,7 @@ def experiment(kind: str) -> list[str]:
 
 def open_step(
     config: RunConfig, problem: Problem, processes: Processes
-) -> tuple[loop.DiffusionStep, Any, dict[str, str]]:
+) -> tuple[DiffusionStep, Any, dict[str, str]]:
     """(the step, the network, op -> backend), as `loop.train` builds them, from the seeded weights."""
     case, device = problem.case, processes.device
     choices = assembly.choose_kernels(config, device)
@@ -68,26 +69,26 @@ def open_step(
     if fallbacks:
         raise Unavailable("; ".join(fallbacks))
     backends = {choice.op: choice.backend for choice in choices}
-    model = assembly.build_model(config, case.shape, NUM_CLASSES, "meta", backends)
+    source = random_latents.build(
+        random_latents.Config(
+            num_samples=case.batch, size=case.sample_size, num_classes=NUM_CLASSES
+        )
+    )
+    told, _, facts = assembly.told(config, source.facts)
+    model = assembly.build_model(told, facts, "meta", backends)
     model.to_empty(device=device)
     seed_weights(model.named_parameters())
     with torch.no_grad():  # the only buffer
         width, tokens = model.pos_embed.shape[2], model.pos_embed.shape[1]
         model.pos_embed.copy_(position_embedding(width, math.isqrt(tokens)))
-    _, accumulation = assembly.split_batch(config, processes.world)
-    engine = assembly.open_engine(config, model, processes, backends["adamw_ema"])
-    table = assembly.build_table(config).to(device)
-    table.start(config.train.global_batch, case.shape)
-    reach = Reach(processes.rank, processes.world, processes.all_reduce())
-    meter = metrics.Meter(device, table.num_rows)
-    do = loop.DiffusionStep(config, table, engine, backends, reach, accumulation, meter)
-    return do, model, backends
+    parts = assembly.build(config, processes, source, model)
+    return assembly.open_step(parts, assembly.open_engine(parts)), model, backends
 
 
 class OurLoop:
     """`DiffusionStep` with a batch that is always the same, at an address that moves on."""
 
-    def __init__(self, do: loop.DiffusionStep, problem: Problem, processes: Processes) -> None:
+    def __init__(self, do: DiffusionStep, problem: Problem, processes: Processes) -> None:
         self.do, self.problem, self.processes = do, problem, processes
         self.done = 0
         self.batches = self._batches()
@@ -97,7 +98,7 @@ class OurLoop:
             steps_N = torch.arange(first, first + AHEAD)
             address_N2 = torch.stack([steps_N, torch.zeros_like(steps_N)], dim=1)
             for address_2 in address_N2.to(self.problem.device).unbind():
-                yield Batch(self.problem.x0, self.problem.labels_B, address_2)
+                yield Batch(self.problem.x0, {"label": self.problem.labels_B}, address_2)
 
     def step(self) -> None:
         self.do(self.done, self.batches)

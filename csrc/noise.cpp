@@ -1,5 +1,6 @@
-// The forward process on the CPU: draws every sample's row of the step table, generates its noise from its address and
-// writes x_t = A x0 + B eps. Reads x0 once, writes x_t once, stores no noise. See kernels/speed_kernels/noise/op.py.
+// The forward process on the CPU: draws every sample's row of the step table, or takes the one it is given, generates its
+// noise from its address and writes x_t = A x0 + B eps. Reads x0 once, writes x_t once, stores no noise. And the noise
+// alone. See kernels/speed_kernels/noise/op.py.
 
 #include <ATen/Parallel.h>
 
@@ -8,32 +9,46 @@
 
 namespace {
 
+using namespace speed;
+
 // A unit of work: elements of one sample that one thread handles in a row.
-constexpr int64_t kChunk = 16 * speed::kTile;
+constexpr int64_t kChunk = 16 * kTile;
+
+// Chunks that cover the elements of every sample; a sample without elements is one chunk.
+struct Chunks {
+  int64_t per_sample;
+  int64_t grain;  // below which a second thread costs more than it helps
+
+  explicit Chunks(int64_t num_elements)
+      : per_sample(std::max<int64_t>(1, (num_elements + kChunk - 1) / kChunk)),
+        grain(std::max<int64_t>(1, 2 * kChunk / std::max<int64_t>(1, std::min(num_elements, kChunk)))) {}
+};
 
 }  // namespace
 
 // x0 and x_t: [num_samples, num_elements], contiguous. address: (step, global slot of the first sample).
+// chosen: the samples' rows, or null to draw them by `cdf`, which may be null otherwise.
 // stride: 0 for independent draws, else speed_kernels.philox.stratum_stride(num_slots).
-extern "C" void speed_noise(const void* x0, int32_t x0_dtype, void* x_t, int32_t x_t_dtype, const int64_t* cdf,
-                            const float* rows, const float* tau, const int64_t* address, int64_t* row_out,
-                            float* tau_out, int64_t num_samples, int64_t num_elements, int64_t num_rows, int64_t seed,
-                            int64_t num_slots, int64_t stride) {
-  using namespace speed;
+// Returns 0, or 1 + the number of the first sample whose chosen row is not in the table (nothing is written then).
+extern "C" int64_t speed_noise(const void* x0, int32_t x0_dtype, void* x_t, int32_t x_t_dtype, const int64_t* cdf,
+                               const int64_t* chosen, const float* rows, const float* tau, const int64_t* address,
+                               int64_t* row_out, float* tau_out, int64_t num_samples, int64_t num_elements,
+                               int64_t num_rows, int64_t seed, int64_t num_slots, int64_t stride) {
+  for (int64_t b = 0; chosen != nullptr && b < num_samples; ++b) {
+    if (chosen[b] < 0 || chosen[b] >= num_rows) return b + 1;
+  }
   const Key key(seed);
   const uint32_t step = static_cast<uint32_t>(address[0]);
   const RowDraw draw(key, step, cdf, num_rows, num_slots, stride);
-  // A sample without elements still draws its row.
-  const int64_t num_chunks = std::max<int64_t>(1, (num_elements + kChunk - 1) / kChunk);
-  const int64_t grain = std::max<int64_t>(1, 2 * kChunk / std::max<int64_t>(1, std::min(num_elements, kChunk)));
-  at::parallel_for(0, num_samples * num_chunks, grain, [&](int64_t begin, int64_t end) {
+  const Chunks chunks(num_elements);
+  at::parallel_for(0, num_samples * chunks.per_sample, chunks.grain, [&](int64_t begin, int64_t end) {
     alignas(64) float eps[kTile];
     alignas(64) float x[kTile];
     for (int64_t item = begin; item < end; ++item) {
-      const int64_t sample = item / num_chunks;
-      const int64_t start = item % num_chunks * kChunk;
+      const int64_t sample = item / chunks.per_sample;
+      const int64_t start = item % chunks.per_sample * kChunk;
       const int64_t slot = address[1] + sample;
-      const int64_t row = draw(slot);
+      const int64_t row = chosen == nullptr ? draw(slot) : chosen[sample];
       if (start == 0) {
         row_out[sample] = row;
         tau_out[sample] = tau[row];
@@ -48,6 +63,28 @@ extern "C" void speed_noise(const void* x0, int32_t x0_dtype, void* x_t, int32_t
         load(x0, x0_dtype, offset, x, n);
         for (int64_t i = 0; i < n; ++i) x[i] = a * x[i] + b * eps[i];
         store(x_t, x_t_dtype, offset, x, n);
+      }
+    }
+  });
+  return 0;
+}
+
+// out: [num_samples, num_elements], the noise that speed_noise adds at this address.
+extern "C" void speed_normals(float* out, const int64_t* address, int64_t num_samples, int64_t num_elements,
+                              int64_t seed) {
+  const Key key(seed);
+  const uint32_t step = static_cast<uint32_t>(address[0]);
+  const Chunks chunks(num_elements);
+  at::parallel_for(0, num_samples * chunks.per_sample, chunks.grain, [&](int64_t begin, int64_t end) {
+    alignas(64) float eps[kTile];
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t sample = item / chunks.per_sample;
+      const int64_t start = item % chunks.per_sample * kChunk;
+      const uint32_t slot = static_cast<uint32_t>(address[1] + sample);
+      const int64_t stop = std::min(start + kChunk, num_elements);
+      for (int64_t first = start; first < stop; first += kTile) {
+        normals_tile(key, static_cast<uint32_t>(first / 4), slot, step, kStreamEps, eps);
+        store(out, kFloat32, sample * num_elements + first, eps, std::min(kTile, stop - first));
       }
     }
   });

@@ -138,31 +138,19 @@ class StepTable:
         dtype: torch.dtype | None = None,
         backend: str = "auto",
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """As `noise`, at rows that somebody else chose (int64 [B]).
+        """As `noise`, at rows that somebody else chose (int64 [B]); returned with x_t and tau_B."""
+        from speed_kernels.noise.op import noise_at
 
-        The kernel draws by comparing a random word of the sample with a CDF. That word is known (it
-        is a function of the address), so a table of B rows whose CDF is made of the sorted words
-        gives every sample exactly its own row. Two equal words, once in 2^33 / B^2 batches, share
-        one sample's row; the rows used are returned.
-        """
-        from speed_kernels.noise.op import noise
-
-        ordered_B, order_B = _words(address_2, row_B.shape[0], seed).sort()
-        end = torch.full((1,), 2**32, dtype=torch.int64, device=row_B.device)
-        chosen_B = row_B[order_B]
-        x_t, rank_B, tau_B = noise(
+        return noise_at(
             x0,
-            torch.cat([ordered_B[1:], end]),
-            self.rows_T8[chosen_B],
-            self.tau_T[chosen_B],
+            row_B,
+            self.rows_T8,
+            self.tau_T,
             address_2,
             seed=seed,
-            num_slots=2**31 - 1,
-            stratified=False,
             dtype=dtype,
             backend=_backend("noise", x0, backend),
         )
-        return x_t, chosen_B[rank_B], tau_B
 
     def loss(
         self,

@@ -28,13 +28,18 @@ def check_table(rows_T8: Tensor, address_2: Tensor, x0: Tensor, seed: int, backe
         raise ValueError(
             f"rows_T8 is {rows_T8.dtype} {tuple(rows_T8.shape)}; it must be float32 [T, 8]"
         )
+    check_address(address_2, seed)
+    for name, tensor in (("rows_T8", rows_T8), ("address_2", address_2)):
+        if tensor.device != x0.device:
+            raise ValueError(f"{name} is on {tensor.device} but x0 on {x0.device}; move it there")
+
+
+def check_address(address_2: Tensor, seed: int) -> None:
+    """Refuse what addresses no noise. Raises ValueError."""
     if address_2.shape != (2,) or address_2.dtype != torch.int64:
         raise ValueError(
             f"address_2 is {address_2.dtype} {tuple(address_2.shape)}; it must be int64 [2]: (step, first slot)"
         )
-    for name, tensor in (("rows_T8", rows_T8), ("address_2", address_2)):
-        if tensor.device != x0.device:
-            raise ValueError(f"{name} is on {tensor.device} but x0 on {x0.device}; move it there")
     philox.key_of(seed)
 
 
@@ -48,9 +53,18 @@ def check_rows(row_B: Tensor, x0: Tensor) -> None:
         raise ValueError(f"row_B is on {row_B.device} but x0 on {x0.device}; move it there")
 
 
+def no_such_row(row_B: Tensor, sample: int, num_rows: int) -> ValueError:
+    """The error for a sample's row that the table does not have."""
+    return ValueError(
+        f"row_B[{sample}] = {int(row_B[sample])} is no row of a table of {num_rows} rows; "
+        "pass the rows that the noise op returned for the same table"
+    )
+
+
 def column(rows_T8: Tensor, row_B: Tensor, index: int, x0: Tensor) -> Tensor:
-    """A column of every sample's row, float64, shaped to multiply x0."""
-    return rows_T8[:, index].double()[row_B].view(-1, *[1] * (x0.dim() - 1))
+    """A column of every sample's row, float64, shaped to multiply x0. Raises IndexError for a row that is not there."""
+    # index_select: an index in brackets would count negative rows from the end.
+    return rows_T8[:, index].double().index_select(0, row_B).view(-1, *[1] * (x0.dim() - 1))
 
 
 def epsilon(shape: Sequence[int], address_2: Tensor, seed: int) -> Tensor:

@@ -65,25 +65,8 @@ def posterior_normals(
 ) -> torch.Tensor:
     """Standard normals for a draw from the autoencoder's posterior: float32, on the address's device.
 
-    The `noise` kernel makes them, as pure noise (A = 0, B = 1), under a key that no run's own noise
-    uses: seeds end at 2^62 here, and this key has bit 62 set.
+    Under a key that no run's own noise uses: seeds end at 2^62 here, and this key has bit 62 set.
     """
-    from speed_kernels.noise.op import noise
+    from speed_kernels.noise.op import normals
 
-    device = address_2.device
-    pure = torch.zeros(1, 8, device=device)
-    pure[0, 1].fill_(1.0)
-    cdf = torch.full((1,), 2**32, dtype=torch.int64, device=device)
-    x0 = torch.zeros(shape, device=device)
-    normals, _, _ = noise(
-        x0,
-        cdf,
-        pure,
-        torch.zeros(1, device=device),
-        address_2,
-        seed=seed | 1 << 62,
-        num_slots=2**31 - 1,
-        stratified=False,
-        backend=backend,
-    )
-    return normals
+    return normals(address_2, shape, seed=seed | 1 << 62, backend=backend)

@@ -50,17 +50,23 @@ class Parts:
         return {choice.op: choice.backend for choice in self.choices}
 
 
-def build(config: RunConfig, processes: Processes, source: Source | None = None) -> Parts:
+def build(
+    config: RunConfig,
+    processes: Processes,
+    source: Source | None = None,
+    model: nn.Module | None = None,
+) -> Parts:
     """The parts of the run. Collective. Raises ValueError: one sentence for a user's mistake.
 
-    source: instead of the one that `config.data` names.
+    source, model: instead of those that the configuration names.
     """
     micro_batch, _ = split_batch(config, processes.world)
     choices = choose_kernels(config, processes.device)
     backends = {choice.op: choice.backend for choice in choices}
     source = build_source(config) if source is None else source
     config, conditions, facts = told(config, source.facts)
-    model = build_model(config, facts, processes.device, backends)
+    if model is None:
+        model = build_model(config, facts, processes.device, backends)
     agree_on_attention(model, processes)
     loader = Loader(
         source,

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from speed_engine.distributed import Processes, start, stop
 from speed_engine.engines import optimizer
@@ -34,12 +34,17 @@ CASES = [
 ONE = Processes(0, 1, 0, torch.device("cpu"))
 
 
-def network() -> nn.Sequential:
+class Timeless(nn.Sequential):
+    """Layers in a row, which are told the time and do not mind it."""
+
+    def forward(self, x: Tensor, time_B: Tensor) -> Tensor:
+        return super().forward(x)
+
+
+def network() -> Timeless:
     """Weights that bf16 can hold, so that masters made before and after rounding are the same."""
     torch.manual_seed(1)
-    model = nn.Sequential(
-        nn.Linear(13, 29), nn.SiLU(), nn.Linear(29, 7), nn.SiLU(), nn.Linear(7, 5)
-    )
+    model = Timeless(nn.Linear(13, 29), nn.SiLU(), nn.Linear(29, 7), nn.SiLU(), nn.Linear(7, 5))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(parameter.bfloat16())
@@ -58,7 +63,7 @@ def train(engine: Any, rank: int, world: int) -> dict[str, Any]:
         x = torch.randn(BATCH, 13, generator=generator).chunk(world)[rank].to(engine.compute_dtype)
         y = torch.randn(BATCH, 5, generator=generator).chunk(world)[rank]
         for poison in (True, False) if step == POISONED else (False,):
-            loss = (engine.forward(x).float() - y).square().mean()
+            loss = (engine.forward(x, x[:, 0]).float() - y).square().mean()
             engine.backward(loss * float("nan") if poison and rank == world - 1 else loss)
             engine.step(0.02)
     weights, ema = engine.weights(ema=False), engine.weights(ema=True)

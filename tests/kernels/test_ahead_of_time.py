@@ -82,16 +82,16 @@ def noise_report(
     x_t: str,
     fanout: int = 32,
     wide: bool = False,
-    divisible: tuple[str, ...] = ("num_elements",),
+    rows: str = "drawn",
 ) -> Report:
     signature = {
-        "x0_ptr": f"*{x0}", "x_t_ptr": f"*{x_t}", "cdf_ptr": "*i64", "rows_ptr": "*fp32", "tau_ptr": "*fp32",
-        "address_ptr": "*i64", "row_out_ptr": "*i64", "tau_out_ptr": "*fp32",
+        "x0_ptr": f"*{x0}", "x_t_ptr": f"*{x_t}", "cdf_ptr": "*i64", "chosen_ptr": "*i64", "rows_ptr": "*fp32",
+        "tau_ptr": "*fp32", "address_ptr": "*i64", "row_out_ptr": "*i64", "tau_out_ptr": "*fp32",
         "num_elements": "i64" if wide else "i32", "num_rows": "i32", "key0": "i32", "key1": "i32",
         "num_slots": "i32", "stride": "i32", "num_chunks": "i32", "num_tiles": "i32",
     }  # fmt: skip
     constexprs: dict[str, Any] = {
-        "STRATIFIED": True, "FANOUT": fanout, "TILE": noise_gpu.TILE,
+        "ROWS": rows, "STRATIFIED": rows == "drawn", "FANOUT": fanout if rows == "drawn" else 1, "TILE": noise_gpu.TILE,
         "RUN": 4 if x0 == x_t == "fp32" else 8, "WIDE": wide,
     }  # fmt: skip
     return report(
@@ -100,7 +100,7 @@ def noise_report(
         constexprs,
         arch,
         noise_gpu.NUM_WARPS,
-        divisible=divisible,
+        divisible=["num_elements"],
     )
 
 
@@ -127,9 +127,10 @@ def loss_report(arch: int, out: str, x0: str, learned: bool, wide: bool = False)
 
 
 @every_architecture
+@pytest.mark.parametrize("rows", ["drawn", "given"])
 @pytest.mark.parametrize(("x0", "x_t"), [("fp32", "fp32"), ("bf16", "bf16"), ("fp32", "bf16")])
-def test_noise_kernel(arch: int, x0: str, x_t: str) -> None:
-    found = noise_report(arch, x0, x_t)
+def test_noise_kernel(arch: int, x0: str, x_t: str, rows: str) -> None:
+    found = noise_report(arch, x0, x_t, rows=rows)
     assert found.spills == 0 and found.stack_bytes == 0
     assert found.registers <= 40
     # Nothing is exchanged between threads: the normals are made where the elements are.
@@ -138,6 +139,16 @@ def test_noise_kernel(arch: int, x0: str, x_t: str) -> None:
     bytes_per_thread = noise_gpu.TILE // (32 * noise_gpu.NUM_WARPS) * (4 if x0 == "fp32" else 2)
     assert found.loads[128] == bytes_per_thread // 16
     assert found.store_bits == 128 and 16 not in found.loads and 16 not in found.stores
+
+
+@every_architecture
+def test_noise_kernel_without_rows(arch: int) -> None:
+    """The low words of step and slot are read, and nothing else; the noise is written."""
+    found = noise_report(arch, "fp32", "fp32", rows="none")
+    assert found.spills == found.stack_bytes == found.shared_bytes == 0
+    assert found.registers <= 40
+    assert found.loads == {32: 2}
+    assert found.stores == {128: noise_gpu.TILE // (32 * noise_gpu.NUM_WARPS) // 4}
 
 
 @every_architecture
@@ -159,6 +170,7 @@ def test_variants_for_large_tables_and_samples() -> None:
     for found in (
         noise_report(90, "bf16", "bf16", fanout=128),
         noise_report(90, "bf16", "bf16", wide=True),
+        noise_report(90, "bf16", "bf16", wide=True, rows="given"),
         loss_report(90, "bf16", "bf16", True, wide=True),
     ):
         assert found.spills == 0 and found.load_bits == 128 and found.store_bits == 128

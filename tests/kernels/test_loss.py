@@ -339,9 +339,10 @@ def test_not_a_number_is_not_hidden(backend: str, device: str, row: int, channel
 
 
 @every_backend
-def test_a_row_outside_the_table_is_refused(backend: str, device: str) -> None:
+@pytest.mark.parametrize("wrong", [1000, -1])
+def test_a_row_outside_the_table_is_refused(backend: str, device: str, wrong: int) -> None:
     problem = Problem()
-    problem.row_B[3] = 1000
+    problem.row_B[3] = wrong
     if backend == "triton":
         # A kernel cannot raise without waiting for the host: the loss is no number instead.
         total, losses, _ = problem.run(backend, device)
@@ -350,7 +351,7 @@ def test_a_row_outside_the_table_is_refused(backend: str, device: str) -> None:
         )
     elif backend == "cpp":
         with pytest.raises(
-            ValueError, match=r"row_B\[3\] = 1000 is no row of a table of 1000 rows"
+            ValueError, match=rf"row_B\[3\] = {wrong} is no row of a table of 1000 rows"
         ):
             problem.run(backend, device)
     else:

@@ -64,9 +64,9 @@ def run(
 @pytest.mark.parametrize("case", CASES)
 def test_agrees_with_the_reference(backend: str, device: str, case: int) -> None:
     args = list(sample_inputs())[case]
-    x0, dtype = args[0], args[8]
-    x_t, row_B, tau_B = noise_op(*to(device, *args[:-1], backend))
-    exact_args: list[Any] = [*args[:8], torch.float64]
+    x0, dtype, given = args[0], args[8], args[10:]  # with or without rows
+    x_t, row_B, tau_B = noise_op(*to(device, *args[:9], backend, *given))
+    exact_args: list[Any] = [*args[:8], torch.float64, *given]
     exact, exact_row_B, exact_tau_B = reference.noise(*exact_args)
     assert torch.equal(row_B.cpu(), exact_row_B) and torch.equal(tau_B.cpu(), exact_tau_B)
     assert x_t.dtype == dtype and x_t.shape == x0.shape and x_t.is_contiguous()
@@ -207,7 +207,8 @@ def test_gradcheck() -> None:
 @every_backend
 @pytest.mark.parametrize("case", CASES)
 def test_opcheck(backend: str, device: str, case: int) -> None:
-    args = to(device, *list(sample_inputs())[case][:-1], backend)
+    values = list(sample_inputs())[case]
+    args = to(device, *values[:9], backend, *values[10:])
     torch.library.opcheck(noise_op, (args[0].requires_grad_(), *args[1:]))
 
 
@@ -234,7 +235,7 @@ def test_result_does_not_depend_on_the_number_of_threads(
 @pytest.mark.parametrize("case", CASES)
 def test_every_instruction_set(isa: str, case: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        cpp_cpu, "library_function", functools.partial(cpp_cpu.library_function, isa)
+        cpp_cpu, "library_functions", functools.partial(cpp_cpu.library_functions, isa)
     )
     test_agrees_with_the_reference("cpp", "cpu", case)
 
@@ -308,8 +309,8 @@ def test_addresses_of_64_bits_and_tiles_in_turn() -> None:
     x_t, row_B, tau_B = torch.empty_like(x0), torch.empty(2, dtype=torch.int64), torch.empty(2)
     kernel: Any = triton_gpu.noise_kernel[(2,)]
     kernel(
-        x0, x_t, cdf, rows, tau, address, row_B, tau_B, 1500, 100, 77, 0, 64, philox.stratum_stride(64), 1, 2,
-        STRATIFIED=True, FANOUT=16, TILE=1024, RUN=4, WIDE=True,
+        x0, x_t, cdf, cdf, rows, tau, address, row_B, tau_B, 1500, 100, 77, 0, 64, philox.stratum_stride(64), 1, 2,
+        ROWS="drawn", STRATIFIED=True, FANOUT=16, TILE=1024, RUN=4, WIDE=True,
     )  # fmt: skip
     for got, expected in zip((x_t, row_B, tau_B), run("triton", "cpu", x0), strict=True):
         assert torch.equal(got, expected)

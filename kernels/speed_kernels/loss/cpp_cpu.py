@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from speed_kernels import build
+from speed_kernels import build, table
 from speed_kernels.cpp import DTYPE_NUMBERS
 
 
@@ -73,8 +73,5 @@ def loss(
         grad_scale,
     )
     if bad_sample:
-        raise ValueError(
-            f"row_B[{bad_sample - 1}] = {int(row_B[bad_sample - 1])} is no row of a table of {rows_T8.shape[0]} rows; "
-            "pass the rows that the noise op returned for the same table"
-        )
+        raise table.no_such_row(row_B, bad_sample - 1, rows_T8.shape[0])
     return total, losses_3B, grad_out

@@ -1,8 +1,9 @@
 """The noise op as one Triton kernel on CUDA GPUs (A100, H100, H200, B200).
 
-A program handles a run of one sample's elements. It draws the sample's row itself (two dependent loads), makes four
-normals per Philox call in the order in which its threads hold consecutive elements, and moves 128 bits per thread and
-access. Nothing is read on the host: step and slot come from `address_2`, so a launch can be captured in a CUDA graph.
+A program handles a run of one sample's elements. It draws the sample's row itself (two dependent loads) or reads the
+one that is given, makes four normals per Philox call in the order in which its threads hold consecutive elements, and
+moves 128 bits per thread and access. The noise alone comes from the same kernel without a table. Nothing is read on the
+host: step and slot come from `address_2`, so a launch can be captured in a CUDA graph.
 
 Shape legend: E elements of a tile, F fan-out of the row search.
 """
@@ -12,6 +13,8 @@ Shape legend: E elements of a tile, F fan-out of the row search.
 # pyright: reportPossiblyUnboundVariable=false, reportOperatorIssue=false
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -74,6 +77,7 @@ def noise_kernel(
     x0_ptr,
     x_t_ptr,
     cdf_ptr,
+    chosen_ptr,
     rows_ptr,
     tau_ptr,
     address_ptr,
@@ -87,25 +91,39 @@ def noise_kernel(
     stride,
     num_chunks,
     num_tiles,
+    ROWS: tl.constexpr,
     STRATIFIED: tl.constexpr,
     FANOUT: tl.constexpr,
     TILE: tl.constexpr,
     RUN: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """Program b * num_chunks + chunk: `num_tiles` tiles of sample b. WIDE: a sample has 2^31 elements or more."""
+    """Program b * num_chunks + chunk: `num_tiles` tiles of sample b. WIDE: a sample has 2^31 elements or more.
+
+    ROWS: "drawn" by the CDF, "given" by chosen_ptr, or "none": then x_t is the noise, and all but it and the address is
+    never touched.
+    """
     chunk = tl.program_id(0) % num_chunks
     b = (tl.program_id(0) // num_chunks).to(tl.int64)
     key0 = key0.to(tl.uint32, bitcast=True)
     key1 = key1.to(tl.uint32, bitcast=True)
     step = tl.load(address_ptr).to(tl.uint32)
     slot = tl.load(address_ptr + 1) + b
-    row = draw_row(cdf_ptr, num_rows, slot, step, key0, key1, num_slots, stride, STRATIFIED, FANOUT)
-    if chunk == 0:
-        tl.store(row_out_ptr + b, row.to(tl.int64))
-        tl.store(tau_out_ptr + b, tl.load(tau_ptr + row))
-    scale = tl.load(rows_ptr + row * NUM_COLUMNS + A)
-    sigma = tl.load(rows_ptr + row * NUM_COLUMNS + B)
+    if ROWS != "none":
+        if ROWS == "drawn":
+            row = draw_row(
+                cdf_ptr, num_rows, slot, step, key0, key1, num_slots, stride, STRATIFIED, FANOUT
+            )
+        else:
+            row = tl.load(chosen_ptr + b)
+        # A row that the table does not have gives a sample and a tau that are not numbers.
+        valid = (row >= 0) & (row < num_rows)
+        if chunk == 0:
+            tl.store(row_out_ptr + b, row.to(tl.int64))
+            tl.store(tau_out_ptr + b, tl.load(tau_ptr + row, mask=valid, other=float("nan")))
+        columns_ptr = rows_ptr + row * NUM_COLUMNS
+        scale = tl.load(columns_ptr + A, mask=valid, other=float("nan"))
+        sigma = tl.load(columns_ptr + B, mask=valid, other=float("nan"))
 
     first_tile = chunk * num_tiles
     if WIDE:
@@ -115,10 +133,11 @@ def noise_kernel(
         start = (first_tile + tile) * TILE
         offset_E = start + tl.arange(0, TILE)
         mask_E = offset_E < num_elements
-        x0_E = tl.load(x0_ptr + sample + offset_E, mask=mask_E, other=0.0).to(tl.float32)
         first_block = (start // 4).to(tl.uint32)
-        eps_E = normals_tile(first_block, slot.to(tl.uint32), step, key0, key1, TILE, RUN)
-        x_t_E = scale * x0_E + sigma * eps_E
+        x_t_E = normals_tile(first_block, slot.to(tl.uint32), step, key0, key1, TILE, RUN)
+        if ROWS != "none":
+            x0_E = tl.load(x0_ptr + sample + offset_E, mask=mask_E, other=0.0).to(tl.float32)
+            x_t_E = scale * x0_E + sigma * x_t_E
         tl.store(x_t_ptr + sample + offset_E, x_t_E.to(x_t_ptr.dtype.element_ty), mask=mask_E)
 
 
@@ -132,7 +151,7 @@ def fanout(num_rows: int) -> int:
 
 def noise(
     x0: Tensor,
-    cdf_T: Tensor,
+    cdf_T: Tensor | None,
     rows_T8: Tensor,
     tau_T: Tensor,
     address_2: Tensor,
@@ -140,31 +159,57 @@ def noise(
     num_slots: int,
     stratified: bool,
     dtype: torch.dtype,
+    row_B: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `speed_kernels.noise.op`. One launch."""
-    x0, cdf_T, rows_T8, tau_T, address_2 = (
-        tensor.contiguous() for tensor in (x0, cdf_T, rows_T8, tau_T, address_2)
-    )
-    batch, num_rows = x0.shape[0], rows_T8.shape[0]
+    x0, rows_T8, tau_T = (tensor.contiguous() for tensor in (x0, rows_T8, tau_T))
+    source = cdf_T if row_B is None else row_B
+    assert source is not None
+    source = source.contiguous()  # of the rows; the kernel reads one of the two
     x_t = torch.empty(x0.shape, dtype=dtype, device=x0.device)
-    row_B = torch.empty(batch, dtype=torch.int64, device=x0.device)
-    tau_B = torch.empty(batch, dtype=torch.float32, device=x0.device)
+    row_out_B = torch.empty(x0.shape[0], dtype=torch.int64, device=x0.device)
+    tau_B = torch.empty(x0.shape[0], dtype=torch.float32, device=x0.device)
+    _launch(
+        "drawn" if row_B is None else "given",
+        (x0, x_t, source, source, rows_T8, tau_T, address_2.contiguous(), row_out_B, tau_B),
+        rows_T8.shape[0],
+        seed,
+        num_slots,
+        stratified,
+    )
+    return x_t, row_out_B, tau_B
+
+
+def normals(address_2: Tensor, shape: Sequence[int], seed: int) -> Tensor:
+    """See `speed_kernels.noise.op`. One launch."""
+    out = torch.empty(shape, dtype=torch.float32, device=address_2.device)
+    if out.numel() > 0:
+        # `out` stands for tensors that the kernel does not touch.
+        tensors = (out, out, out, out, out, out, address_2.contiguous(), out, out)
+        _launch("none", tensors, 1, seed, 1, False)
+    return out
+
+
+def _launch(
+    rows: str,
+    tensors: tuple[Tensor, ...],
+    num_rows: int,
+    seed: int,
+    num_slots: int,
+    stratified: bool,
+) -> None:
+    """The kernel on its nine tensors, in its order; the first two are x0 and x_t."""
+    x0, x_t = tensors[:2]
+    batch = x_t.shape[0]
     if batch == 0:
-        return x_t, row_B, tau_B
-    num_elements = x0.numel() // batch
-    num_tiles = launch.tiles_per_program(batch, num_elements, TILE, x0.device)
+        return
+    num_elements = x_t.numel() // batch
+    num_tiles = launch.tiles_per_program(batch, num_elements, TILE, x_t.device)
     # A sample without elements still draws its row.
     num_chunks = max(1, triton.cdiv(num_elements, num_tiles * TILE))
-    with torch.cuda.device_of(x0):
+    with torch.cuda.device_of(x_t):
         noise_kernel[(batch * num_chunks,)](
-            x0,
-            x_t,
-            cdf_T,
-            rows_T8,
-            tau_T,
-            address_2,
-            row_B,
-            tau_B,
+            *tensors,
             num_elements,
             num_rows,
             *launch.signed_key(seed),
@@ -172,12 +217,12 @@ def noise(
             philox.stratum_stride(num_slots),
             num_chunks,
             num_tiles,
+            ROWS=rows,
             STRATIFIED=stratified,
-            FANOUT=fanout(num_rows),
+            FANOUT=fanout(num_rows) if rows == "drawn" else 1,
             TILE=TILE,
             RUN=launch.run_length(x0, x_t),
             WIDE=launch.is_wide(num_elements, TILE),
             num_warps=NUM_WARPS,
             enable_fp_fusion=True,
         )
-    return x_t, row_B, tau_B

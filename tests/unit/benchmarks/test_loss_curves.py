@@ -89,12 +89,15 @@ def test_fp8_products_learn_beside_native_ones(command, tmp_path):
 def test_random_latents_are_a_table():
     config = random_latents.Config(num_samples=64, num_classes=5, size=16)
     one, again = random_latents.build(config), random_latents.build(config)
-    x, labels = one.batch([3, 60, 3])
+    stored, told = one.read([3, 60, 3])
+    x = one.decode(stored)
     assert x.shape == (3, 4, 16, 16) and x.dtype == torch.float32 and len(one) == 64
-    assert torch.equal(x, again.batch([3, 60, 3])[0]) and torch.equal(x[0], x[2])
-    assert labels.max() < 5 and x.std().item() == pytest.approx(1, rel=0.1)
-    assert torch.equal(one.batch([3, 60], [True, False])[0][0], x[0].flip(-1))
-    assert torch.equal(one.batch([3])[0], x[:1])  # flipping changed nothing that is stored
+    assert torch.equal(x, again.decode(again.read([3, 60, 3])[0])) and torch.equal(x[0], x[2])
+    assert told["label"].max() < 5 and x.std().item() == pytest.approx(1, rel=0.1)
+    assert torch.equal(one.decode(one.read([3, 60], [True, False])[0])[0], x[0].flip(-1))
+    assert torch.equal(
+        one.decode(one.read([3])[0]), x[:1]
+    )  # flipping changed nothing that is stored
     with pytest.raises(ValueError, match="multiple of 8"):
         random_latents.build(random_latents.Config(size=12))
 

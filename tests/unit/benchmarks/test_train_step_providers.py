@@ -42,6 +42,9 @@ from benchmarks.train_step_problem import (
     seed_weights,
     shapes_of,
 )
+from speed_engine.conditions import label
+from speed_engine.data import Facts
+from speed_engine.data.space import Space
 from speed_engine.distributed import Processes, start, stop
 from speed_engine.models import dit
 from speed_engine.training import metrics
@@ -115,11 +118,15 @@ def test_predictions_say_so_and_stay_below_the_roof(capsys: pytest.CaptureFixtur
 def test_the_plain_network_is_ours(state: State, problem: Problem) -> None:
     """Same names, same outputs and gradients from the same weights, in float32."""
     plain = plain_dit.build(weights=state.weights, upload=True, **TINY.network)
-    facts = {"channels": 4, "sample_size": 8, "num_classes": 1000, "learned_variance": True}
-    ours = dit.build(dit.Config(size=TINY.size), **facts)
+    space = Space("latents", (1.0,) * 4, (0.0,) * 4)
+    facts = Facts((4, 8, 8), space, {"label": label.described(1000, null=True)})
+    ours = dit.build(dit.Config(size=TINY.size), facts, 8)
     seed_weights(ours.named_parameters())
     t_B = torch.tensor([0, 1, 500, 999])
-    outs = [net(problem.x0, t_B, problem.labels_B) for net in (plain, ours)]
+    outs = [
+        plain(problem.x0, t_B, problem.labels_B),
+        ours(problem.x0, t_B, label=problem.labels_B),
+    ]
     torch.testing.assert_close(*outs, rtol=1e-4, atol=1e-5)
     weighting = torch.randn_like(outs[0])
     grads = []

@@ -1,9 +1,9 @@
-"""Order and label drop are pure functions of (seed, step, slot)."""
+"""Order and posterior draws are pure functions of (seed, step, slot)."""
 
 import pytest
 import torch
 
-from speed_engine.data.order import batch_indices, permuted
+from speed_engine.data.order import batch_indices, permuted, posterior_normals
 
 
 @pytest.mark.parametrize("num", [1, 2, 3, 5, 16, 17, 1797])
@@ -37,3 +37,14 @@ def test_any_split_sees_the_same_batch():
     whole = batch_indices(1, 7, 0, 12, 12, 100)
     parts = [batch_indices(1, 7, first, 3, 12, 100) for first in (0, 3, 6, 9)]
     assert torch.equal(torch.cat(parts), whole)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
+def test_posterior_normals_stay_what_they_are(backend):
+    """Runs on stored posteriors continue: these numbers may never change, on any backend."""
+    found = posterior_normals(7, torch.tensor([3, 5]), (2, 1, 3), backend)
+    first = [0.7087256908416748, -0.25355178117752075, 1.1270718574523926]
+    second = [-2.2443735599517822, 0.9104025363922119, -2.4479355812072754]
+    torch.testing.assert_close(found, torch.tensor([[first], [second]]), rtol=1e-6, atol=0)
+    alone = posterior_normals(7, torch.tensor([3, 6]), (1, 1, 3), backend)
+    assert torch.equal(found[1:], alone)

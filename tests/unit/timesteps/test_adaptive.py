@@ -122,7 +122,7 @@ def test_rows_are_drawn_from_the_policy():
 
 
 def test_noise_at_chosen_rows_is_the_same_noise():
-    """The mini-table gives every sample its own row and changes nothing else."""
+    """Every sample gets the row that was chosen for it, and the noise of its address."""
     table = make()
     x0 = torch.randn(BATCH, 2, 4, 4, generator=torch.Generator().manual_seed(0))
     row_B = (torch.arange(BATCH) * 7) % ROWS
