@@ -18,7 +18,7 @@ from torch import nn
 
 from speed_engine.distributed import Processes
 from speed_engine.engines import frozen_weights, optimizer
-from speed_engine.engines.deepspeed_json import merged_with
+from speed_engine.engines.deepspeed_json import merged_with, read, users_part
 from speed_engine.kinds import Section
 
 TAG = "zero"
@@ -72,6 +72,7 @@ class DeepSpeedEngine:
             "steps_per_print": 2**31,
         }
         settings = merged_with(config.json_file, settings)
+        self.users = users_part(read(config.json_file)) if config.json_file else {}
         own_guard = _guard_ourselves(settings, optim_config)
         self.config = config
         self.settings = settings
@@ -168,6 +169,7 @@ class DeepSpeedEngine:
             "distribution": f"ZeRO stage {self.config.zero}",
             "optimizer": type(self.optimizer).__name__,
             "deepspeed_config": self.settings,
+            "deepspeed_json": self.users,
         }
 
 

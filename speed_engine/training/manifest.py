@@ -16,6 +16,7 @@ from speed_engine.conditions import label
 from speed_engine.config import RunConfig
 from speed_engine.data import Facts
 from speed_engine.data.space import Space
+from speed_engine.engines.deepspeed_json import read, users_part
 from speed_engine.training.assembly import Parts
 from speed_engine.training.attention import attention_facts
 
@@ -51,8 +52,14 @@ def describe(parts: Parts, engine_facts: dict[str, Any]) -> dict[str, Any]:
 def upgraded(manifest: dict[str, Any]) -> dict[str, Any]:
     """A manifest as this version writes it, from one of any version.
 
-    The first version told networks of class labels alone, by keys of the model and of the data.
+    The first version told networks of class labels alone, by keys of the model and of the data, and
+    kept DeepSpeed's settings only as they were after ours were merged into them.
     """
+    if "deepspeed_config" in manifest and "deepspeed_json" not in manifest:
+        merged = copy.deepcopy(manifest["deepspeed_config"])
+        merged["zero_optimization"].pop("compute_grad_norm", None)  # these two were the engine's
+        merged["bf16"].pop("check_grad_overflow", None)
+        manifest = {**manifest, "deepspeed_json": users_part(merged)}
     data = manifest["data"]
     if "num_classes" not in data:
         return manifest
@@ -73,10 +80,12 @@ def run_folder(config: RunConfig, fingerprint: str, world: int) -> Path:
     """Where the run writes: `run_dir`, or runs/NAME-HASH with the hash of what a resume compares."""
     if config.run_dir is not None:
         return Path(config.run_dir)
+    json_file = getattr(config.engine, "json_file", None)
     decided = {
         "config": config.model_dump(mode="json"),
         "data": {"fingerprint": fingerprint},
         "processes": world,
+        "deepspeed_json": users_part(read(json_file)) if json_file else {},
     }
     text = json.dumps(comparable(decided), sort_keys=True)
     return Path("runs") / f"{config.name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
@@ -87,6 +96,8 @@ def comparable(manifest: dict[str, Any]) -> dict[str, Any]:
     config = {k: v for k, v in manifest["config"].items() if k not in FREE_TO_CHANGE}
     config["train"] = {k: v for k, v in config["train"].items() if k != "steps"}
     config["data"] = manifest["data"]["fingerprint"]  # wherever the files are now
+    if config["engine"].get("json_file") is not None:  # what it says, wherever it lies
+        config["engine"] = {**config["engine"], "json_file": manifest["deepspeed_json"] or None}
     result = {"config": config}
     if manifest["config"]["engine"]["kind"] == "deepspeed":  # ZeRO's shards fit one world size
         result["processes"] = manifest["processes"]

@@ -1,13 +1,11 @@
 """What a user can get wrong about training: one sentence, exit code 2, nothing half-written."""
 
-import json
 import sys
 from pathlib import Path
 
 import pytest
 
 from speed_engine import train
-from speed_engine.engines.deepspeed_json import merged_with
 
 
 @pytest.fixture
@@ -111,39 +109,3 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(run, tmp_path):
     assert code == 0
     assert "model.safetensors" in output and "step-00000002 is damaged" in output
     assert (tmp_path / "run" / "checkpoints" / "step-00000003").is_dir()
-
-
-@pytest.mark.parametrize(
-    ("settings", "words"),
-    [
-        ({"gradient_clipping": 1.0}, ["gradient_clipping = 1.0", "optim.clip"]),
-        ({"zero_optimisation": {}}, ["zero_optimisation", "did you mean 'zero_optimization'"]),
-        ({"zero_optimization": {"stage": 3}}, ["zero_optimization.stage = 3", "engine.zero"]),
-        ({"optimizer": {"type": "Adam"}}, ["optimizer", "section optim"]),
-        ({"train_batch_size": 64}, ["train_batch_size = 64", "train.global_batch"]),
-        ({"fp16": {"enabled": True}}, ["fp16", "engine.precision=bf16"]),
-        ([], ["one JSON object"]),
-    ],
-)
-def test_a_deepspeed_json_may_not_contradict(tmp_path, settings, words):
-    path = tmp_path / "ds.json"
-    path.write_text(json.dumps(settings))
-    ours = {"train_batch_size": 8, "gradient_clipping": 0.0, "zero_optimization": {"stage": 1}}
-    with pytest.raises(ValueError) as caught:
-        merged_with(str(path), ours)
-    for word in words:
-        assert word in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
-def test_a_deepspeed_json_is_merged(tmp_path):
-    path = tmp_path / "ds.json"
-    theirs = {"zero_optimization": {"reduce_bucket_size": 1000}, "train_batch_size": "auto"}
-    path.write_text(json.dumps(theirs))
-    ours = {"train_batch_size": 8, "zero_optimization": {"stage": 1}}
-    assert merged_with(str(path), ours) == {
-        "train_batch_size": 8,
-        "zero_optimization": {"stage": 1, "reduce_bucket_size": 1000},
-    }
-    with pytest.raises(ValueError, match=r"nowhere\.json"):
-        merged_with("nowhere.json", ours)
