@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from speed_engine.atomic_files import atomic
+from speed_engine.training import sealed
 
 INK, GREY, GRID, BLUE = "#222222", "#7a7a7a", "#e2e2e2", "#1f5fa8"
 STYLE: dict[Any, Any] = {
@@ -85,7 +86,7 @@ def describe(run: Path) -> str:
     """The run's name and, where its manifest tells, method, schedule and objective."""
     name = run.resolve().name
     try:
-        config = json.loads((run / "manifest.json").read_text(encoding="utf-8"))["config"]
+        config = sealed.read(run / "manifest.json")["config"]
         kinds = [f"{key} {config[key]['kind']}" for key in ("timesteps", "schedule", "objective")]
     except (OSError, ValueError, KeyError, TypeError):  # the pictures do not depend on it
         return name

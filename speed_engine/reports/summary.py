@@ -30,7 +30,7 @@ def gather(folder: Path, started: float | None, trusted: Collection[str] = ()) -
     """The numbers of a run: from its manifest, its metrics and the scores of its samples."""
     opened = open_run(folder, trusted)
     lines = [json.loads(line) for line in _read(folder / "metrics.jsonl").splitlines()]
-    manifest = json.loads(_read(folder / "manifest.json"))
+    manifest = opened.manifest
     rates = [line["images_per_s"] for line in lines]
     facts: dict[str, Any] = {
         "steps": opened.step,

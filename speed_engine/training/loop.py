@@ -18,7 +18,7 @@ from speed_engine.atomic_files import write_json
 from speed_engine.config import RunConfig
 from speed_engine.distributed import Processes, start, stop
 from speed_engine.engines import Engine, optimizer
-from speed_engine.training import assembly, checkpoint, metrics
+from speed_engine.training import assembly, checkpoint, metrics, sealed
 from speed_engine.training import manifest as manifests
 from speed_engine.training.assembly import Parts
 from speed_engine.training.attention import attention_facts, keep_attention
@@ -60,7 +60,7 @@ def _train(config: RunConfig, processes: Processes) -> int:
     do = assembly.open_step(parts, engine)
     first_step = resume(parts, run, engine, manifest)
     if processes.first:
-        write_json(run / "manifest.json", manifest)
+        write_json(run / "manifest.json", sealed.seal(manifest))
     journal = metrics.Journal(run, first_step, config, parts.choices, silent=not processes.first)
     macs = assembly.macs_per_sample(config, parts.facts)
     rate = metrics.Rate(macs, processes, first_step)
@@ -150,7 +150,7 @@ def resume(parts: Parts, run: Path, engine: Engine, manifest: dict[str, Any]) ->
             f"checkpoint.resume=never, but {run} holds a run at step {found.step}; "
             "choose another run_dir or remove the folder"
         )
-    before = manifests.upgraded(found.manifest)
+    before = manifests.upgraded(found.manifest, found.folder)
     changed = checkpoint.differences(manifests.comparable(before), manifests.comparable(manifest))
     if changed:
         raise checkpoint.CheckpointError(
