@@ -20,9 +20,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from speed_engine.conditions.label import described
+from speed_engine.data.space import Space
 from speed_engine.kinds import Section
 
-from . import DataError
+from . import DataError, Facts
 from .storage import index as index_file
 
 TORCH_DTYPES = {"uint8": torch.uint8, "float16": torch.float16, "float32": torch.float32}
@@ -77,6 +79,11 @@ class Shards:
         self.mean, self.std = index.mean, index.std
         self.has_posterior = index.posterior
         self.can_flip = index.kind == "pixels" or index.flipped
+        scale, shift = ((each,) * self.shape[0] for each in (index.scale, index.shift))
+        space = Space(index.kind, scale, shift, index.posterior)
+        label = described(index.num_classes, index.class_names)
+        told = {"label": label} if index.num_classes else {}
+        self.facts = Facts(tuple(self.shape), space, told, self.can_flip)
         whole = self.count == index.count
         self.fingerprint = (
             index.fingerprint if whole else f"{index.fingerprint}[{first}+{self.count}]"
@@ -112,15 +119,15 @@ class Shards:
         normals: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """(x float32 [B, C, H, W] in model space, labels int64 [B]), see data.Source."""
-        stored, labels = self.read(indices, flips)
-        return self.decode(stored, normals), labels
+        stored, told = self.read(indices, flips)
+        return self.decode(stored, normals), told.get("label", torch.zeros(len(stored)).long())
 
     def read(
         self,
         indices: Sequence[int] | np.ndarray | Tensor,
         flips: Sequence[bool] | np.ndarray | Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """(stored [B, C', H, W] in the stored dtype, labels int64 [B]) on the CPU.
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """(stored [B, C', H, W] in the stored dtype, {"label": int64 [B]} with classes) on the CPU.
 
         C' = 2C with a posterior. For a conversion on the device: move `stored` there and `decode`.
         """
@@ -148,7 +155,8 @@ class Shards:
         if flipped is not None and self.kind == "pixels":
             rows = torch.from_numpy(flipped)
             stored[rows] = stored[rows].flip(-1)
-        return stored, torch.from_numpy(self._label[chosen])
+        told = {"label": torch.from_numpy(self._label[chosen])} if self.facts.conditions else {}
+        return stored, told
 
     def decode(self, stored: Tensor, normals: Tensor | None = None) -> Tensor:
         """Stored values to model space, (value - shift) * scale: float32, on the same device.

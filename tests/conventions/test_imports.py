@@ -52,7 +52,7 @@ MAY_IMPORT = {
     "speed_engine.errors": ["speed_kernels.build", "speed_kernels.contract"],
     "speed_engine.atomic_files": [],
     "speed_engine.kinds": [],
-    "speed_engine.distributed": LEAVES,
+    "speed_engine.distributed": [*LEAVES, "speed_engine.distributed"],
     "speed_engine.schedules": [*LEAVES, "speed_engine.schedules"],
     # `optim` is the one section without a kind: its type lies beside the optimizers.
     "speed_engine.config": [*LEAVES, "speed_engine.schedules", "speed_engine.engines.optimizer"],

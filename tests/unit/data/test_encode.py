@@ -44,7 +44,8 @@ def test_class_folders_become_labels(tmp_path: Path) -> None:
     assert index.shape == (3, 8, 8) and index.count == 7
     assert [shard.count for shard in index.shards] == [3, 3, 1]
     source = Shards(tmp_path / "out")
-    stored, labels = source.read(range(7))
+    stored, told = source.read(range(7))
+    labels = told["label"]
     assert labels.tolist() == [0, 0, 0, 1, 1, 1, 1]  # sorted by class, then by name
     paths = [*sorted((images / "cat").iterdir()), *sorted((images / "dog").iterdir())]
     expected = np.stack([pictures.decode(path, 8, 3, 1) for path in paths])

@@ -15,11 +15,11 @@ import pytest
 import torch
 import webdataset as wds
 
-from speed_engine.config import kinds
 from speed_engine.data import DataError, Source, digits, shards
 from speed_engine.data.storage import index as index_file
 from speed_engine.data.storage.index import Index, reindex, verify
 from speed_engine.data.storage.writer import SetWriter
+from speed_engine.kinds import names
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "pixels": {"dtype": np.uint8, "shape": (3, 6, 5)},
@@ -76,7 +76,8 @@ def test_what_is_written_comes_back_in_any_order(tmp_path: Path, name: str) -> N
     assert [shard.count for shard in index.shards] == [3, 3, 1]
     source = shards.build(shards.Config(path=str(tmp_path / "set")))
     order = [6, 0, 3, 3, 5, 1]
-    raw, labels = source.read(order)
+    raw, told = source.read(order)
+    labels = told["label"]
     assert np.array_equal(raw.numpy(), stored[order])
     assert labels.dtype == torch.int64 and labels.tolist() == [i % 3 for i in order]
     again, _ = source.read(torch.tensor(order))  # the second time without checksums
@@ -263,7 +264,7 @@ def test_scale_far_off_is_refused(tmp_path: Path) -> None:
 
 
 def test_kinds_and_protocol(tmp_path: Path) -> None:
-    assert kinds("data") == ["digits", "shards"]
+    assert names("data") == ["digits", "shards"]
     source: Source = digits.build(digits.Config(path=str(tmp_path / "digits")))
     assert source.shape == (1, 8, 8)
 
