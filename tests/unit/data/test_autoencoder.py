@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +33,13 @@ def save_vae(folder: Path, **changes: object) -> None:
     ).save_pretrained(folder, safe_serialization=True)
 
 
+def command(*words: object) -> None:
+    """`python -m speed_engine WORDS`, to a good end."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["speed_engine", *map(str, words)])
+        assert main() == 0
+
+
 def test_a_run_on_shifted_latents_is_decoded_with_the_shift(tmp_path: Path) -> None:
     """encode, train, sample --vae: a picture is the decoder's own answer to the latent that was sampled."""
     save_vae(tmp_path / "vae")
@@ -41,7 +49,7 @@ def test_a_run_on_shifted_latents_is_decoded_with_the_shift(tmp_path: Path) -> N
         Image.fromarray(image).save(tmp_path / "images" / f"{number}.png")
     encode = ["encode", "--images", tmp_path / "images", "--out", tmp_path / "set", "--size", 16]
     encode += ["--mode", "latents", "--vae", tmp_path / "vae", "--device", "cpu"]
-    assert main([str(word) for word in encode]) == 0
+    command(*encode)
     source = shards.Shards(tmp_path / "set", check_scale=False)
     stored, _ = source.read(range(6))
     x = source.decode(stored)
@@ -55,14 +63,14 @@ def test_a_run_on_shifted_latents_is_decoded_with_the_shift(tmp_path: Path) -> N
     small = ["model.size=tiny/2", "model.depth=1", "model.hidden_size=16", "model.num_heads=1"]
     train = ["train", "--config", "digits_dit_tiny", "data.kind=shards", "engine=torch", *small]
     train += [f"data.path={tmp_path / 'set'}", "data.check_scale=false", f"run_dir={run}"]
-    assert main([*train, "train.steps=1", "train.global_batch=4", "learned_variance=false"]) == 0
+    command(*train, "train.steps=1", "train.global_batch=4", "learned_variance=false")
     pictures = []
     for name in ("vae", "unshifted"):
         if name == "unshifted":
             save_vae(tmp_path / name, shift_factor=0.0)  # the data's constants count, not the VAE's
         sample = ["sample", "--run", run, "--out", tmp_path / f"by_{name}", "--num", 2]
         sample += ["--sampler", "ddim", "--steps", 2, "--vae", tmp_path / name]
-        assert main([str(word) for word in sample]) == 0
+        command(*sample)
         with np.load(tmp_path / f"by_{name}" / "samples.npz") as file:
             pictures.append(file["arr_0"])
     assert pictures[0].shape == (2, 16, 16, 3) and np.array_equal(*pictures)
@@ -91,7 +99,7 @@ def test_an_autoencoder_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"8 channels, and the samples have 4; .* sd-vae"):
         autoencoder.decoder(space, str(tmp_path / "vae"), "cpu")
     with pytest.raises(DataError, match="give --vae the folder"):
-        autoencoder.decoder(space, str(tmp_path), "cpu")
+        autoencoder.decoder(space, str(tmp_path / "nothing"), "cpu")
     (tmp_path / "vae" / "diffusion_pytorch_model.safetensors").unlink()
     with pytest.raises(DataError, match="cannot be loaded"):
         autoencoder.decoder(space, str(tmp_path / "vae"), "cpu")

@@ -122,7 +122,7 @@ def test_contradictions_are_refused_before_any_work(facts, recipe, labels, words
 @pytest.mark.parametrize(
     ("recipe", "words"),
     [
-        ({"sampler": "hoin"}, "no 'hoin'; did you mean 'heun'"),
+        ({"sampler": "heum"}, "no 'heum'; did you mean 'heun'"),
         ({"spacing": "even"}, "no spacing 'even'"),
         ({"steps": 0}, "at least 1"),
         ({"guidance": -1.0}, "from 0 up"),
