@@ -7,6 +7,7 @@ import json
 import sys
 import time
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -125,8 +126,8 @@ def sample_arguments(parser: argparse.ArgumentParser) -> None:
     _run_arguments(parser)
     parser.add_argument("--out", type=Path, required=True, help="where the pictures go")
     parser.add_argument("--num", type=int, default=64, help="how many samples")
-    parser.add_argument("--sampler", default="ddpm", help="ddpm, ddim or dpm++")
-    parser.add_argument("--steps", type=int, default=250, help="network evaluations a sample")
+    parser.add_argument("--sampler", default="ddpm", help="ddpm, ddim, dpmpp, heun, or a module")
+    parser.add_argument("--steps", type=int, default=250, help="noise levels that are visited")
     parser.add_argument("--guidance", type=float, default=1.0, help="1 = off")
     parser.add_argument(
         "--guidance-channels",
@@ -135,33 +136,38 @@ def sample_arguments(parser: argparse.ArgumentParser) -> None:
         help="all, or a number (3: as the released DiT)",
     )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--label", type=int, help="only this class (default: all in turn)")
+    parser.add_argument("--label", help="only this class, by number or name (default: in turn)")
+    parser.add_argument(
+        "--condition",
+        action="append",
+        default=[],
+        metavar="NAME=REQUEST",
+        help="what the network is told by this name, for all samples",
+    )
     parser.add_argument("--weights", choices=("ema", "model"), default="ema")
-    parser.add_argument("--vae", type=Path, help="folder of the AutoencoderKL that decodes latents")
+    parser.add_argument(
+        "--vae", help="folder or hub name of the AutoencoderKL that decodes latents"
+    )
     parser.add_argument("--batch-size", type=_at_least_one, default=64)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
 
 
 def sample(args: argparse.Namespace) -> int:
-    import torch
-
+    from speed_engine.data import autoencoder
     from speed_engine.reports.run_folder import device_of, open_run
     from speed_engine.sampling import folder, process
 
     run = open_run(args.run, args.trust)
     device = device_of(args.device)
     model: Any = run.model(args.weights).to(device)
-    table = run.table()
-    num_classes = run.data["num_classes"]
-    trained = process.Process(
-        schedule=table.schedule,
-        objective=table.objective,
-        learned_variance=run.config.learned_variance,
-        shape=run.shape,
-        num_classes=num_classes,
-        null_label=getattr(model, "null_label", None),
+    trained = process.Process.of(
+        run.table().schedule,
+        run.config.objective,
+        run.config.learned_variance,
+        run.facts.shape,
+        run.conditions,
     )
-    latents = run.data.get("space") == "latents"
+    latents = run.facts.space.kind == "latents"
     recipe = process.Recipe(
         sampler=args.sampler,
         steps=args.steps,
@@ -170,16 +176,22 @@ def sample(args: argparse.Namespace) -> int:
         clip_x0=not latents,
         seed=args.seed,
     )
-    labels = process.round_robin_labels(args.num, num_classes)
-    if args.label is not None:
-        labels = torch.full((args.num,), args.label)
+    asked = dict(_asked(args))
+    told: dict[str, Any] = {}
+    for name in asked:
+        if name not in run.conditions:
+            there = ", ".join(run.conditions) or "nothing"
+            raise ValueError(f"the run's network is not told {name}; it is told {there}")
+    for name, condition in run.conditions.items():
+        one = [asked[name]] * args.num if name in asked else None
+        told |= condition.default(range(args.num)) if one is None else condition.asked(one)
     if latents and args.vae is None:
         raise ValueError(
             "the run was trained on latents; give --vae, the folder of its AutoencoderKL"
         )
     decode = None
     if args.vae is not None:
-        decode = process.latent_decoder(args.vae, run.data["scale"], device)
+        decode = autoencoder.decoder(run.facts.space, args.vae, device)
     started = time.monotonic()
     folder.sample_to_folder(
         model,
@@ -187,7 +199,7 @@ def sample(args: argparse.Namespace) -> int:
         recipe,
         args.out,
         num=args.num,
-        labels_N=labels,
+        conditions_N=told or None,
         source={
             "weights": args.weights,
             "step": run.step,
@@ -199,6 +211,17 @@ def sample(args: argparse.Namespace) -> int:
     )
     print(f"{args.num} samples in {args.out} ({time.monotonic() - started:.0f} s)")
     return 0
+
+
+def _asked(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
+    """(condition, what is asked of it) of `--label` and every `--condition`."""
+    if args.label is not None:
+        yield "label", args.label
+    for text in args.condition:
+        name, equals, request = text.partition("=")
+        if not equals or not name:
+            raise ValueError(f"cannot read --condition {text}; write it as NAME=REQUEST")
+        yield name, request
 
 
 # ------------------------------------------------------------------------------------- score, plot, summary

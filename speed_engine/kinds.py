@@ -38,7 +38,6 @@ SECTIONS = {
 FUNCTIONS = {
     "model": ("build", "macs_per_sample"),
     "engine": ("open_engine",),
-    "sampling": (),
 }
 
 

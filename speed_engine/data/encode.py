@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -23,45 +23,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from speed_engine.data import DataError, digits
+from speed_engine.data.autoencoder import Vae
 from speed_engine.data.storage import pictures
 from speed_engine.data.storage.index import Index, reindex, verify
 from speed_engine.data.storage.pictures import Picture, PictureError
 from speed_engine.data.storage.writer import SetWriter
 
 DECODE_AHEAD = 64  # images in decoding at a time
-
-
-class Vae:
-    """The encoder half of a diffusers AutoencoderKL, loaded from safetensors only.
-
-    scale, shift: x = (latent - shift) * scale is model space. Raises DataError.
-    """
-
-    def __init__(self, name: str, device: str):
-        try:
-            from diffusers import AutoencoderKL  # pyright: ignore[reportPrivateImportUsage]
-        except ImportError as error:
-            raise DataError(f"latents need diffusers ({error}); `pip install diffusers`") from None
-        sub = "vae" if (Path(name) / "vae" / "config.json").is_file() else ""
-        try:
-            vae: Any = AutoencoderKL.from_pretrained(name, subfolder=sub, use_safetensors=True)
-        except (OSError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            raise DataError(f"the VAE {name!r} cannot be loaded ({reason}); check --vae") from None
-        self.model = vae.to(device).eval().requires_grad_(False)
-        self.device = device
-        self.factor = 2 ** (len(vae.config.block_out_channels) - 1)
-        self.channels = int(vae.config.in_channels)
-        self.scale = float(vae.config.scaling_factor)
-        self.shift = float(getattr(vae.config, "shift_factor", None) or 0.0)
-
-    @torch.no_grad()
-    def encode(self, pixels_BCHW: np.ndarray, posterior: bool) -> np.ndarray:
-        """uint8 [B, C, H, W] -> float16 [B, C', h, w]: the mean, and below it the deviation."""
-        x = torch.from_numpy(pixels_BCHW).to(self.device).float().div_(127.5).sub_(1)
-        found = self.model.encode(x).latent_dist
-        latent = torch.cat([found.mean, found.std], 1) if posterior else found.mean
-        return latent.to(torch.float16).cpu().numpy()
 
 
 def encode(

@@ -6,7 +6,7 @@
     grid.png             classes as rows; written last, so it marks a finished folder
 
 Every file appears whole or not at all, so an interrupted run continues with the samples that are
-missing. How a sample comes about is the business of sampling.py.
+missing. How a sample comes about is the business of process.py.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from speed_engine.atomic_files import atomic, write_json
-from speed_engine.sampling.process import Model, Process, Recipe, check, sample
+from speed_engine.sampling.process import Model, Process, Recipe, check, kept_steps, sample
 
 SMALLEST_TILE = 64  # pixels of a picture's side in the grid: an 8x8 digit is enlarged 8 times
 SEPARATOR = 3  # pixels between two tiles of the grid
@@ -36,7 +36,8 @@ def to_uint8(x_NCHW: Tensor) -> np.ndarray:
     """Model space [-1, 1] -> uint8 [N, H, W, C], rounded and clipped. Raises ValueError on NaN."""
     if not torch.isfinite(x_NCHW).all():
         raise ValueError(
-            "the samples hold NaN or infinity; the weights are damaged or the precision is too low"
+            "the samples hold NaN or infinity; sample with other --steps or another --sampler, and if that gives them, "
+            "too, the weights are at fault: take an older checkpoint"
         )
     scaled = ((x_NCHW.float() + 1) * 127.5).round().clamp(0, 255)
     return scaled.to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
@@ -200,7 +201,7 @@ def sample_to_folder(
     out: Path,
     *,
     num: int,
-    labels_N: Tensor | None = None,
+    conditions_N: Mapping[str, Tensor] | None = None,
     source: Mapping[str, Any] | None = None,
     decode: Callable[[Tensor], Tensor] | None = None,
     upscale: int = 1,
@@ -213,29 +214,31 @@ def sample_to_folder(
 
     source: JSON-able facts on where the weights come from (checkpoint, step, EMA); kept in
     recipe.json and part of what must agree when a folder is continued. decode: turns model space
-    into [-1, 1] pictures (`latent_decoder`). upscale: enlarges the single PNGs. Raises ValueError
+    into [-1, 1] pictures (`data.autoencoder.decoder`). upscale: enlarges the single PNGs. Raises ValueError
     as `sample` does, and for a folder of another recipe.
     """
     if num < 1 or upscale < 1:
         raise ValueError(f"num and upscale must be at least 1, not {num} and {upscale}")
-    if labels_N is not None and len(labels_N) != num:
-        raise ValueError(f"{len(labels_N)} labels for {num} samples; give one for each")
+    for name, values in (conditions_N or {}).items():
+        if len(values) != num:
+            raise ValueError(f"{len(values)} of {name} for {num} samples; give one for each")
     if decode is None and process.shape[0] not in (1, 3):
         raise ValueError(
             f"{process.shape[0]} channels are no picture; give the VAE that decodes the latents"
         )
-    check(process, recipe, labels_N)
+    check(process, recipe, conditions_N)
     missing = open_folder(
-        out, _facts(process, recipe, num, labels_N, source, upscale, dtype, decode is not None)
+        out, _facts(process, recipe, num, conditions_N, source, upscale, dtype, decode is not None)
     )
     with _progress(show_progress, len(missing) * recipe.steps) as advance:
         for start in range(0, len(missing), batch_size):
             numbers = missing[start : start + batch_size]
+            told = conditions_N and {name: each[numbers] for name, each in conditions_N.items()}
             x = sample(
                 model,
                 process,
                 recipe,
-                labels_N=None if labels_N is None else labels_N[numbers],
+                conditions_N=told,
                 numbers=numbers,
                 batch_size=batch_size,
                 device=device,
@@ -244,6 +247,7 @@ def sample_to_folder(
             )
             pixels = to_uint8(decode(x) if decode else x)
             save_images(pixels, out, numbers, upscale)
+    labels_N = (conditions_N or {}).get("label")
     close_folder(out, None if labels_N is None else labels_N.cpu().numpy(), upscale)
     return out
 
@@ -252,7 +256,7 @@ def _facts(
     process: Process,
     recipe: Recipe,
     num: int,
-    labels_N: Tensor | None,
+    conditions_N: Mapping[str, Tensor] | None,
     source: Mapping[str, Any] | None,
     upscale: int,
     dtype: torch.dtype,
@@ -265,7 +269,7 @@ def _facts(
     columns = hashlib.sha256()
     for column in (schedule.alpha, schedule.sigma, schedule.tau, *objective.x0_columns(schedule)):
         columns.update(column.double().numpy().tobytes())
-    labels = b"" if labels_N is None else np.asarray(labels_N.cpu(), dtype=np.int64).tobytes()
+    kept = kept_steps(process, recipe)
     return {
         "num": num,
         **asdict(recipe),
@@ -274,14 +278,23 @@ def _facts(
         "process_sha256": columns.hexdigest(),
         "learned_variance": process.learned_variance,
         "shape": list(process.shape),
-        "num_classes": process.num_classes,
-        "labels_sha256": hashlib.sha256(labels).hexdigest() if labels else None,
+        "log_snr": [round(float(each), 6) for each in np.log(_snr(process)[kept])],
+        "conditions_sha256": {
+            name: hashlib.sha256(values.cpu().numpy().tobytes()).hexdigest()
+            for name, values in (conditions_N or {}).items()
+        },
         "dtype": str(dtype).removeprefix("torch."),
         "decoded": decoded,
         "upscale": upscale,
         "source": dict(source or {}),
         "versions": {name: version(name) for name in ("torch", "diffusers", "numpy")},
     }
+
+
+def _snr(process: Process) -> np.ndarray:
+    """alpha^2 / sigma^2 of every row, with a floor that a logarithm can take."""
+    bar = process.alpha_bar
+    return np.maximum(bar / (1 - bar), np.finfo(np.float64).tiny)
 
 
 @contextmanager

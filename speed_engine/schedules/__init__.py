@@ -10,7 +10,7 @@ configuration is the name of a file of this folder.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from pydantic import Field
@@ -54,6 +54,12 @@ class Schedule:
     betas: Tensor | None = None
     sigma_data: float = 1.0
     curve: Curve | None = None
+    original: Schedule | None = None  # whose rows `equal_mass` moved
+
+    @property
+    def unmoved(self) -> Schedule:
+        """The schedule as it was configured: what a sampler visits and a constant is taken from."""
+        return self if self.original is None else self.original
 
     @property
     def num_rows(self) -> int:
@@ -136,9 +142,10 @@ class Schedule:
         mass = torch.cat([torch.zeros(1, dtype=torch.float64), density.double().cumsum(0)])
         levels = torch.arange(2 * self.num_rows + 1, dtype=torch.float64) / (2 * self.num_rows)
         points = interpolate(levels * mass[-1], mass, edges)
-        return on_curve(
+        moved = on_curve(
             self.kind, self.curve, points[1::2], points[2::2] - points[:-2:2], self.sigma_data
         )
+        return replace(moved, original=self.unmoved)
 
 
 def scaled_beta(beta: float, num_steps: int) -> float:

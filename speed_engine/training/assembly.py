@@ -65,9 +65,8 @@ def build(
     backends = {choice.op: choice.backend for choice in choices}
     source = build_source(config) if source is None else source
     config, conditions, facts = told(config, source.facts)
-    if model is None:
-        model = build_model(config, facts, processes.device, backends)
-    agree_on_attention(model, processes)
+    network = model or build_model(config, facts, processes.device, backends)
+    agree_on_attention(network, processes)
     loader = Loader(
         source,
         conditions,
@@ -79,7 +78,7 @@ def build(
         backends["noise"],
     )
     table = build_table(config).to(processes.device)
-    return Parts(config, processes, source, facts, conditions, choices, model, table, loader)
+    return Parts(config, processes, source, facts, conditions, choices, network, table, loader)
 
 
 def open_engine(parts: Parts) -> Engine:

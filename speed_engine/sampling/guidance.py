@@ -1,0 +1,63 @@
+"""Classifier-free guidance: the network told and untold, in one call (Ho and Salimans, arXiv 2207.12598)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from speed_engine.conditions import Condition
+
+# (x [B, C, *space], time float32 [B], **conditions) -> [B, C or 2C, *space]; an nn.Module in eval mode
+Model = Callable[..., Tensor]
+
+
+def guided(out_told: Tensor, out_null: Tensor, guidance: float, num_guided: int) -> Tensor:
+    """null + w (told - null) on the first `num_guided` channels.
+
+    The other channels (the learned variance, and what `guidance_channels` leaves out) keep what the
+    told network says.
+    """
+    c, n = out_told[:, :num_guided], out_null[:, :num_guided]
+    return torch.cat([n + guidance * (c - n), out_told[:, num_guided:]], dim=1)
+
+
+def nulls(
+    conditions: Mapping[str, Condition], batch: int, device: torch.device
+) -> dict[str, Tensor]:
+    """The network's keywords for "none" of every condition that has one."""
+    found: dict[str, Tensor] = {}
+    for condition in conditions.values():
+        if condition.facts.null:
+            found |= condition.null(batch, device)
+    return found
+
+
+def evaluate(
+    model: Model,
+    x: Tensor,
+    time: float,
+    told: Mapping[str, Tensor],
+    null: Mapping[str, Tensor],
+    guidance: float,
+    guidance_channels: int | Literal["all"],
+    channels: int,
+) -> Tensor:
+    """The network's (guided) output in float32 or float64.
+
+    told: its keywords [B, ...]. null: those of them that guidance leads away from; a condition
+    without a "none" stays as told on both sides.
+    """
+    batch, doubled = len(x), guidance != 1
+    if doubled:  # one call on [x, x] is faster than two calls
+        x = torch.cat([x, x])
+        told = {name: torch.cat([value, null.get(name, value)]) for name, value in told.items()}
+    time_B = torch.full((len(x),), time, dtype=torch.float32, device=x.device)
+    out = model(x, time_B, **told)
+    out = out.to(torch.promote_types(out.dtype, torch.float32))
+    if doubled:
+        num = channels if guidance_channels == "all" else guidance_channels
+        out = guided(out[:batch], out[batch:], guidance, num)
+    return out
