@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 NEWEST = Path("checkpoints") / "step-00000020"
 
@@ -162,23 +162,3 @@ def test_files_that_claim_terabytes_are_refused_at_once(weights, run, good, tmp_
         )
         assert done.returncode == 2 and named in done.stderr, done.stderr
         assert done.stderr.startswith(f"error: {source} ") and done.stderr.count("\n") == 1
-
-
-def test_a_damaged_or_foreign_file_of_weights_is_told_by_sample(command, run, weights, tmp_path):
-    """A run's own weights, changed by somebody who also mended the checkpoint's manifest, are still refused."""
-    import shutil
-    import zlib
-
-    shutil.copytree(run, tmp_path / "run")
-    folder = tmp_path / "run" / NEWEST
-    with safe_open(folder / "ema.safetensors", framework="pt") as file:
-        metadata = file.metadata()
-    changed = {key: value + 1 for key, value in weights.items()}
-    save_file(changed, folder / "ema.safetensors", metadata)
-    manifest = json.loads((folder / "manifest.json").read_text())
-    content = (folder / "ema.safetensors").read_bytes()
-    manifest["files"]["ema.safetensors"] = {"bytes": len(content), "crc32": zlib.crc32(content)}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-    answer = command("export", "--run", tmp_path / "run", "--out", tmp_path / "m.safetensors")
-    assert answer.code == 2 and answer.err.count("\n") == 1
-    assert f"{folder / 'ema.safetensors'} is damaged: its checksum" in answer.err
