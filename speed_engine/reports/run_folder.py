@@ -32,10 +32,13 @@ class Run:
     manifest: dict[str, Any]
     step: int
     checkpoint: Path
+    trusted: Collection[str] = ()  # modules from outside that its files may name
 
     def model(self, weights: str = "ema") -> nn.Module:
         """The network with the weights `ema` or `model`, on the host, in evaluation mode."""
-        network, _ = weights_file.load(self.checkpoint / f"{weights}.safetensors")
+        network, _ = weights_file.load(
+            self.checkpoint / f"{weights}.safetensors", trusted=self.trusted
+        )
         return network.eval()
 
     def table(self) -> StepTable:
@@ -62,7 +65,7 @@ def open_run(folder: Path, trusted: Collection[str] = ()) -> Run:
         config, conditions, facts = told(config, Facts.from_json(manifest["data"]))
     except ValueError as error:
         raise checkpoint.CheckpointError(f"the run {folder}: {error}") from error
-    return Run(folder, config, facts, conditions, manifest, found.step, found.folder)
+    return Run(folder, config, facts, conditions, manifest, found.step, found.folder, trusted)
 
 
 def device_of(name: str) -> torch.device:

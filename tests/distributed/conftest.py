@@ -12,6 +12,11 @@ ROOT = Path(__file__).resolve().parents[2]
 TRAIN = ROOT / "speed_engine" / "train.py"
 
 
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """All of this folder starts processes, which takes seconds each."""
+    item.add_marker(pytest.mark.slow)
+
+
 def start_ranks(
     command: list[str], world: int, cwd: Path | None = None, **environment: str
 ) -> list[subprocess.Popen]:

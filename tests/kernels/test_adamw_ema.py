@@ -270,6 +270,7 @@ print("equal")
 
 
 @pytest.mark.skipif(ahead_of_time.unavailable() is not None, reason="no triton")
+@pytest.mark.slow
 def test_triton_in_the_interpreter() -> None:
     answer = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", INTERPRETED],
@@ -282,6 +283,7 @@ def test_triton_in_the_interpreter() -> None:
 
 @pytest.mark.skipif(ahead_of_time.unavailable() is not None, reason="no triton")
 @pytest.mark.parametrize("arch", ahead_of_time.ARCHITECTURES)
+@pytest.mark.slow
 def test_machine_code(arch: int) -> None:
     """No spills, 128-bit memory accesses, 64-bit sizes, and few enough registers for many programs at once."""
     from speed_kernels.adamw_ema import triton_gpu

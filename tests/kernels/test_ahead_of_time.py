@@ -17,6 +17,8 @@ from speed_kernels.ahead_of_time import ARCHITECTURES, Report, report  # noqa: E
 from speed_kernels.loss import triton_gpu as loss_gpu  # noqa: E402
 from speed_kernels.noise import triton_gpu as noise_gpu  # noqa: E402
 
+pytestmark = pytest.mark.slow  # every case runs a compiler
+
 every_architecture = pytest.mark.parametrize("arch", ARCHITECTURES)
 
 

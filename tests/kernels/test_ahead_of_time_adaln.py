@@ -23,6 +23,8 @@ from speed_kernels.gate_residual_norm_modulate.triton_backward import (  # noqa:
 )
 from speed_kernels.gate_residual_norm_modulate.triton_forward import forward_kernel  # noqa: E402
 
+pytestmark = pytest.mark.slow  # every case runs a compiler
+
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # what a program may have
 WIDTHS = [384, 768, 1024, 1152]  # DiT-S, B, L and XL

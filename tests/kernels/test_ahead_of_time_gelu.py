@@ -13,6 +13,8 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from speed_kernels.ahead_of_time import ARCHITECTURES, Report, report  # noqa: E402
 from speed_kernels.bias_gelu import triton_gpu  # noqa: E402
 
+pytestmark = pytest.mark.slow  # every case runs a compiler
+
 WIDTHS = (1536, 3072, 4096, 4608)
 every_architecture = pytest.mark.parametrize("arch", ARCHITECTURES)
 CASES = [(arch, dtype) for arch in ARCHITECTURES for dtype in ("fp32", "bf16")] + [(90, "fp16")]

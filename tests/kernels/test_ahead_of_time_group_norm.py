@@ -15,6 +15,8 @@ import torch  # noqa: E402
 from speed_kernels.ahead_of_time import ARCHITECTURES, Report, report  # noqa: E402
 from speed_kernels.group_norm_silu import triton_gpu, triton_kernels  # noqa: E402
 
+pytestmark = pytest.mark.slow  # every case runs a compiler
+
 CASES = [(arch, "bf16") for arch in ARCHITECTURES] + [(90, "fp32")]
 every_case = pytest.mark.parametrize(("arch", "dtype"), CASES)
 BYTES = {"fp32": 4, "bf16": 2}

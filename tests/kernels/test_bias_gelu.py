@@ -318,6 +318,7 @@ def test_wrong_arguments_are_refused(message: str, change: Change) -> None:
 
 
 @pytest.mark.skipif(INTERPRETING, reason="is already running")
+@pytest.mark.slow
 def test_triton_in_the_interpreter() -> None:
     """This file again, with Triton's kernels interpreted on the CPU."""
     pytest.importorskip("triton")

@@ -340,6 +340,7 @@ def test_every_instruction_set(isa: str, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.skipif(INTERPRETING, reason="is already running")
+@pytest.mark.slow
 def test_triton_in_the_interpreter() -> None:
     """This file again, with Triton's kernels interpreted on the CPU; Triton decides that when it is imported."""
     pytest.importorskip("triton")

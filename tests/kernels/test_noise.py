@@ -317,6 +317,7 @@ def test_addresses_of_64_bits_and_tiles_in_turn() -> None:
 
 
 @pytest.mark.skipif(INTERPRETING, reason="is already running")
+@pytest.mark.slow
 def test_triton_in_the_interpreter() -> None:
     """This file again, with Triton's kernels interpreted on the CPU; Triton decides that when it is imported."""
     pytest.importorskip("triton")
