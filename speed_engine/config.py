@@ -58,7 +58,7 @@ class Train(Section):
     max_bad_steps: int = Field(
         default=20,
         ge=1,
-        description="consecutive non-finite (skipped) steps after which the run stops",
+        description="consecutive non-finite (skipped) steps after which the run stops, at the next line of the log",
     )
 
 

@@ -38,6 +38,10 @@ class Engine(Protocol):
         """Updates skipped since the start because a gradient was not finite. Waits for the device."""
         ...
 
+    def skip_count(self) -> torch.Tensor | int:
+        """The same as a tensor [] on the device or a number, at once."""
+        ...
+
     def save(self, folder: Path) -> None:
         """Write this process's part of the training state. Collective."""
         ...

@@ -121,6 +121,9 @@ class DeepSpeedEngine:
         # DeepSpeed's own guard and the optimizer's.
         return int(self.engine.skipped_steps) + optimizer.num_skipped(self.optimizer)
 
+    def skip_count(self) -> torch.Tensor | int:
+        return optimizer.skip_count(self.optimizer) + int(self.engine.skipped_steps)
+
     def save(self, folder: Path) -> None:
         self.engine.save_checkpoint(str(folder), tag=TAG, save_latest=False)
 

@@ -196,6 +196,12 @@ def num_skipped(optimizer: torch.optim.Optimizer) -> int:
     return optimizer.skipped if isinstance(optimizer, AdamWEMA) else 0
 
 
+def skip_count(optimizer: torch.optim.Optimizer) -> Tensor | int:
+    """As `num_skipped`, but on the device: nothing waits."""
+    count = optimizer.skip_count if isinstance(optimizer, AdamWEMA) else None
+    return 0 if count is None else count
+
+
 def reset(optimizer: torch.optim.Optimizer) -> None:
     """Forget all state, as if no step had been made (see AdamWEMA.reset)."""
     if isinstance(optimizer, AdamWEMA):

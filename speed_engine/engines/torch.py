@@ -176,6 +176,9 @@ class TorchEngine:
     def num_skipped(self) -> int:
         return optimizer.num_skipped(self.optimizer)
 
+    def skip_count(self) -> torch.Tensor | int:
+        return optimizer.skip_count(self.optimizer)
+
     def save(self, folder: Path) -> None:
         if self.processes.first:  # all processes hold the same state
             state = {"model": self.masters.state_dict(), "optimizer": self.optimizer.state_dict()}

@@ -8,7 +8,6 @@ increments are the business of plots_table.py.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from speed_engine.atomic_files import atomic
+from speed_engine.training import metrics_file, sealed
 
 INK, GREY, GRID, BLUE = "#222222", "#7a7a7a", "#e2e2e2", "#1f5fa8"
 STYLE: dict[Any, Any] = {
@@ -53,39 +53,20 @@ def plot_run(run: Path, out: Path) -> list[Path]:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl with a step and a finite loss, in the order of steps.
 
-    Other keys are kept as they are. A broken last line (a killed run) is passed over; of a step
-    that was written twice (a resumed run) the later line counts. Raises ValueError for a missing
-    file, a broken line elsewhere, and where nothing is left.
+    Other keys are kept as they are. Raises ValueError as `metrics_file.read` does, and where nothing
+    is left.
     """
-    if not path.exists():
-        raise ValueError(f"{path} is missing; give the folder of a run that has started training")
-    text = path.read_text(encoding="utf-8").splitlines()
-    by_step: dict[int, dict[str, Any]] = {}
-    for number, raw in enumerate(text, start=1):
-        if not raw.strip():
-            continue
-        try:
-            line = json.loads(raw)
-        except ValueError as error:
-            if number == len(text):
-                break
-            raise ValueError(f"{path}, line {number} is not JSON; remove that line") from error
-        if (
-            isinstance(line, dict)
-            and isinstance(line.get("step"), int)
-            and _finite(line.get("loss"))
-        ):
-            by_step[line["step"]] = line
-    if not by_step:
+    lines = [line for line in metrics_file.read(path) if _finite(line.get("loss"))]
+    if not lines:
         raise ValueError(f"{path} holds no line with a step and a finite loss yet; train longer")
-    return [by_step[step] for step in sorted(by_step)]
+    return lines
 
 
 def describe(run: Path) -> str:
     """The run's name and, where its manifest tells, method, schedule and objective."""
     name = run.resolve().name
     try:
-        config = json.loads((run / "manifest.json").read_text(encoding="utf-8"))["config"]
+        config = sealed.read(run / "manifest.json")["config"]
         kinds = [f"{key} {config[key]['kind']}" for key in ("timesteps", "schedule", "objective")]
     except (OSError, ValueError, KeyError, TypeError):  # the pictures do not depend on it
         return name

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from speed_engine.atomic_files import atomic
 from speed_engine.reports.table import table_areas
 from speed_engine.schedules.theory import increments
 from speed_engine.step_table import StepTable
@@ -185,5 +186,6 @@ def _figure(rows: int, columns: int, size: tuple[float, float], sharex: bool = F
 
 
 def _save(figure: Any, path: Path) -> Path:
-    figure.savefig(path, dpi=120)
+    with atomic(path) as partial:
+        figure.savefig(partial, dpi=120, format=path.suffix[1:] or "png")
     return path

@@ -6,12 +6,13 @@ import sys
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from speed_engine.conditions import Condition
-from speed_engine.config import ConfigError, RunConfig, build
+from speed_engine.config import RunConfig, build
 from speed_engine.data import Facts
 from speed_engine.step_table import StepTable
 from speed_engine.training import checkpoint
@@ -28,12 +29,16 @@ class Run:
     config: RunConfig
     facts: Facts  # what the network was told of the data
     conditions: dict[str, Condition]
+    manifest: dict[str, Any]
     step: int
     checkpoint: Path
+    trusted: Collection[str] = ()  # modules from outside that its files may name
 
     def model(self, weights: str = "ema") -> nn.Module:
         """The network with the weights `ema` or `model`, on the host, in evaluation mode."""
-        network, _ = weights_file.load(self.checkpoint / f"{weights}.safetensors")
+        network, _ = weights_file.load(
+            self.checkpoint / f"{weights}.safetensors", trusted=self.trusted
+        )
         return network.eval()
 
     def table(self) -> StepTable:
@@ -45,7 +50,7 @@ def open_run(folder: Path, trusted: Collection[str] = ()) -> Run:
     """The run in `folder`. Raises CheckpointError where there is none that can be used.
 
     trusted: the outside modules that may be imported. A run's manifest can come from anybody, so a
-    `kind` in it that is a dotted path is refused (ConfigError, with the cure) unless it is here.
+    `kind` in it that is a dotted path is refused (with the cure) unless it is here.
     """
     if not folder.is_dir():
         raise checkpoint.CheckpointError(f"there is no run folder {folder}; check --run")
@@ -55,12 +60,12 @@ def open_run(folder: Path, trusted: Collection[str] = ()) -> Run:
             f"{folder} holds no checkpoint; train first, or check --run"
         )
     try:
-        manifest = upgraded(found.manifest)
+        manifest = upgraded(found.manifest, found.folder)
         config = build(manifest["config"], trusted)
         config, conditions, facts = told(config, Facts.from_json(manifest["data"]))
-    except ConfigError as error:
-        raise ConfigError(f"the run {folder}: {error}") from error
-    return Run(folder, config, facts, conditions, found.step, found.folder)
+    except ValueError as error:
+        raise checkpoint.CheckpointError(f"the run {folder}: {error}") from error
+    return Run(folder, config, facts, conditions, manifest, found.step, found.folder, trusted)
 
 
 def device_of(name: str) -> torch.device:

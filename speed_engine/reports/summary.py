@@ -11,7 +11,7 @@ from typing import Any
 
 from speed_engine.atomic_files import write_json
 from speed_engine.reports.run_folder import open_run
-from speed_engine.training import checkpoint
+from speed_engine.training import checkpoint, metrics_file
 
 
 def run(folder: Path, started: float | None, trusted: Collection[str] = ()) -> int:
@@ -29,9 +29,9 @@ def run(folder: Path, started: float | None, trusted: Collection[str] = ()) -> i
 def gather(folder: Path, started: float | None, trusted: Collection[str] = ()) -> dict[str, Any]:
     """The numbers of a run: from its manifest, its metrics and the scores of its samples."""
     opened = open_run(folder, trusted)
-    lines = [json.loads(line) for line in _read(folder / "metrics.jsonl").splitlines()]
-    manifest = json.loads(_read(folder / "manifest.json"))
-    rates = [line["images_per_s"] for line in lines]
+    lines = metrics_file.read(folder / "metrics.jsonl")
+    manifest = opened.manifest
+    rates = [line["images_per_s"] for line in lines if line.get("images_per_s")]
     facts: dict[str, Any] = {
         "steps": opened.step,
         "images": opened.step * opened.config.train.global_batch,
@@ -39,7 +39,7 @@ def gather(folder: Path, started: float | None, trusted: Collection[str] = ()) -
         "timesteps": opened.config.timesteps.kind,
         "engine": f"{manifest['engine']}, {manifest['distribution']}",
         "kernels": ", ".join(f"{k['op']} {k['backend']}" for k in manifest["kernels"]),
-        "loss": lines[-1]["loss"] if lines else None,
+        "loss": lines[-1].get("loss") if lines else None,
         "images_per_s": statistics.median(rates) if rates else None,
     }
     score = folder / "samples" / "score.json"

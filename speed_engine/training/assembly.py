@@ -165,8 +165,16 @@ def told(config: RunConfig, data: Facts) -> tuple[RunConfig, dict[str, Condition
                 f"conditions.{name}: the data hold no such condition (they hold: {there}); remove the key, or encode "
                 "the data with it"
             )
+    for name, facts in data.conditions.items():
+        if "." in facts.kind and name not in config.conditions:  # data may come from anybody
+            raise ValueError(
+                f"the data name the outside module {facts.kind} for the condition {name}; "
+                f"if it is yours, say so: conditions.{name}.kind={facts.kind}"
+            )
     settings = {
-        name: config.conditions.get(name, kinds.config_of("conditions", facts.kind))
+        name: config.conditions[name]
+        if name in config.conditions
+        else kinds.config_of("conditions", facts.kind)
         for name, facts in data.conditions.items()
     }
     conditions: dict[str, Condition] = {

@@ -9,7 +9,6 @@ from a run folder of one's own: DeepSpeed's files are pickles. To share weights,
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import re
 import shutil
@@ -17,13 +16,15 @@ import socket
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 from speed_engine.atomic_files import sync, write_json, write_text
 from speed_engine.distributed import Processes
+from speed_engine.training import sealed
 
 MANIFEST = "manifest.json"
+WEIGHTS = ("model.safetensors", "ema.safetensors")  # beside the engine's own files, in state/
 NAME = re.compile(r"step-(\d{8})")
 
 
@@ -85,7 +86,8 @@ def save(
         failure = _attempt(lambda: _commit(partial, folder, step, facts))
     _raise_if_any(processes, failure, folder)
     if processes.first:
-        prune(run, keep)
+        for path in prune(run, keep, step):
+            print(f"WARNING: {path} is not needed any more and cannot be deleted", flush=True)
     return folder
 
 
@@ -114,16 +116,13 @@ def _make_empty(folder: Path) -> None:
 
 def _commit(partial: Path, folder: Path, step: int, facts: dict[str, Any]) -> None:
     """Make the files durable, write the manifest last, rename."""
-    files = sorted(p for p in partial.rglob("*") if p.is_file())
+    files = _files(partial)
     entries = {}
-    for path in files:
+    for name, path in files.items():
         sync(path)
-        entries[str(path.relative_to(partial))] = {
-            "bytes": path.stat().st_size,
-            "crc32": _crc(path),
-        }
-    write_json(partial / MANIFEST, {"step": step, **facts, "files": entries})
-    for inner in {p.parent for p in files} | {partial}:
+        entries[name] = {"bytes": path.stat().st_size, "crc32": _crc(path)}
+    write_json(partial / MANIFEST, sealed.seal({"step": step, **facts, "files": entries}))
+    for inner in {p.parent for p in files.values()} | {partial}:
         sync(inner)
     if folder.exists():  # the same step again, after a resume that chose an older one
         shutil.rmtree(folder)
@@ -132,13 +131,31 @@ def _commit(partial: Path, folder: Path, step: int, facts: dict[str, Any]) -> No
     write_text(folder.parent / "latest", folder.name)
 
 
-def prune(run: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints and every abandoned partial folder."""
-    folders = sorted(p for p in _folders(run) if p.name.startswith("step-"))
-    for path in folders[:-keep]:
+def prune(run: Path, keep: int, committed: int) -> list[Path]:
+    """Delete all but the newest `keep` checkpoints up to the step `committed`, every abandoned partial folder, and
+    what lies behind `committed` and is damaged: a resume passed it over. Returns what could not be deleted."""
+    folders = sorted(_folders(run))
+    done = [path for path in folders if step_of(path) <= committed]
+    useless = done[:-keep] + [p for p in folders if step_of(p) > committed and not _is_sound(p)]
+    useless += (run / "checkpoints").glob("step-*.partial")
+    for path in useless:
         shutil.rmtree(path, ignore_errors=True)
-    for path in (run / "checkpoints").glob("step-*.partial"):
-        shutil.rmtree(path, ignore_errors=True)
+    return [path for path in useless if path.exists()]
+
+
+def _is_sound(folder: Path) -> bool:
+    try:
+        verified(folder)
+    except CheckpointError:
+        return False
+    return True
+
+
+def step_of(folder: Path) -> int:
+    """The step that a checkpoint's folder is named after."""
+    name = NAME.fullmatch(folder.name)
+    assert name is not None
+    return int(name[1])
 
 
 def _folders(run: Path) -> list[Path]:
@@ -168,20 +185,60 @@ def newest(run: Path, warn: Callable[[str], None]) -> Found | None:
 def verified(folder: Path) -> Found:
     """Check a checkpoint's files against its manifest. Raises CheckpointError naming the file."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        entries = dict(manifest["files"])
-        step = int(manifest["step"])
+        manifest = sealed.read(folder / MANIFEST)
     except FileNotFoundError as error:
         raise CheckpointError(f"{folder} is not a checkpoint: it has no {MANIFEST}") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder / MANIFEST} is damaged: {error}") from error
-    for name, entry in entries.items():
+    except sealed.Damaged as error:
+        raise CheckpointError(str(error)) from error
+    except OSError as error:
+        raise CheckpointError(f"{folder / MANIFEST} cannot be read: {error.strerror}") from error
+    step, entries = step_of(folder), _entries(folder, manifest)
+    if manifest.get("step") != step or isinstance(manifest["step"], bool):
+        raise CheckpointError(
+            f"{folder} is not the checkpoint of step {step}: its manifest says {manifest.get('step')!r}"
+        )
+    for name, (size, crc) in entries.items():
         path = folder / name
         if not path.is_file():
             raise CheckpointError(f"the checkpoint {folder} lacks its file {name}")
-        if path.stat().st_size != entry["bytes"] or _crc(path) != entry["crc32"]:
+        if path.stat().st_size != size or _crc(path) != crc:
             raise CheckpointError(f"the file {name} of the checkpoint {folder} is damaged")
+    strange = _files(folder).keys() - entries.keys() - {MANIFEST}
+    if strange:
+        raise CheckpointError(
+            f"the checkpoint {folder} holds {min(strange)}, which its manifest does not list; remove that file"
+        )
     return Found(step, folder, manifest)
+
+
+def _entries(folder: Path, manifest: dict[str, Any]) -> dict[str, tuple[int, int]]:
+    """Name -> (bytes, CRC32) of the files that the manifest lists. Raises CheckpointError."""
+    entries = {}
+    listed = manifest.get("files")
+    for name, entry in listed.items() if isinstance(listed, dict) else ():
+        numbers = (entry.get("bytes"), entry.get("crc32")) if isinstance(entry, dict) else ()
+        path = PurePosixPath(name)
+        inside = not path.is_absolute() and ".." not in path.parts and str(path) == name
+        if not inside or len(numbers) != 2 or any(type(n) is not int for n in numbers):
+            raise CheckpointError(f"{folder / MANIFEST} is damaged: its entry {name!r} is none")
+        entries[name] = numbers
+    missing = [name for name in WEIGHTS if name not in entries]
+    if not any(name.startswith("state/") for name in entries):
+        missing.append("state/")
+    if missing:
+        raise CheckpointError(
+            f"{folder / MANIFEST} is damaged: its list of files lacks {', '.join(missing)}"
+        )
+    return entries
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    """Every file below a folder, by its name from there."""
+    return {
+        path.relative_to(folder).as_posix(): path
+        for path in sorted(folder.rglob("*"))
+        if not path.is_dir()
+    }
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:

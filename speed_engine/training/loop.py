@@ -18,10 +18,11 @@ from speed_engine.atomic_files import write_json
 from speed_engine.config import RunConfig
 from speed_engine.distributed import Processes, start, stop
 from speed_engine.engines import Engine, optimizer
-from speed_engine.training import assembly, checkpoint, metrics
+from speed_engine.training import assembly, checkpoint, metrics, sealed
 from speed_engine.training import manifest as manifests
 from speed_engine.training.assembly import Parts
 from speed_engine.training.attention import attention_facts, keep_attention
+from speed_engine.training.guard import Guard
 from speed_engine.training.interrupt import Interrupt
 from speed_engine.weights import file as weights_file
 
@@ -60,7 +61,7 @@ def _train(config: RunConfig, processes: Processes) -> int:
     do = assembly.open_step(parts, engine)
     first_step = resume(parts, run, engine, manifest)
     if processes.first:
-        write_json(run / "manifest.json", manifest)
+        write_json(run / "manifest.json", sealed.seal(manifest))
     journal = metrics.Journal(run, first_step, config, parts.choices, silent=not processes.first)
     macs = assembly.macs_per_sample(config, parts.facts)
     rate = metrics.Rate(macs, processes, first_step)
@@ -86,26 +87,29 @@ def _train(config: RunConfig, processes: Processes) -> int:
         checkpoint.save(run, step, processes, write, manifest, config.checkpoint.keep)
 
     # ------------------------------------------------------------------ the loop
-    step, saved, skipped, code = first_step, first_step, engine.num_skipped(), DONE
+    step, saved, code = first_step, first_step, DONE
+    guard = Guard(config.train.max_bad_steps, engine.skip_count())
     steps, log_every = config.train.steps, config.log.every
     batches = parts.loader.batches(first_step, steps)
     with Interrupt() as interrupt, journal, contextlib.closing(batches):
         while step < steps:
             do(step, batches)
             step += 1
+            guard.update(engine.skip_count())
             journal.advance(step)
             if step % log_every == 0 or step == steps:
-                newly_skipped, skipped = engine.num_skipped() - skipped, engine.num_skipped()
-                line = {"step": step, "images": step * config.train.global_batch}
+                line: dict[str, Any] = {"step": step, "images": step * config.train.global_batch}
                 line |= do.meter.read(processes)
                 line |= rate.read(step, config.train.global_batch)
-                line |= {"lr": optimizer.learning_rate(config.optim, step - 1), "skipped": skipped}
+                line |= {
+                    "lr": optimizer.learning_rate(config.optim, step - 1),
+                    "skipped": engine.num_skipped(),
+                }
                 journal.write(line)
-                if newly_skipped >= min(config.train.max_bad_steps, log_every):
+                if reason := guard.verdict(line["loss"]):
                     journal.say(
-                        f"stopped at step {step}: {newly_skipped} updates since the last line had "
-                        "gradients that are not finite and were skipped; lower optim.lr or set "
-                        f"optim.clip and start again in another run_dir than {run}"
+                        f"stopped at step {step}: {reason}; lower optim.lr or set optim.clip and "
+                        f"start again in another run_dir than {run}"
                     )
                     code = NOT_FINITE
                     break
@@ -150,7 +154,7 @@ def resume(parts: Parts, run: Path, engine: Engine, manifest: dict[str, Any]) ->
             f"checkpoint.resume=never, but {run} holds a run at step {found.step}; "
             "choose another run_dir or remove the folder"
         )
-    before = manifests.upgraded(found.manifest)
+    before = manifests.upgraded(found.manifest, found.folder)
     changed = checkpoint.differences(manifests.comparable(before), manifests.comparable(manifest))
     if changed:
         raise checkpoint.CheckpointError(

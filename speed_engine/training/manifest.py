@@ -49,8 +49,40 @@ def describe(parts: Parts, engine_facts: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def upgraded(manifest: dict[str, Any]) -> dict[str, Any]:
-    """A manifest as this version writes it, from one of any version.
+def upgraded(manifest: dict[str, Any], where: Path) -> dict[str, Any]:
+    """A manifest as this version writes it, from one of any version. `where`: its checkpoint.
+
+    Raises ValueError for one that does not hold what the rest of the engine reads: a damaged one of
+    the first format, which has no hash.
+    """
+    try:
+        manifest = _upgraded(manifest)
+        _check(manifest)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        what = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
+        raise ValueError(
+            f"the manifest of {where} is damaged ({what}); remove that folder to use an older checkpoint"
+        ) from error
+    return manifest
+
+
+def _check(manifest: dict[str, Any]) -> None:
+    """Raise one of the errors that a missing or odd value makes, for all that reports and a resume read."""
+    comparable(manifest)
+    facts = Facts.from_json(manifest["data"])
+    numbers = [*facts.shape, *(each.num_values + 1 for each in facts.conditions.values())]
+    choices = [*manifest["kernels"], *filter(None, [manifest.get("attention")])]
+    words = [choice[key] for choice in choices for key in ("op", "backend", "reason")]
+    words += [manifest[key] for key in ("engine", "distribution", "device")]
+    words += [facts.space.kind, manifest["config"]["model"]["kind"]]
+    numbers += [manifest["parameters"], manifest["processes"]]
+    for value, kind in [*((n, int) for n in numbers), *((w, str) for w in words)]:
+        if type(value) is not kind or (kind is int and value < 1):
+            raise TypeError(f"{value!r} is not what belongs there")
+
+
+def _upgraded(manifest: dict[str, Any]) -> dict[str, Any]:
+    """As `upgraded`, of a sound one.
 
     The first version told networks of class labels alone, by keys of the model and of the data, and
     kept DeepSpeed's settings only as they were after ours were merged into them.
@@ -67,6 +99,8 @@ def upgraded(manifest: dict[str, Any]) -> dict[str, Any]:
     data, config = manifest["data"], manifest["config"]
     dropout = config["model"].pop("label_dropout", 0.1)
     classes, channels = data.pop("num_classes"), data["shape"][0]
+    if channels > 2**16:
+        raise ValueError(f"{channels} channels")
     space = Space(
         data.pop("space"), (data.pop("scale"),) * channels, (data.pop("shift"),) * channels
     )

@@ -5,7 +5,6 @@ Nothing here makes the device wait except `Meter.read`, once an interval.
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from speed_kernels.contract import Choice
 
 from speed_engine.config import RunConfig
 from speed_engine.distributed import Processes
+from speed_engine.training.metrics_file import cut_off_after, finite, line_of
 
 BUCKETS = 16  # equal parts of the table's rows for the loss against t
 
@@ -113,7 +113,7 @@ class Journal:
         self.num_steps, self.first_step = config.train.steps, first_step
         self.boards = _boards(run, config.log.tensorboard, config.log.wandb)
         path = run / "metrics.jsonl"
-        _keep_lines_up_to(path, first_step)
+        cut_off_after(path, first_step)
         self.file = path.open("a", encoding="utf-8")
         self.say(f"run folder {run}")
         for choice in choices:
@@ -150,12 +150,14 @@ class Journal:
         """One line of metrics; `line` holds at least step, loss and images_per_s."""
         if self.silent:
             return
-        self.file.write(json.dumps(line) + "\n")
+        line = finite(line)
+        self.file.write(line_of(line))
         self.file.flush()
         scalars = {k: v for k, v in line.items() if isinstance(v, (int, float))}
         for show, _ in self.boards:
             show(scalars, line["step"])
-        text = f"loss {line['loss']:.4f}  {line['images_per_s']:.0f} images/s"
+        loss = "not finite" if line["loss"] is None else f"{line['loss']:.4f}"
+        text = f"loss {loss}  {line['images_per_s']:.0f} images/s"
         if line.get("mfu"):
             text += f"  MFU {100 * line['mfu']:.1f} %"
         if self.bar is not None:
@@ -214,19 +216,3 @@ def _boards(run: Path, tensorboard: bool, wandb: bool) -> list[tuple[Any, Any]]:
         session = service.init(dir=str(run), name=run.name)
         boards.append((lambda scalars, step: session.log(scalars, step=step), session.finish))
     return boards
-
-
-def _keep_lines_up_to(path: Path, step: int) -> None:
-    """After a resume the lines of steps that will be done again are dropped."""
-    if not path.exists():
-        return
-    lines = path.read_text(encoding="utf-8").splitlines()
-    kept = []
-    for line in lines:
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except (ValueError, KeyError):  # the last line of a killed run may be half written
-            continue
-    if len(kept) != len(lines):
-        path.write_text("".join(kept), encoding="utf-8")

@@ -22,16 +22,20 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from speed_engine.atomic_files import atomic, write_text
+from speed_engine.data import Facts
 from speed_engine.models import dit
-from speed_engine.weights.file import (
-    describe,
-    load_into,
-    merged,
-    named_config,
-    read_pt,
-    read_safetensors,
-    rebuild,
+from speed_engine.weights.dit_public import (
+    TABLE as OUR_TABLE,
 )
+from speed_engine.weights.dit_public import (
+    assumed_space,
+    labels,
+    named_config,
+    refuse_other_size,
+)
+from speed_engine.weights.file import build, checked, described, read_safetensors
+from speed_engine.weights.fit import blueprint, filled, merged
+from speed_engine.weights.pickles import read_pt
 
 SIDECAR = "speed_engine.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -58,38 +62,34 @@ IN_EVERY_BLOCK = {
     "t_embedder.mlp.0": "norm1.emb.timestep_embedder.linear_1",
     "t_embedder.mlp.2": "norm1.emb.timestep_embedder.linear_2",
 }
-OUR_TABLE = "y_embedder.embedding_table.weight"
 THEIR_TABLE = "norm1.emb.class_embedder.embedding_table.weight"
 
 
 def export_diffusers(
-    folder: Path | str, model: dit.DiT, weights: Mapping[str, Tensor] | None = None
+    folder: Path | str, model: Any, weights: Mapping[str, Tensor] | None = None
 ) -> list[str]:
     """Write `folder` so that `DiTTransformer2DModel.from_pretrained(folder)` loads it.
 
     `weights` (an EMA, say) replaces the model's own. Returns, and warns of, what diffusers will do
     otherwise than we. Raises ValueError where its DiT cannot hold the model.
     """
+    _refuse_other_networks(model)
+    assert isinstance(model, dit.DiT)
     hidden, depth, num_heads, patch = model.config.resolved()
     tensors = merged(model, weights)
     places = dit.position_embedding(hidden, model.grid)
     if (tensors.pop("pos_embed").float() - places).abs().max() > 5e-3:
         raise ValueError("diffusers cannot hold this model: its position embedding is not sin-cos")
-    if model.config.mlp_ratio != 4:
-        raise ValueError(
-            f"diffusers cannot hold this model: its DiT has model.mlp_ratio 4,"
-            f" not {model.config.mlp_ratio}"
-        )
     # diffusers has a table of num_classes + 1 rows always.
     table = tensors.get(OUR_TABLE, torch.zeros(1, hidden, dtype=places.dtype))
-    num_classes = max(model.num_classes, 1)
+    num_classes = max(_num_classes(model), 1)
     tensors[OUR_TABLE] = torch.cat([table, table.new_zeros(num_classes + 1 - len(table), hidden)])
     description = {
         "_class_name": "DiTTransformer2DModel",
         "num_attention_heads": num_heads,
         "attention_head_dim": hidden // num_heads,
-        "in_channels": model.channels,
-        "out_channels": model.channels * (1 + model.learned_variance),
+        "in_channels": model.facts.shape[0],
+        "out_channels": model.num_outputs,
         "num_layers": depth,
         "sample_size": model.sample_size,
         "patch_size": patch,
@@ -101,10 +101,11 @@ def export_diffusers(
     theirs = {key: tensor.clone() for key, tensor in _to_theirs(tensors, depth)}
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    header = described(model, theirs, cautions=cautions)
     with atomic(folder / WEIGHTS) as partial:
-        save_file(theirs, partial, {"format": "pt"})
+        save_file(theirs, partial, {"format": "pt", "checksum": header["checksum"]})
     for name, content in (
-        (SIDECAR, {"model": describe(model), "cautions": cautions}),
+        (SIDECAR, header),
         ("config.json", description),  # last: without it the folder is no model
     ):
         text = json.dumps(content, indent=2) + "\n"
@@ -118,40 +119,101 @@ def import_diffusers(
     folder: Path | str,
     frequency_shift: Literal[0, 1] | None = None,
     device: torch.device | str = "cpu",
+    num_classes: int | None = None,
 ) -> dit.DiT:
     """The DiT of a diffusers folder (the one with `config.json`; `transformer` of a pipeline).
 
     `frequency_shift`: by default our own folder's, else 1, so that the model computes what
     diffusers computes; give 0 for a folder converted from public weights (`facebook/DiT-XL-2-256`),
-    which were trained with 0. Raises ValueError, naming the folder, for anything that is not a
-    DiT, or whose blocks hold different embedders.
+    which were trained with 0. `num_classes`: by default our own folder's, else the last row of the
+    label table is the null label. Raises ValueError, naming the folder, for anything that is not a
+    DiT, whose blocks hold different embedders, or where our own folder was changed.
     """
-    folder = Path(folder)
-    try:
-        if (folder / SIDECAR).exists():
-            described = json.loads((folder / SIDECAR).read_text())["model"]
-        else:
-            described = _described(json.loads((folder / "config.json").read_text()), str(folder))
-        if frequency_shift is not None:
-            described["config"]["frequency_shift"] = frequency_shift
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{folder} has a JSON file that says nothing usable: {error}") from error
-    model = rebuild(described, str(folder), device)
-    if not isinstance(model, dit.DiT):
-        raise ValueError(f"{folder} holds a {described['config']['kind']}, not a DiT")
+    folder, source = Path(folder), str(folder)
     weights = _read(folder)
-    depth = len(model.blocks)
-    weights = {**_to_ours(weights, depth, str(folder)), "pos_embed": model.pos_embed}
-    if model.num_classes == 0:
-        del weights[OUR_TABLE]  # the row of zeros that the export added
-    elif model.null_label is None:
-        weights[OUR_TABLE] = weights[OUR_TABLE][: model.num_classes]
-    load_into(model, weights, str(folder))
-    return model
+    own = folder / SIDECAR
+    if own.exists():
+        cure = (
+            f"take another copy of it, or remove {SIDECAR} if the weights were trained on elsewhere"
+        )
+        header = checked(_json(own), weights, source, cure)
+    else:
+        header = _described(_json(folder / "config.json"), weights, source, num_classes)
+    try:
+        if frequency_shift is not None:
+            header["model"]["config"]["frequency_shift"] = frequency_shift
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{source} has a JSON file that says nothing usable: {error}") from error
+    model = blueprint(lambda on: build(header, source, on), weights, source)
+    if not isinstance(model, dit.DiT):
+        raise ValueError(f"{source} holds a {header['model']['kind']}, not a DiT")
+    _refuse_absurd_size(model, weights, source)
+    ours = _to_ours(weights, len(model.blocks), source)
+    table, told = ours.pop(OUR_TABLE), model.facts.conditions.get("label")
+    if told is not None:  # else a row of zeros, which the export added
+        ours[OUR_TABLE] = table[: told.num_values + told.null]
+    if num_classes not in (None, _num_classes(model)):
+        raise ValueError(
+            f"{source} was exported with {_num_classes(model)} classes, not {num_classes};"
+            " leave out --num-classes"
+        )
+    refuse_other_size(model.config, ours, source)
+    ours["pos_embed"] = dit.position_embedding(model.config.resolved().hidden_size, model.grid)
+    return filled(lambda on: build(header, source, on), ours, source, device)
 
 
-def _described(config: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """Our description of the model of a `config.json`. Raises ValueError where it is no DiT."""
+def _refuse_absurd_size(model: dit.DiT, weights: Mapping[str, Tensor], source: str) -> None:
+    """The position embedding is not in the folder, so that any size could be claimed for it."""
+    places = model.pos_embed.numel()
+    if places > max(2**26, sum(tensor.numel() for tensor in weights.values())):
+        raise ValueError(
+            f"{source} claims samples of {model.sample_size}x{model.sample_size}, far larger than the network"
+        )
+
+
+def _refuse_other_networks(model: Any) -> None:
+    """Raises ValueError, with the cure, for what diffusers' DiT has no place for."""
+    instead = "export it with --format safetensors"
+    if not isinstance(model, dit.DiT):
+        kind = getattr(getattr(model, "config", None), "kind", type(model).__name__)
+        raise ValueError(f"diffusers' DiT cannot hold a network of model.kind={kind}; {instead}")
+    shape = model.facts.shape
+    if len(shape) != 3 or shape[1] != shape[2]:
+        size = "x".join(map(str, shape[1:]))
+        raise ValueError(f"diffusers' DiT takes square images, not samples of {size}; {instead}")
+    if other := [name for name in model.facts.conditions if name != "label"]:
+        raise ValueError(f"diffusers' DiT has no place for the condition {other[0]!r}; {instead}")
+    if model.config.mlp_ratio != 4:
+        raise ValueError(
+            f"diffusers cannot hold this model: its DiT has model.mlp_ratio 4,"
+            f" not {model.config.mlp_ratio}; {instead}"
+        )
+
+
+def _num_classes(model: dit.DiT) -> int:
+    told = model.facts.conditions.get("label")
+    return told.num_values if told else 0
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(
+            f"{path.parent} is no folder of diffusers: {path.name} is missing"
+        ) from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{path.parent} has a JSON file that says nothing usable: {error}"
+        ) from error
+
+
+def _described(
+    config: Any, weights: Mapping[str, Tensor], source: str, num_classes: int | None
+) -> dict[str, Any]:
+    """Our header for the model of a `config.json`. Raises ValueError where it is no DiT."""
+    if not isinstance(config, dict):
+        raise ValueError(f"{source} has a JSON file that says nothing usable: no mapping")
     name = config.get("_class_name")
     # Before 2024 a DiT's folder said Transformer2DModel, as other networks' folders did.
     is_dit = name == "DiTTransformer2DModel" or (
@@ -166,26 +228,36 @@ def _described(config: Mapping[str, Any], source: str) -> dict[str, Any]:
         num_heads, head_dim, depth, patch = (int(config[key]) for key in keys)
         channels = int(config["in_channels"])
         outputs = int(config["out_channels"] or channels)
-        sample_size, num_classes = int(config["sample_size"]), int(config["num_embeds_ada_norm"])
+        sample_size, classes = int(config["sample_size"]), int(config["num_embeds_ada_norm"])
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{source} has a config.json without a usable {error}") from error
     if outputs not in (channels, 2 * channels):
         raise ValueError(f"{source} has {outputs} output channels for {channels} input channels")
+    if not 0 < channels <= 10_000:
+        raise ValueError(f"{source} has a config.json without a usable in_channels {channels}")
     if config.get("norm_eps", 1e-5) != 1e-6:
         warnings.warn(
             f"{source} has norm_eps {config.get('norm_eps', 1e-5)}; the model here uses 1e-6, as"
             " the public checkpoints do",
             stacklevel=3,
         )
-    size = named_config(num_heads * head_dim, depth, num_heads, patch) or dit.Config(
-        hidden_size=num_heads * head_dim, depth=depth, num_heads=num_heads, patch_size=patch
-    )
+    hidden = num_heads * head_dim
+    named = named_config(hidden, depth, num_heads, patch)
+    numbers = {"hidden_size": hidden, "depth": depth, "num_heads": num_heads, "patch_size": patch}
+    table = weights.get(f"transformer_blocks.0.{THEIR_TABLE}")
+    rows = classes + 1 if table is None else len(table)
+    if rows != classes + 1:
+        raise ValueError(
+            f"{source} has a label table of {rows} rows, and its config.json says num_embeds_ada_norm {classes}"
+        )
+    shape, space = (channels, sample_size, sample_size), assumed_space(channels)
     return {
-        "config": size.model_dump() | {"frequency_shift": 1},
-        "channels": channels,
-        "sample_size": sample_size,
-        "num_classes": num_classes,
-        "learned_variance": outputs == 2 * channels,
+        "model": {
+            "kind": "dit",
+            "config": ({"size": named.size} if named else numbers) | {"frequency_shift": 1},
+            "num_outputs": outputs,
+        },
+        "facts": Facts(shape, space, labels(rows, num_classes, source)).to_json(),
     }
 
 
@@ -255,18 +327,19 @@ def _to_ours(theirs: Mapping[str, Tensor], depth: int, source: str) -> dict[str,
 
 def _cautions(model: dit.DiT) -> Iterator[str]:
     """What diffusers does otherwise with this model, and what to do about it."""
-    if model.num_classes == 0:
+    num_classes = _num_classes(model)
+    if num_classes == 0:
         yield (
             "diffusers' DiT has no unconditional form: this folder has one class whose embedding is"
             " zero; call the transformer with class_labels 0, not through DiTPipeline"
         )
-    elif model.num_classes != 1000:
+    elif num_classes != 1000:
         yield (
             "diffusers' DiTPipeline always guides with the null label 1000: for this model of"
-            f" {model.num_classes} classes call the transformer yourself, with the null label"
-            f" {model.num_classes}"
+            f" {num_classes} classes call the transformer yourself, with the null label"
+            f" {num_classes}"
         )
-    if model.num_classes > 0 and model.null_label is None:
+    if num_classes > 0 and not model.facts.conditions["label"].null:
         yield "this model has no null label, so that guidance means nothing: its row is zero"
     if model.config.frequency_shift == 0:
         yield (

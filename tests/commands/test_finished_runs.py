@@ -161,6 +161,19 @@ def test_summary_of_a_run_without_samples(good, run, tmp_path, read_json):
     assert facts["steps"] == 20 and "class_agreement" not in facts and "wall_seconds" not in facts
 
 
+@pytest.mark.parametrize("end", ["", '{"step": 30, "lo'])
+def test_a_killed_runs_metrics_are_summed_up_and_drawn(good, run, tmp_path, read_json, end):
+    """A last line that is half-written, and numbers that are not finite, as earlier versions wrote them."""
+    folder = Path(shutil.copytree(run, tmp_path / "run"))
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 25, "loss": NaN, "images_per_s": Infinity}\n' + end)
+    good("summary", "--run", folder)
+    facts = read_json(folder / "summary.json")
+    assert facts["loss"] is None and facts["images_per_s"] > 0
+    good("plot", "--run", folder)
+    assert (folder / "plots" / "loss.png").stat().st_size > 1000
+
+
 # --------------------------------------------------------------------------------------- export, import
 
 

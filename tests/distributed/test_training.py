@@ -12,6 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from speed_engine.training import sealed
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -102,10 +104,10 @@ def test_a_resumed_run_attends_as_before(launcher, before, now, reason):
     common = ("engine=torch", "checkpoint.every=2")
     launcher.train("run", "train.steps=2", *common)
     path = checkpoint(launcher.folder / "run", 2) / "manifest.json"
-    facts = json.loads(path.read_text())
+    facts = sealed.read(path)
     assert facts["attention"]["backend"] == "sdpa"
     facts["attention"] |= {"backend": before, "reason": "it was the fastest"}
-    path.write_text(json.dumps(facts))
+    path.write_text(json.dumps(sealed.seal(facts)))
     for steps in (4, 6):  # a reason is handed on, not piled up
         output = launcher.train("run", f"train.steps={steps}", *common)
         warned = (

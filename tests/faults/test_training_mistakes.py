@@ -1,5 +1,6 @@
 """What a user can get wrong about training: one sentence, exit code 2, nothing half-written."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -109,3 +110,35 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(run, tmp_path):
     assert code == 0
     assert "model.safetensors" in output and "step-00000002 is damaged" in output
     assert (tmp_path / "run" / "checkpoints" / "step-00000003").is_dir()
+
+
+def test_only_updates_refused_in_a_row_end_a_run(run, tmp_path):
+    """A learning rate that explodes, with a line of the log at every step: five in a row, not one."""
+    code, output = run(
+        "train.steps=60",
+        "optim.lr=1e30",
+        "optim.warmup_steps=0",
+        "train.max_bad_steps=5",
+        "log.every=1",
+    )
+    assert code == 3, output
+    assert "5 updates in a row" in output
+    text = (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert "NaN" not in text and "Infinity" not in text
+    lines = [json.loads(line) for line in text.splitlines()]
+    assert [line["skipped"] for line in lines[-6:]] == [0, 1, 2, 3, 4, 5]
+    assert lines[-1]["loss"] is None
+
+
+@pytest.mark.parametrize("name", ["torch_fused"])
+def test_an_optimizer_that_spoils_the_weights_ends_the_run(run, tmp_path, name):
+    code, output = run(
+        "train.steps=60",
+        "optim.lr=1e30",
+        "optim.warmup_steps=0",
+        f"optim.name={name}",
+        "log.every=2",
+    )
+    assert code == 3, output
+    assert "the weights are spoilt" in output
+    assert not list(tmp_path.rglob("*.safetensors"))

@@ -321,6 +321,11 @@ class AdamWEMA(torch.optim.Optimizer):
         return 0 if self._skipped is None else int(self._skipped.item())
 
     @property
+    def skip_count(self) -> Tensor | None:
+        """`skipped` as float32 [] on the device, where it goes on counting; None before any step."""
+        return self._skipped
+
+    @property
     def applied(self) -> Tensor | None:
         """1 if the last step was applied, 0 if it was refused, float32 [] on the device; None before any step."""
         return None if self._scalars is None else self._scalars[layout.APPLY]

@@ -11,13 +11,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from speed_engine.conditions import Condition
+from speed_engine.conditions import label as label_file
 from speed_engine.objectives import Objective
 from speed_engine.sampling.process import (
     Process,
     Recipe,
     kept_steps,
-    latent_decoder,
-    round_robin_labels,
     sample,
 )
 from speed_engine.schedules import from_alphas_cumprod
@@ -36,6 +36,12 @@ SHAPE = (1, 2, 2)
 SHAPE = (1, 2, 2)
 
 
+def labelled(num: int, dropout: float = 0.1) -> dict[str, Condition]:
+    """A class of `num`, with a null label where it is dropped."""
+    config = label_file.Config(dropout=dropout)
+    return {"label": label_file.build(config, "label", label_file.described(num))}
+
+
 def process(objective="epsilon", alpha_bar=LINEAR, **changes) -> Process:
     schedule = from_alphas_cumprod(torch.from_numpy(np.asarray(alpha_bar)))
     zero, one = torch.zeros_like(schedule.alpha), torch.ones_like(schedule.alpha)
@@ -44,12 +50,12 @@ def process(objective="epsilon", alpha_bar=LINEAR, **changes) -> Process:
     return Process(schedule, Objective(objective, *columns[objective], one), **facts)
 
 
-def constant(x: Tensor, tau: Tensor, labels: Tensor | None) -> Tensor:
+def constant(x: Tensor, tau: Tensor, label: Tensor | None = None) -> Tensor:
     """A network that has learned nothing."""
     return torch.zeros_like(x)
 
 
-@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm++"])
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm++", "heun"])
 @pytest.mark.parametrize("spacing", ["auto", "linspace", "leading", "trailing"])
 def test_kept_steps_are_distinct_for_every_count(sampler: str, spacing: str) -> None:
     facts = process("v")
@@ -76,16 +82,21 @@ def test_spacings() -> None:
 @pytest.mark.parametrize(
     ("facts", "recipe", "labels", "words"),
     [
-        ({}, {"guidance": 2.0}, None, "class-conditional"),
-        ({"num_classes": 3}, {"guidance": 2.0}, [0], "null label"),
-        ({"num_classes": 3, "null_label": 3}, {"guidance": 2.0}, None, "needs labels"),
-        ({"num_classes": 3}, {}, None, "no null label"),
+        ({}, {"guidance": 2.0}, None, "conditional model"),
+        ({"conditions": labelled(3, 0.0)}, {"guidance": 2.0}, [0], r"conditions\.label\.dropout"),
+        ({"conditions": labelled(3)}, {"guidance": 2.0}, None, "guide towards"),
+        ({"conditions": labelled(3, 0.0)}, {}, None, "no null label"),
         ({}, {}, [0], "unconditional"),
-        ({"num_classes": 3}, {}, [0, 3], "label 3 is not a class; give labels from 0 to 2"),
-        ({"num_classes": 3}, {}, [-1], "label -1"),
+        (
+            {"conditions": labelled(3, 0.0)},
+            {},
+            [0, 3],
+            "label 3 is not a class; give one from 0 to 2",
+        ),
+        ({"conditions": labelled(3, 0.0)}, {}, [-1], "label -1"),
         ({}, {"steps": 1001}, None, "more than the 1000 time steps"),
         (
-            {"num_classes": 3, "null_label": 3},
+            {"conditions": labelled(3)},
             {"guidance": 2.0, "guidance_channels": 3},
             [0],
             "from 1 to 1",
@@ -102,7 +113,7 @@ def test_contradictions_are_refused_before_any_work(facts, recipe, labels, words
             model,
             process(**facts),
             Recipe(**recipe),
-            labels_N=labels,
+            conditions_N=None if labels is None else {"label": labels},
             numbers=None if labels is not None else [0],
         )
     assert "\n" not in str(caught.value)
@@ -111,7 +122,7 @@ def test_contradictions_are_refused_before_any_work(facts, recipe, labels, words
 @pytest.mark.parametrize(
     ("recipe", "words"),
     [
-        ({"sampler": "euler"}, "no sampler 'euler'"),
+        ({"sampler": "heum"}, "no 'heum'; did you mean 'heun'"),
         ({"spacing": "even"}, "no spacing 'even'"),
         ({"steps": 0}, "at least 1"),
         ({"guidance": -1.0}, "from 0 up"),
@@ -132,45 +143,15 @@ def test_models_that_do_not_fit() -> None:
         sample(nn.Identity(), process(), Recipe(steps=2), numbers=[0])
     with pytest.raises(ValueError, match="how many"):
         sample(constant, process(), Recipe(steps=2))
-    with pytest.raises(ValueError, match="2 labels for 3 samples"):
-        facts = process(num_classes=2)
+    with pytest.raises(ValueError, match="2 of label for 3 samples"):
+        facts = process(conditions=labelled(2, 0.0))
         sample(
             constant,
             facts,
             Recipe(steps=2),
-            labels_N=torch.zeros(2).long(),
+            conditions_N={"label": torch.zeros(2).long()},
             numbers=[0, 1, 2],
         )
-
-
-def test_round_robin_labels() -> None:
-    labels = round_robin_labels(7, 3)
-    assert labels is not None and labels.tolist() == [0, 1, 2, 0, 1, 2, 0]
-    assert round_robin_labels(7, 0) is None
-
-
-def test_latent_decoder_reads_a_diffusers_folder(tmp_path) -> None:
-    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-
-    vae = AutoencoderKL(
-        block_out_channels=(8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=4,
-    ).eval()
-    vae.save_pretrained(tmp_path / "vae", safe_serialization=True)
-    x = torch.randn(3, 4, 4, 4)
-    with torch.no_grad():
-        wanted = vae.decode(x / 0.5).sample
-    torch.testing.assert_close(latent_decoder(tmp_path / "vae", scale=0.5)(x), wanted)
-    assert wanted.shape == (3, 3, 8, 8)
-    with pytest.raises(ValueError, match=r"config\.json"):
-        latent_decoder(tmp_path)
-    (tmp_path / "vae" / "diffusion_pytorch_model.safetensors").unlink()
-    with pytest.raises(ValueError, match="cannot be read"):
-        latent_decoder(tmp_path / "vae")
 
 
 def test_import_is_light() -> None:

@@ -10,6 +10,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from speed_engine.conditions import Condition
+from speed_engine.conditions import label as label_file
 from speed_engine.objectives import Objective
 from speed_engine.sampling.folder import (
     SEPARATOR,
@@ -22,8 +24,14 @@ from speed_engine.sampling.folder import (
     to_uint8,
     write_json,
 )
-from speed_engine.sampling.process import Process, Recipe, round_robin_labels
+from speed_engine.sampling.process import Process, Recipe
 from speed_engine.schedules import from_betas
+
+
+def labelled(num: int, dropout: float = 0.1) -> dict[str, Condition]:
+    """A class of `num`, with a null label where it is dropped."""
+    config = label_file.Config(dropout=dropout)
+    return {"label": label_file.build(config, "label", label_file.described(num))}
 
 
 def process(shape=(1, 4, 4), learned_variance=False, num_steps=100, **classes) -> Process:
@@ -33,9 +41,9 @@ def process(shape=(1, 4, 4), learned_variance=False, num_steps=100, **classes) -
     return Process(schedule, objective, learned_variance, shape, **classes)
 
 
-PROCESS = process(num_classes=3, null_label=3)
+PROCESS = process(conditions=labelled(3))
 RECIPE = Recipe(sampler="ddim", steps=4)
-LABELS = round_robin_labels(10, 3)
+LABELS = torch.arange(10) % 3
 
 
 class Model:
@@ -44,7 +52,7 @@ class Model:
     def __init__(self, stop_after: int = 10**9) -> None:
         self.num, self.left = 0, stop_after
 
-    def __call__(self, x: Tensor, tau: Tensor, labels: Tensor | None) -> Tensor:
+    def __call__(self, x: Tensor, tau: Tensor, label: Tensor | None = None) -> Tensor:
         if self.left == 0:
             raise KeyboardInterrupt
         self.left -= 1
@@ -53,7 +61,12 @@ class Model:
 
 
 def draw(out, model=None, **changes):
-    arguments = {"num": 10, "labels_N": LABELS, "batch_size": 3, "show_progress": False}
+    arguments = {
+        "num": 10,
+        "conditions_N": {"label": LABELS},
+        "batch_size": 3,
+        "show_progress": False,
+    }
     arguments |= {"source": {"checkpoint": "runs/a/step-5", "ema": True}, **changes}
     recipe = arguments.pop("recipe", RECIPE)
     facts = arguments.pop("process", PROCESS)
@@ -115,10 +128,10 @@ def test_interrupted_sampling_resumes_without_duplicates(tmp_path) -> None:
         ({"recipe": Recipe(sampler="ddim", steps=5)}, "steps=4 (now 5)"),
         ({"recipe": Recipe(sampler="ddim", steps=4, seed=1)}, "seed=0 (now 1)"),
         ({"source": {"checkpoint": "runs/b"}}, "source="),
-        ({"labels_N": torch.zeros(10, dtype=torch.int64)}, "labels_sha256"),
-        ({"num": 9, "labels_N": LABELS[:9]}, "num=10 (now 9)"),
+        ({"conditions_N": {"label": torch.zeros(10, dtype=torch.int64)}}, "conditions_sha256"),
+        ({"num": 9, "conditions_N": {"label": LABELS[:9]}}, "num=10 (now 9)"),
         ({"dtype": torch.float64}, "dtype="),
-        ({"process": process(num_steps=50, num_classes=3, null_label=3)}, "process_sha256"),
+        ({"process": process(num_steps=50, conditions=labelled(3))}, "process_sha256"),
         ({"upscale": 2}, "upscale=1 (now 2)"),
     ],
 )
@@ -160,11 +173,11 @@ def test_bad_arguments_leave_no_folder(tmp_path) -> None:
     out = tmp_path / "out"
     latents = process((4, 4, 4))
     for changes, word in (
-        ({"num": 0, "labels_N": None}, "at least 1"),
+        ({"num": 0, "conditions_N": None}, "at least 1"),
         ({"upscale": 0}, "at least 1"),
-        ({"num": 9}, "10 labels for 9 samples"),
+        ({"num": 9}, "10 of label for 9 samples"),
         ({"recipe": Recipe(steps=101)}, "more than the 100"),
-        ({"process": latents, "labels_N": None}, "give the VAE"),
+        ({"process": latents, "conditions_N": None}, "give the VAE"),
     ):
         with pytest.raises(ValueError, match=word):
             draw(out, **changes)
@@ -174,14 +187,14 @@ def test_bad_arguments_leave_no_folder(tmp_path) -> None:
 def test_decoded_latents_and_upscaled_pictures(tmp_path) -> None:
     latents = process((4, 2, 2), learned_variance=True)
 
-    def model(x: Tensor, tau: Tensor, labels: Tensor | None) -> Tensor:
+    def model(x: Tensor, tau: Tensor, label: Tensor | None = None) -> Tensor:
         return torch.cat([x, x], dim=1)
 
     out = draw(
         tmp_path,
         model,
         process=latents,
-        labels_N=None,
+        conditions_N=None,
         decode=lambda x: x[:, :3].repeat_interleave(2, dim=2),
         upscale=3,
     )
@@ -194,7 +207,7 @@ def test_decoded_latents_and_upscaled_pictures(tmp_path) -> None:
 
 def test_nan_is_refused(tmp_path) -> None:
     with pytest.raises(ValueError, match="NaN"):
-        draw(tmp_path, lambda x, tau, labels: x * float("nan"))
+        draw(tmp_path, lambda x, tau, label: x * float("nan"))
 
 
 def test_uint8_rounds_and_clips() -> None:

@@ -11,15 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from speed_engine.conditions import Condition
+from speed_engine.conditions import label as label_file
 from speed_engine.objectives import Objective
-from speed_engine.sampling.process import (
-    Process,
-    Recipe,
-    ancestral_step,
-    guided,
-    kept_steps,
-    sample,
-)
+from speed_engine.sampling.ddpm import ancestral_step
+from speed_engine.sampling.guidance import guided
+from speed_engine.sampling.process import Process, Recipe, kept_steps, sample
 from speed_engine.schedules import from_alphas_cumprod, on_curve
 
 LINEAR = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
@@ -40,6 +37,12 @@ FACTOR = torch.tensor(
 COVARIANCE = FACTOR @ FACTOR.T
 
 
+def labelled(num: int, dropout: float = 0.1) -> dict[str, Condition]:
+    """A class of `num`, with a null label where it is dropped."""
+    config = label_file.Config(dropout=dropout)
+    return {"label": label_file.build(config, "label", label_file.described(num))}
+
+
 def process(objective="epsilon", alpha_bar=LINEAR, **changes) -> Process:
     schedule = from_alphas_cumprod(torch.from_numpy(np.asarray(alpha_bar)))
     zero, one = torch.zeros_like(schedule.alpha), torch.ones_like(schedule.alpha)
@@ -55,12 +58,10 @@ class GaussianDenoiser:
         self.objective, self.alpha_bar, self.shifts = objective, alpha_bar, shifts
         self.calls: list[int] = []
 
-    def __call__(self, x: Tensor, tau: Tensor, labels: Tensor | None) -> Tensor:
+    def __call__(self, x: Tensor, tau: Tensor, label: Tensor | None = None) -> Tensor:
         self.calls.append(len(x))
         a = float(self.alpha_bar[int(tau[0])])
-        mean = (
-            MEAN if labels is None or self.shifts is None else MEAN + self.shifts[labels][:, None]
-        )
+        mean = MEAN if label is None or self.shifts is None else MEAN + self.shifts[label][:, None]
         flat = x.flatten(1).double()
         gain = math.sqrt(a) * COVARIANCE @ torch.linalg.inv(a * COVARIANCE + (1 - a) * torch.eye(4))
         x0 = mean + (flat - math.sqrt(a) * mean) @ gain.T
@@ -127,7 +128,7 @@ def test_any_schedule_and_objective(sampler: str, steps: int, kind: str) -> None
     facts = continuous(kind)
     schedule, objective = facts.schedule, facts.objective
 
-    def model(inputs: Tensor, tau: Tensor, labels: Tensor | None) -> Tensor:
+    def model(inputs: Tensor, tau: Tensor, label: Tensor | None = None) -> Tensor:
         row = int((schedule.tau - tau[0].double()).abs().argmin())
         a, s = schedule.alpha[row], schedule.sigma[row]
         x = inputs.double().flatten(1) / objective.input_scale[row]
@@ -162,7 +163,7 @@ def test_learned_variance_makes_few_steps_exact() -> None:
     recipe = Recipe(sampler="ddpm", steps=12)
     kept = kept_steps(facts, recipe).tolist()
 
-    def model(x: Tensor, tau: Tensor, labels: Tensor | None) -> Tensor:
+    def model(x: Tensor, tau: Tensor, label: Tensor | None = None) -> Tensor:
         t = int(tau[0])
         place = kept.index(t)
         a, a_previous = LINEAR[t], LINEAR[kept[place - 1]] if place else 1.0
@@ -178,8 +179,8 @@ def test_learned_variance_makes_few_steps_exact() -> None:
     x = sample(model, facts, recipe, numbers=numbers, batch_size=20000)
     assert abs(x.std().item() - std) < 0.004  # 80,000 values: one standard error is 0.0018
 
-    def without(x: Tensor, tau: Tensor, labels: Tensor | None) -> Tensor:
-        return model(x, tau, labels)[:, :1]
+    def without(x: Tensor, tau: Tensor, label: Tensor | None = None) -> Tensor:
+        return model(x, tau, label)[:, :1]
 
     fixed = sample(without, process(), recipe, numbers=numbers, batch_size=20000)
     assert (
@@ -295,16 +296,16 @@ def test_guidance_formula_and_quirk() -> None:
 def test_guidance_doubles_the_batch_once_and_moves_the_mean() -> None:
     """Classes at +-0.4, null in the middle: guidance 2 shifts a Gaussian's mean to +-0.8."""
     shifts = torch.tensor([0.4, -0.4, 0.0], dtype=torch.float64)
-    facts = process(num_classes=2, null_label=2)
+    facts = process(conditions=labelled(2))
     labels = torch.zeros(4000, dtype=torch.int64)
     model = GaussianDenoiser(shifts=shifts)
     recipe = Recipe(sampler="dpm++", steps=25, guidance=2.0)
-    x = sample(model, facts, recipe, labels_N=labels, batch_size=4000)
+    x = sample(model, facts, recipe, conditions_N={"label": labels}, batch_size=4000)
     assert model.calls == [8000] * 25
     check_moments(x, MEAN + 0.8, 0.045)
     model.calls.clear()
     plain = Recipe(sampler="dpm++", steps=25)
-    x = sample(model, facts, plain, labels_N=labels, batch_size=4000)
+    x = sample(model, facts, plain, conditions_N={"label": labels}, batch_size=4000)
     assert model.calls == [4000] * 25  # nothing is computed and thrown away
     check_moments(x, MEAN + 0.4, 0.045)
     x = sample(model, facts, plain, numbers=range(4000), batch_size=4000)
@@ -315,8 +316,8 @@ def test_guidance_doubles_the_batch_once_and_moves_the_mean() -> None:
 def test_model_is_told_tau_and_gets_its_dtype() -> None:
     seen: list[float] = []
 
-    def model(x: Tensor, tau: Tensor, labels: Tensor | None) -> Tensor:
-        assert x.dtype == torch.bfloat16 and tau.dtype == torch.float32 and labels is None
+    def model(x: Tensor, tau: Tensor, label: Tensor | None = None) -> Tensor:
+        assert x.dtype == torch.bfloat16 and tau.dtype == torch.float32 and label is None
         seen.append(tau[0].item())
         return torch.zeros_like(x)
 
@@ -328,7 +329,7 @@ def test_model_is_told_tau_and_gets_its_dtype() -> None:
 
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm++"])
 def test_clipping_keeps_pixels_in_range(sampler: str) -> None:
-    def wild(x: Tensor, tau: Tensor, labels: Tensor | None) -> Tensor:
+    def wild(x: Tensor, tau: Tensor, label: Tensor | None = None) -> Tensor:
         return 5 * torch.ones_like(x)
 
     facts = process("x0")

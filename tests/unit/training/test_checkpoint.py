@@ -17,7 +17,8 @@ ALONE = Processes(0, 1, 0, torch.device("cpu"))
 def write(folder):
     (folder / "state").mkdir()
     (folder / "state" / "a.bin").write_bytes(os.urandom(5000))
-    (folder / "b.bin").write_bytes(b"weights")
+    for name in ("model", "ema"):
+        (folder / f"{name}.safetensors").write_bytes(b"weights")
 
 
 def save(run, step, keep=2, write=write):
@@ -67,7 +68,7 @@ def test_damage_is_named_and_passed_over(tmp_path, damage):
 
 def test_only_damaged_ones_are_an_error(tmp_path):
     folder = save(tmp_path, 20)
-    (folder / "b.bin").unlink()
+    (folder / "ema.safetensors").unlink()
     with pytest.raises(CheckpointError, match="usable"):
         find(tmp_path)
 
@@ -108,8 +109,8 @@ def dying(function, number):
         ("sync", 0, 10),  # the first data file is not durable yet
         ("sync", 1, 10),
         ("write_json", 0, 10),  # no manifest
-        ("sync", 2, 10),  # manifest written, folder not renamed
-        ("sync", 4, 20),  # renamed: committed
+        ("sync", 3, 10),  # manifest written, folder not renamed
+        ("sync", 5, 20),  # renamed: committed
         ("write_text", 0, 20),  # only `latest` is missing, which nothing reads
     ],
 )

@@ -5,26 +5,29 @@ from __future__ import annotations
 import json
 import os
 import warnings
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from speed_engine.data import ArrayFacts, ConditionFacts
 from speed_engine.models import dit
 from speed_engine.weights.dit_diffusers import WEIGHTS, export_diffusers, import_diffusers
 
 SMALL = dit.Config(size="tiny/2", hidden_size=24, depth=3, num_heads=3, frequency_shift=1)
-SHAPE = {"channels": 4, "sample_size": 8, "num_classes": 1000, "learned_variance": True}
 
 
-def randomised(config: dit.Config = SMALL, **changes) -> dit.DiT:
-    model = dit.build(config, **{**SHAPE, **changes})
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
-    return model
+@pytest.fixture
+def randomised(network) -> Callable[..., dit.DiT]:
+    """A DiT as ImageNet's, but small."""
+
+    def build(config: dit.Config = SMALL, **changes) -> dit.DiT:
+        return network(config, **{"channels": 4, "num_classes": 1000, **changes})
+
+    return build
 
 
 def stock(folder: Path):
@@ -37,18 +40,13 @@ def stock(folder: Path):
     return model.eval()
 
 
-def equal(a: torch.nn.Module, b: torch.nn.Module) -> bool:
-    first, second = a.state_dict(), b.state_dict()
-    return list(first) == list(second) and all(torch.equal(first[k], second[k]) for k in first)
-
-
 def outputs(ours: dit.DiT, theirs, labels: torch.Tensor | None = None):
     generator = torch.Generator().manual_seed(3)
-    x = torch.randn(4, ours.channels, 8, 8, generator=generator)
+    x = torch.randn(4, *ours.facts.shape, generator=generator)
     tau = torch.tensor([0, 1, 437, 999])
     given = torch.tensor([0, 5, 999, 1000]) if labels is None else labels
     with torch.no_grad():
-        found = ours(x, tau, given if ours.num_classes else None)
+        found = ours(x, tau, **({"label": given} if ours.facts.conditions else {}))
         return found, theirs(x, timestep=tau, class_labels=given).sample
 
 
@@ -59,7 +57,9 @@ def export_quietly(folder: Path, model: dit.DiT, **arguments) -> list[str]:
 
 
 @pytest.mark.parametrize("learned_variance", [True, False])
-def test_export_is_the_same_function_and_comes_back_bit_equal(tmp_path, learned_variance):
+def test_export_is_the_same_function_and_comes_back_bit_equal(
+    randomised, equal, tmp_path, learned_variance
+):
     model = randomised(learned_variance=learned_variance)
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # ImageNet's classes, diffusers' frequencies: no caution
@@ -67,10 +67,10 @@ def test_export_is_the_same_function_and_comes_back_bit_equal(tmp_path, learned_
     found, wanted = outputs(model, stock(tmp_path))
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
     again = import_diffusers(tmp_path)
-    assert equal(model, again) and again.config == model.config
+    assert equal(model, again) and again.config == model.config and again.facts == model.facts
 
 
-def test_public_frequencies_differ_and_the_caution_tells_the_cure(tmp_path):
+def test_public_frequencies_differ_and_the_caution_tells_the_cure(randomised, equal, tmp_path):
     model = randomised(SMALL.model_copy(update={"frequency_shift": 0}))
     with pytest.warns(UserWarning, match="downscale_freq_shift = 0"):
         export_diffusers(tmp_path, model)
@@ -84,7 +84,7 @@ def test_public_frequencies_differ_and_the_caution_tells_the_cure(tmp_path):
     assert import_diffusers(tmp_path).config.frequency_shift == 0
 
 
-def test_a_folder_that_diffusers_wrote(tmp_path):
+def test_a_folder_that_diffusers_wrote(equal, facts, tmp_path):
     from diffusers import DiTTransformer2DModel
 
     theirs = DiTTransformer2DModel(
@@ -97,7 +97,8 @@ def test_a_folder_that_diffusers_wrote(tmp_path):
     theirs.eval().save_pretrained(tmp_path)
     ours = import_diffusers(tmp_path)
     torch.testing.assert_close(*outputs(ours, theirs), rtol=1e-4, atol=1e-5)
-    assert (ours.num_classes, ours.learned_variance, ours.config.frequency_shift) == (1000, True, 1)
+    assert (ours.num_outputs, ours.config.frequency_shift) == (8, 1)
+    assert ours.facts.conditions == facts(num_classes=1000).conditions
     assert import_diffusers(tmp_path, frequency_shift=0).config.frequency_shift == 0
     # The names that folders had before 2024, with the default norm_eps of those days.
     config = json.loads((tmp_path / "config.json").read_text())
@@ -109,8 +110,9 @@ def test_a_folder_that_diffusers_wrote(tmp_path):
         assert equal(ours, import_diffusers(tmp_path))
 
 
-def test_embedders_that_differ_between_blocks_are_refused(tmp_path):
+def test_embedders_that_differ_between_blocks_are_refused(randomised, tmp_path):
     export_quietly(tmp_path, randomised())
+    os.remove(tmp_path / "speed_engine.json")
     good = load_file(tmp_path / WEIGHTS)
     for name in ("timestep_embedder.linear_2.bias", "class_embedder.embedding_table.weight"):
         key = f"transformer_blocks.2.norm1.emb.{name}"
@@ -120,7 +122,7 @@ def test_embedders_that_differ_between_blocks_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("num_classes", [0, 1, 10])
-def test_other_class_counts_are_warned_of_and_load(tmp_path, num_classes):
+def test_other_class_counts_are_warned_of_and_load(randomised, equal, tmp_path, num_classes):
     model = randomised(num_classes=num_classes)
     message = "no unconditional form" if num_classes == 0 else f"null label {num_classes}"
     with pytest.warns(UserWarning, match=message):
@@ -129,11 +131,11 @@ def test_other_class_counts_are_warned_of_and_load(tmp_path, num_classes):
     labels = torch.tensor([0, 0, 0, num_classes if num_classes else 0])
     torch.testing.assert_close(*outputs(model, stock(tmp_path), labels), rtol=1e-4, atol=1e-5)
     again = import_diffusers(tmp_path)
-    assert equal(model, again) and again.num_classes == num_classes
+    assert equal(model, again) and again.facts == model.facts
 
 
-def test_a_model_without_null_label_gets_a_row_and_loses_it_again(tmp_path):
-    model = randomised(SMALL.model_copy(update={"label_dropout": 0.0}))
+def test_a_model_without_null_label_gets_a_row_and_loses_it_again(randomised, equal, tmp_path):
+    model = randomised(null=False)
     with pytest.warns(UserWarning, match="no null label"):
         export_diffusers(tmp_path, model)
     theirs = stock(tmp_path)
@@ -142,13 +144,13 @@ def test_a_model_without_null_label_gets_a_row_and_loses_it_again(tmp_path):
     assert equal(model, import_diffusers(tmp_path))
 
 
-def test_weights_replace_the_models_own(tmp_path):
-    model, other = randomised(), dit.build(SMALL, **SHAPE)
+def test_weights_replace_the_models_own(randomised, equal, tmp_path):
+    model, other = randomised(), randomised(seed=5)
     export_quietly(tmp_path, other, weights=dict(model.named_parameters()))
     assert equal(import_diffusers(tmp_path), model)
 
 
-def test_models_that_diffusers_cannot_hold_are_refused(tmp_path):
+def test_models_that_diffusers_cannot_hold_are_refused(randomised, tmp_path):
     with pytest.raises(ValueError, match="mlp_ratio 4, not 2"):
         export_diffusers(tmp_path / "a", randomised(SMALL.model_copy(update={"mlp_ratio": 2.0})))
     model = randomised()
@@ -189,6 +191,13 @@ KEY = "transformer_blocks.1.attn1.to_k.bias"
         (change_config(num_layers=2), "DiT of 2 blocks: unknown transformer_blocks.2"),
         (change_config(num_layers=4), "DiT of 4 blocks: transformer_blocks.3.* is missing"),
         (change_config(num_attention_heads=6), "hidden size 24.* but the model is .*48"),
+        (change_config(sample_size=10**8), "far larger than the network"),
+        (change_config(num_layers=10**12), "of far more parts"),
+        (change_config(in_channels=10**12), "output channels for"),
+        (change_config(in_channels=10**12, out_channels=None), "in_channels"),
+        (change_config(attention_head_dim=10**5), "but the model is"),
+        (change_config(patch_size=0), "patch_size"),
+        (change_config(num_embeds_ada_norm=999), "table of 1001 rows, .* num_embeds_ada_norm 999"),
         (change_weights(lambda t: t.pop(KEY)), f"{KEY} is missing"),
         (change_weights(lambda t: t.update({KEY: torch.zeros(3)})), "qkv.bias is .51. instead"),
         (change_weights(lambda t: t.update({KEY: t[KEY] / 0})), "NaN or infinite in blocks.1.attn"),
@@ -197,7 +206,7 @@ KEY = "transformer_blocks.1.attn1.to_k.bias"
         (lambda folder: (folder / "config.json").write_text("[]"), "JSON file that says nothing"),
     ],
 )
-def test_folders_that_do_not_fit_are_refused(tmp_path, change, message):
+def test_folders_that_do_not_fit_are_refused(randomised, tmp_path, change, message):
     export_quietly(tmp_path, randomised())
     os.remove(tmp_path / "speed_engine.json")
     change(tmp_path)
@@ -205,20 +214,76 @@ def test_folders_that_do_not_fit_are_refused(tmp_path, change, message):
         import_diffusers(tmp_path)
 
 
-def test_the_pickle_of_an_attacker_is_never_executed(tmp_path):
-    class Bomb:
-        def __reduce__(self):
-            return (os.mkdir, (str(tmp_path / "executed"),))
+@pytest.mark.parametrize(("asked", "wanted"), [(None, (1000, True)), (1001, (1001, False))])
+def test_a_table_may_have_no_null_row(randomised, tmp_path, asked, wanted):
+    export_quietly(tmp_path, randomised())
+    os.remove(tmp_path / "speed_engine.json")
+    again = import_diffusers(tmp_path, num_classes=asked)
+    told = again.facts.conditions["label"]
+    assert (told.num_values, told.null) == wanted
+    with pytest.raises(ValueError, match=r"1000 .and a null label. or 1001 classes and not 999"):
+        import_diffusers(tmp_path, num_classes=999)
 
+
+def test_our_own_folder_says_its_classes_and_is_read_as_it_was_written(randomised, equal, tmp_path):
+    model = randomised(num_classes=10)
+    export_quietly(tmp_path, model)
+    assert equal(import_diffusers(tmp_path, num_classes=10), model)
+    with pytest.raises(ValueError, match="exported with 10 classes, not 11"):
+        import_diffusers(tmp_path, num_classes=11)
+    tensors = load_file(tmp_path / WEIGHTS)
+    tensors[KEY] += 1
+    save_file(tensors, tmp_path / WEIGHTS)
+    with pytest.raises(ValueError, match=r"is damaged: its checksum.*or remove speed_engine\.json"):
+        import_diffusers(tmp_path)
+
+
+def test_a_folder_of_ours_of_the_first_format(randomised, equal, tmp_path):
+    model = randomised(num_classes=10, null=False)
+    export_quietly(tmp_path, model)
+    config = model.config.model_dump(exclude={"attention", "residual", "recompute", "products"})
+    first = {
+        "config": config | {"label_dropout": 0.0},
+        "channels": 4,
+        "sample_size": 8,
+        "num_classes": 10,
+        "learned_variance": True,
+    }
+    (tmp_path / "speed_engine.json").write_text(json.dumps({"model": first, "cautions": []}))
+    again = import_diffusers(tmp_path)
+    assert equal(model, again) and again.facts.conditions == model.facts.conditions
+    for content in ("3", "[]", "{}", '{"model": 3}', "[" * 100_000, '{"format": 9}'):
+        (tmp_path / "speed_engine.json").write_text(content)
+        with pytest.raises(ValueError, match=rf"^{tmp_path} "):
+            import_diffusers(tmp_path)
+
+
+def test_networks_that_diffusers_has_no_place_for_are_refused(network, facts, tmp_path):
+    vector = ConditionFacts("vector", {"vector": ArrayFacts((3,), "float32")})
+    data = facts(channels=4)
+    data = data.with_conditions({**data.conditions, "vector": vector})
+    told = dit.build(SMALL, data, 8)
+    with pytest.raises(ValueError, match=r"no place for the condition 'vector'; .*safetensors"):
+        export_diffusers(tmp_path / "a", told)
+    with pytest.raises(ValueError, match=r"cannot hold a network of model.kind=Linear; .*safeten"):
+        export_diffusers(tmp_path / "a", torch.nn.Linear(2, 2))
+    model = network(channels=4)
+    model.facts = replace(model.facts, shape=(4, 8, 16))
+    with pytest.raises(ValueError, match=r"square images, not samples of 8x16; .*safetensors"):
+        export_diffusers(tmp_path / "a", model)
+    assert not (tmp_path / "a").exists()
+
+
+def test_the_pickle_of_an_attacker_is_never_executed(randomised, bomb, tmp_path):
     export_quietly(tmp_path, randomised())
     os.remove(tmp_path / WEIGHTS)
-    torch.save({"x": Bomb()}, tmp_path / "diffusion_pytorch_model.bin")
+    torch.save({"x": bomb(tmp_path / "executed")}, tmp_path / "diffusion_pytorch_model.bin")
     with pytest.raises(ValueError, match="more than tensors"):
         import_diffusers(tmp_path)
     assert not (tmp_path / "executed").exists()
 
 
-def test_position_embedding_is_diffusers():
+def test_position_embedding_is_diffusers(equal):
     from diffusers.models.embeddings import get_2d_sincos_pos_embed
 
     wanted = get_2d_sincos_pos_embed(1152, 16, base_size=16, output_type="pt").float()
