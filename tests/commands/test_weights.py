@@ -162,3 +162,62 @@ def test_files_that_claim_terabytes_are_refused_at_once(weights, run, good, tmp_
         )
         assert done.returncode == 2 and named in done.stderr, done.stderr
         assert done.stderr.startswith(f"error: {source} ") and done.stderr.count("\n") == 1
+
+
+# ------------------------------------------------------------------------------ a network of one's own
+
+NET = """
+import torch
+from speed_engine.kinds import Section
+
+TAKES = ()
+
+class Config(Section):
+    width: int = 4
+
+class Net(torch.nn.Module):
+    def __init__(self, config, facts, num_outputs):
+        super().__init__()
+        self.config, self.facts, self.num_outputs = config, facts, num_outputs
+        self.first = torch.nn.Conv2d(facts.shape[0], config.width, 3, padding=1)
+        self.last = torch.nn.Conv2d(config.width, num_outputs, 3, padding=1)
+
+    def forward(self, x, time_B):
+        return self.last(torch.tanh(self.first(x)))
+
+def build(config, facts, num_outputs, *, seed=0, device="cpu", dtype=None, backends=None):
+    with torch.device("cpu" if str(device) != "meta" else "meta"):
+        torch.manual_seed(seed)
+        return Net(config, facts, num_outputs).to(device)
+
+def macs_per_sample(config, facts, num_outputs):
+    return 64 * 9 * config.width * (facts.shape[0] + num_outputs)
+"""
+
+
+def test_an_outside_network_is_exported_by_those_who_trust_it(
+    good, command, data, tmp_path, monkeypatch
+):
+    (tmp_path / "my_nets").mkdir()
+    (tmp_path / "my_nets" / "conv.py").write_text(NET)
+    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])
+    run, out = tmp_path / "run", tmp_path / "m.safetensors"
+    words = ["train", "--config", "digits_dit_tiny", "engine=torch", f"data.path={data}"]
+    words += ["train.steps=1", "train.global_batch=8", "model.kind=my_nets.conv", "model.width=3"]
+    good(*words, "conditions.label=null", f"run_dir={run}")
+    export = ["export", "--run", run, "--out", out]
+    for module in ("my_nets", "my_nets.conv"):
+        monkeypatch.delitem(sys.modules, module)
+    answer = command(*export)
+    assert answer.code == 2 and "--trust my_nets.conv" in answer.err
+    assert "my_nets" not in sys.modules and not out.exists()
+    good(*export, "--trust", "my_nets.conv")
+    model = header_of(out)["model"]
+    assert model == {"kind": "my_nets.conv", "config": {"width": 3}, "num_outputs": 2}
+    answer = command(
+        *export[:-1], tmp_path / "d", "--format", "diffusers", "--trust", "my_nets.conv"
+    )
+    assert answer.code == 2 and answer.err == (
+        "error: diffusers' DiT cannot hold a network of model.kind=my_nets.conv;"
+        " export it with --format safetensors\n"
+    )
