@@ -37,8 +37,8 @@ ONE = Processes(0, 1, 0, torch.device("cpu"))
 class Timeless(nn.Sequential):
     """Layers in a row, which are told the time and do not mind it."""
 
-    def forward(self, x: Tensor, time_B: Tensor) -> Tensor:
-        return super().forward(x)
+    def forward(self, input: Tensor, time_B: Tensor | None = None) -> Tensor:
+        return super().forward(input)
 
 
 def network() -> Timeless:

@@ -97,7 +97,9 @@ class Training:
         if self.stage < 3:  # DeepSpeed links only the first group's state, and none after a load
             wrapper._hp_optimizer_states_linked = False
             wrapper._lazy_init_hp_params_optimizer_state()
-        return [safe_get_full_optimizer_state(param, "ema") for param in params]
+        found = [safe_get_full_optimizer_state(param, "ema") for param in params]
+        assert all(isinstance(each, torch.Tensor) for each in found)
+        return [each for each in found if each is not None]
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:

@@ -169,7 +169,7 @@ def test_compiled_code_keeps_the_kernel_that_was_named():
         return graph.forward
 
     from torch._dynamo.backends.common import aot_autograd
-    from torch._functorch.aot_autograd import make_boxed_compiler
+    from torch._functorch._aot_autograd.utils import make_boxed_compiler
 
     for attend in (sdpa.attend_flash, math_only):
         torch.compiler.reset()

@@ -79,6 +79,12 @@ def training(device: str, *overrides: str) -> DiffusionStep:
     return DiffusionStep(config, table, engine, backends, ALONE, 1, meter)
 
 
+def held(do: DiffusionStep) -> TorchEngine:
+    """The engine of a step, with the parts that only this engine has."""
+    assert isinstance(do.engine, TorchEngine)
+    return do.engine
+
+
 def batches(device: str) -> Iterator[Batch]:
     step = 0
     while True:
@@ -94,12 +100,12 @@ def run(do: DiffusionStep, num: int, device: str) -> list[float]:
     source, losses = batches(device), []
     for step in range(num):
         do(step, source)
-        losses.append(do.meter.read(do.engine.processes)["loss"])
+        losses.append(do.meter.read(held(do).processes)["loss"])
     return losses
 
 
 def changed_by_training(do: DiffusionStep) -> list[Tensor]:
-    engine = do.engine
+    engine: Any = held(do)
     found = [*engine.masters.tensors, *engine.module.parameters(), do.meter.sums]
     found += [do.meter.bucket_sums, engine.optimizer._skipped]
     steps: dict[int, Tensor] = {}
@@ -113,8 +119,9 @@ def as_graph(do: DiffusionStep, device: str) -> tuple[DiffusionStep, FakeRecorde
     """The captured step; on the CPU with the fake graph."""
     if device == "cuda":
         return do.captured(), None
-    fake, original = FakeRecorder(lambda: changed_by_training(do)), do.engine.captured
-    do.engine.captured = lambda work: original(work, recorder=fake)
+    fake, original = FakeRecorder(lambda: changed_by_training(do)), held(do).captured
+    engine: Any = do.engine
+    engine.captured = lambda work: original(work, recorder=fake)
     return do.captured(), fake
 
 
@@ -130,8 +137,8 @@ def test_captured_steps_equal_eager_steps_bit_for_bit(device: str, precision: st
         assert torch.equal(one, other)
     if fake is not None:
         assert (fake.eager_calls, fake.recordings, fake.replays) == (WARM_UP, 1, 3)
-    assert all(p.grad is None for p in graph.engine.module.parameters())
-    (group,) = graph.engine.optimizer.param_groups
+    assert all(p.grad is None for p in held(graph).module.parameters())
+    (group,) = held(graph).optimizer.param_groups
     assert group["lr"] == pytest.approx(2e-3 * num / 20)
 
 
@@ -154,12 +161,12 @@ def test_a_gradient_that_is_not_finite_is_skipped_in_a_replay() -> None:
     source = batches("cpu")
     for step in range(WARM_UP + 1):
         do(step, source)
-    before = [tensor.clone() for tensor in graph.engine.masters.tensors]
+    before = [tensor.clone() for tensor in held(graph).masters.tensors]
     bad = next(source)
     bad.x0.view(-1)[0] = float("inf")
     do(WARM_UP + 1, iter([bad]))
     assert graph.engine.num_skipped() == 1
-    for old, tensor in zip(before, graph.engine.masters.tensors, strict=True):
+    for old, tensor in zip(before, held(graph).masters.tensors, strict=True):
         assert torch.equal(old, tensor)
 
 

@@ -54,6 +54,12 @@ def training(*overrides: str, micro: int = BATCH) -> DiffusionStep:
     return DiffusionStep(config, table, engine, BACKENDS, ALONE, BATCH // micro, meter)
 
 
+def held(do: DiffusionStep) -> TorchEngine:
+    """The engine of a step, with the parts that only this engine has."""
+    assert isinstance(do.engine, TorchEngine)
+    return do.engine
+
+
 def batches(first_step: int, micro: int = BATCH) -> Iterator[Batch]:
     """A class is an image with a little noise: learnt in a few steps."""
     classes = torch.randn(CLASSES, *SHAPE, generator=torch.Generator().manual_seed(1))
@@ -106,35 +112,35 @@ def assert_flat(engine: TorchEngine) -> None:
 def test_bf16_weights_learn_what_float32_weights_learn() -> None:
     """50 steps on the same samples, time steps and noise."""
     runs = {name: training(f"engine.precision={name}") for name in PRECISIONS}
-    start = {k: v.clone() for k, v in runs["fp32"].engine.masters.named()}
+    start = {k: v.clone() for k, v in held(runs["fp32"]).masters.named()}
     losses = {name: torch.tensor(run(do, 0, 50)) for name, do in runs.items()}
     assert losses["fp32"][-10:].mean() < 0.7 * losses["fp32"][:10].mean()
     moved = {
-        name: torch.cat([(v.detach() - start[k]).flatten() for k, v in do.engine.masters.named()])
+        name: torch.cat([(v.detach() - start[k]).flatten() for k, v in held(do).masters.named()])
         for name, do in runs.items()
     }
     for name in ("bf16", "autocast"):
         torch.testing.assert_close(losses[name], losses["fp32"], rtol=0.004, atol=0.0)
         assert (moved[name] - moved["fp32"]).norm() < 0.06 * moved["fp32"].norm()
-    engine = runs["bf16"].engine
+    engine = held(runs["bf16"])
     rounded = {k: v.bfloat16() for k, v in engine.masters.named()}
     assert {p.dtype for p in engine.module.parameters()} == {torch.bfloat16}
     assert engine.module.pos_embed.dtype == torch.float32
     for name, weight in engine.module.named_parameters():
         assert torch.equal(weight, rounded[name])
     assert any(not torch.equal(v, rounded[k].float()) for k, v in engine.masters.named())
-    assert {p.dtype for p in runs["autocast"].engine.module.parameters()} == {torch.float32}
+    assert {p.dtype for p in held(runs["autocast"]).module.parameters()} == {torch.float32}
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_weights_and_state_are_flat_and_stay_so(precision: str, tmp_path: Path) -> None:
     do, again = (training(f"engine.precision={precision}") for _ in range(2))
     run(do, 0, 1)
-    assert_flat(do.engine)
+    assert_flat(held(do))
     do.engine.save(tmp_path)
     again.engine.load(tmp_path)
     run(again, 1, 1)
-    assert_flat(again.engine)
+    assert_flat(held(again))
 
 
 def test_one_pass_reads_bf16_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,7 +153,7 @@ def test_one_pass_reads_bf16_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
         seen.append([each for each in arguments if isinstance(each, list)])
 
     monkeypatch.setattr(adamw, "adamw_ema", spy)
-    trained = do.engine.masters.trained
+    trained = held(do).masters.trained
     grads = flat.side_by_side(trained)
     for parameter, grad in zip(trained, grads, strict=True):
         parameter.grad = grad
@@ -171,12 +177,12 @@ def test_resume_is_bit_exact(precision: str, micro: int, tmp_path: Path) -> None
     run(do, 0, 3, micro)
     do.engine.save(tmp_path)
     saved = torch.load(tmp_path / "state.pt", weights_only=True)["model"]
-    assert saved.keys() == do.engine.module.state_dict().keys()
+    assert saved.keys() == held(do).module.state_dict().keys()
     assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
     again.engine.load(tmp_path)
-    assert_equal(again.engine.masters.state_dict(), saved)
+    assert_equal(held(again).masters.state_dict(), saved)
     assert run(do, 3, 3, micro) == run(again, 3, 3, micro)
-    assert_equal(state(do.engine), state(again.engine))
+    assert_equal(state(held(do)), state(held(again)))
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -187,25 +193,25 @@ def test_a_gradient_that_is_not_finite_changes_nothing(
 ) -> None:
     do = training(f"engine.precision={precision}", micro=micro)
     run(do, 0, 2, micro)
-    before = state(do.engine)
+    before = state(held(do))
     source = batches(2, micro)
     for index in range(BATCH // micro):
         do.add_gradients(next(source))
         if index == 0:
-            tensors = do.engine.masters.tensors if do.engine.sums else do.engine.masters.trained
+            tensors = held(do).masters.tensors if held(do).sums else held(do).masters.trained
             tensors[-1].grad.flatten()[0] = bad
         do.engine.step(1e-2)
-    assert_equal(state(do.engine), before)
+    assert_equal(state(held(do)), before)
     assert do.engine.num_skipped() == 1
     run(do, 3, 1, micro)
     assert do.engine.num_skipped() == 1
-    assert any(not torch.equal(v, before[k]) for k, v in state(do.engine).items())
+    assert any(not torch.equal(v, before[k]) for k, v in state(held(do)).items())
 
 
 def test_many_micro_batches_add_up_in_float32() -> None:
     """16 bf16 gradients of a sum that bf16 cannot hold; the buffer is made for accumulation only."""
-    assert training("engine.precision=bf16").engine.sums is None
-    assert training(micro=4).engine.sums is None
+    assert held(training("engine.precision=bf16")).sums is None
+    assert held(training(micro=4)).sums is None
     network = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 2))
     masters = Masters(network, torch.bfloat16)
     sums = GradientSums(masters)
@@ -238,7 +244,7 @@ def test_micro_batches_train_as_the_whole(precision: str) -> None:
 def test_exported_weights(precision: str) -> None:
     do = training(f"engine.precision={precision}")
     run(do, 0, 3)
-    engine = do.engine
+    engine = held(do)
     plain = assembly.build_model(do.config, FACTS)
     for ema in (False, True):
         weights = engine.weights(ema=ema)
@@ -309,9 +315,9 @@ def test_compiling_blocks_or_all(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nn.Module, "compile", lambda self: compiled.append(self))
     for word, wanted in (("off", []), ("block", ["Block", "Block"]), ("model", ["DiT"])):
         compiled.clear()
-        names = training(f"engine.compile={word}").engine.module.state_dict().keys()
+        names = held(training(f"engine.compile={word}")).module.state_dict().keys()
         assert [type(module).__name__ for module in compiled] == wanted
-        assert names == training().engine.module.state_dict().keys()
+        assert names == held(training()).module.state_dict().keys()
     settings = {"micro_batch": 1, "accumulation": 1, "backend": "cpp"}
     with pytest.raises(ValueError, match=r"compile=block .* Linear does not have"):
         TorchEngine(Config(compile="block"), nn.Linear(2, 2), optimizer.Config(), ONE, **settings)

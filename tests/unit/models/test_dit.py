@@ -135,7 +135,7 @@ def test_initialisation_is_a_function_of_the_seed_alone():
 
 
 def test_initialisation_recipe():
-    model = dit.build(small(hidden_size=128, num_heads=4), **DIGITS)
+    model: Any = dit.build(small(hidden_size=128, num_heads=4), **DIGITS)
     qkv, patch = model.blocks[0].attn.qkv.weight, model.x_embedder.proj.weight
     assert qkv.abs().max().item() == pytest.approx(math.sqrt(6 / (128 + 384)), rel=1e-2)
     assert patch.abs().max().item() == pytest.approx(math.sqrt(6 / (128 + 4)), rel=1e-1)
@@ -160,7 +160,7 @@ def test_position_embedding_is_column_then_row():
 
 @pytest.mark.parametrize("shift", [0, 1])
 def test_time_embedding_frequencies(shift):
-    embedder = dit.TimeEmbedder(8, shift)
+    embedder: Any = dit.TimeEmbedder(8, shift)
     embedder.mlp = torch.nn.Identity()
     for time in (torch.tensor([0, 1, 999]), torch.tensor([0.37, -1.25, 80.0])):
         waves = embedder(time, torch.float32)
@@ -171,7 +171,7 @@ def test_time_embedding_frequencies(shift):
 
 def test_null_label_is_a_row_of_its_own():
     def rows(**changes):
-        embedder = dit.build(small(), **shape(**changes)).y_embedder
+        embedder: Any = dit.build(small(), **shape(**changes)).y_embedder
         return None if embedder is None else len(embedder.embedding_table.weight)
 
     assert rows() == 11
@@ -273,10 +273,10 @@ def test_bf16_parameters_and_autocast_stay_near_fp32():
 
 def test_time_survives_bf16_parameters():
     """Frequencies cast to bf16 would be off by radians at t = 999."""
-    embedder = dit.TimeEmbedder(8, 0).bfloat16()
+    embedder: Any = dit.TimeEmbedder(8, 0).bfloat16()
     embedder.mlp = torch.nn.Identity()
     time = torch.tensor([999.0])
-    exact = dit.TimeEmbedder(8, 0)
+    exact: Any = dit.TimeEmbedder(8, 0)
     exact.mlp = torch.nn.Identity()
     difference = embedder(time, torch.bfloat16).float() - exact(time, torch.float32)
     assert difference.abs().max() < 5e-3
@@ -294,7 +294,7 @@ def test_norm_statistics_are_fp32_under_bf16():
 
 def test_gradients_are_those_of_finite_differences():
     config = small(hidden_size=8, depth=1)
-    model = trained(config, size=4).double()
+    model: Any = trained(config, size=4).double()
     x, time, labels = inputs(2, size=4)
     weight = model.blocks[0].adaLN_modulation[1].weight.detach().clone()
 
@@ -321,7 +321,7 @@ class Operations(TorchDispatchMode):
 
 
 def test_attention_copies_nothing_and_tokens_are_contiguous():
-    model = trained(small())
+    model: Any = trained(small())
     x, _, _ = inputs()
     tokens = model.x_embedder(x)
     assert tokens.is_contiguous()

@@ -7,6 +7,7 @@ every time, so the noisier half is where training pays.
 
 import importlib
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +22,12 @@ from speed_engine.timesteps.online.policy import Reach
 
 BATCH, ROWS = 16, 40
 BACKENDS = {"noise": "reference", "loss": "reference"}
+
+
+def policy_of(table: StepTable) -> Any:
+    """The table's policy, a module whose parts are taken apart here."""
+    assert table.policy is not None
+    return table.policy
 
 
 def make(**options) -> StepTable:
@@ -72,7 +79,7 @@ def test_the_policy_goes_where_training_pays():
     toy = Toy(table)
     assert table.density[ROWS // 2 :].sum().item() == pytest.approx(0.5, abs=0.01)
     drawn = [lesson(table, toy, number) for number in range(120)]
-    selected = table.policy.swept_R[table.policy.selection.best]
+    selected = policy_of(table).swept_R[policy_of(table).selection.best]
     assert (selected >= ROWS // 2).all()  # the steps that never change predict nothing
     assert table.density[ROWS // 2 :].sum().item() > 0.75
     late = torch.cat(drawn[-20:])
@@ -108,7 +115,7 @@ def test_rows_are_drawn_from_the_policy():
     """Chi-square of 20000 draws for one sample against the policy's own probabilities."""
     table = make()
     torch.manual_seed(0)
-    table.policy.adam.value += 0.02 * torch.randn_like(table.policy.adam.value)
+    policy_of(table).adam.value += 0.02 * torch.randn_like(policy_of(table).adam.value)
     x0 = torch.randn(1, 2, 4, 4).expand(500, 2, 4, 4)
     found = torch.zeros(ROWS)
     for number in range(40):
@@ -116,7 +123,7 @@ def test_rows_are_drawn_from_the_policy():
         _, row_B, tau_B = table.noise(x0, address_2, seed=5, num_slots=500, backend="reference")
         found += torch.bincount(row_B, minlength=ROWS)
         assert torch.equal(tau_B, row_B.float())
-    expected = table.policy.network(x0[:1])[0].exp().detach() * 20_000
+    expected = policy_of(table).network(x0[:1])[0].exp().detach() * 20_000
     statistic = ((found - expected).square() / expected).sum().item()
     assert statistic < ROWS + 5 * math.sqrt(2 * ROWS)
 
@@ -178,7 +185,7 @@ def test_two_ranks_learn_as_one():
     [thread.join() for thread in threads]
     for name, tensor in tables[0].state_dict().items():
         assert torch.equal(tensor, tables[1].state_dict()[name]), name
-    assert tables[0].policy.selection.count == 3
+    assert policy_of(tables[0]).selection.count == 3
 
 
 def test_nothing_waits_for_the_device():
@@ -192,7 +199,7 @@ def test_nothing_waits_for_the_device():
 
     table = make()
     x0, row_B = torch.randn(BATCH, 2, 4, 4), torch.arange(BATCH)
-    policy, reach = table.policy, Reach()
+    policy, reach = policy_of(table), Reach()
 
     def evaluate(x0, conditions, row_N, first_slot):
         return row_N.float() / ROWS
@@ -309,8 +316,8 @@ def test_a_broken_loss_teaches_nothing():
     table = make()
     toy = Toy(table)
     lesson(table, toy, 0)
-    before = table.policy.adam.value.clone()
-    policy, x0 = table.policy, torch.zeros(BATCH, 2, 4, 4)
+    before = policy_of(table).adam.value.clone()
+    policy, x0 = policy_of(table), torch.zeros(BATCH, 2, 4, 4)
     values = iter([0.5, 0.5, float("nan"), 0.5])
 
     def evaluate(x0, conditions, row_N, first_slot):

@@ -5,6 +5,7 @@ their losses up, observes and refreshes.
 """
 
 import importlib
+from typing import Any
 
 import pytest
 import torch
@@ -70,7 +71,7 @@ def test_loss_second_moment_finds_the_optimal_density():
 def test_second_moment_keeps_the_last_losses_in_order():
     table = make("loss_second_moment", every=3, history=4)
     assert table.session is not None
-    part = table.session.parts[0]
+    part: Any = table.session.parts[0]
     expected: list[list[float]] = [[] for _ in range(40)]
     for number in range(9):
         loss_T = torch.arange(40).double() / 40 + number
