@@ -8,11 +8,11 @@ reaches a module outside the repository. Every mistake becomes one sentence with
 from __future__ import annotations
 
 import importlib
+import reprlib
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-import yaml
 from pydantic import (
     BaseModel,
     Field,
@@ -23,24 +23,56 @@ from pydantic import (
     model_validator,
 )
 
+from speed_engine.config.files import (
+    KINDS,
+    find,
+    merge,
+    parse_overrides,
+    presets,
+    read_yaml,
+)
 from speed_engine.kinds import ConfigError, Section, config_class, config_of, suggest, trusted_by
+
+__all__ = [
+    "KINDS",
+    "ConfigError",
+    "RunConfig",
+    "build",
+    "load",
+    "merge",
+    "parse_overrides",
+    "presets",
+]
 
 # A section whose type is decided by its `kind` at run time.
 if TYPE_CHECKING:
     Kind: TypeAlias = Any
 else:
     Kind = SerializeAsAny[BaseModel]
-# The sections whose `kind` decides their type.
-KINDS = ("model", "data", "schedule", "objective", "timesteps", "engine")
-PRESETS = Path(__file__).parent / "presets"
+
+# What an absent section, or one that names no kind, is; `data` and `model` have no default.
+DEFAULTS = {
+    "schedule": "linear",
+    "objective": "epsilon",
+    "timesteps": "uniform",
+    "engine": "deepspeed",
+}
+SECTIONS = (*KINDS, "optim", "conditions", "train", "kernels", "checkpoint", "log")
+# Checkpoints are named by eight digits of their step.
+MOST_STEPS, LARGEST_BATCH = 10**8 - 1, 2**24
 
 
 class Train(Section):
     """Length and batch of the run. global_batch = micro_batch x accumulation x processes."""
 
-    steps: int = Field(default=1000, ge=0, description="optimizer steps of the whole run")
+    steps: int = Field(
+        default=1000, ge=0, le=MOST_STEPS, description="optimizer steps of the whole run"
+    )
     global_batch: int = Field(
-        default=256, ge=1, description="samples per optimizer step, over all processes"
+        default=256,
+        ge=1,
+        le=LARGEST_BATCH,
+        description="samples per optimizer step, over all processes",
     )
     micro_batch: int | None = Field(
         default=None,
@@ -155,122 +187,24 @@ class RunConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _default_sections(cls, value: Any) -> Any:
-        """Absent sections get the plainest member of their folder; `data` and `model` have no default."""
+        """Absent sections get the plainest member of their folder."""
         if isinstance(value, dict):
-            defaults = {"schedule": "linear", "objective": "epsilon", "timesteps": "uniform"}
-            value = {**{k: {"kind": v} for k, v in defaults.items()}, **value}
-            value.setdefault("engine", {"kind": "deepspeed"})
+            # A section with nothing in it is an absent one.
+            value = {k: v for k, v in value.items() if v is not None or k not in SECTIONS}
+            for section, kind in DEFAULTS.items():
+                given = value.get(section, {})
+                value[section] = {"kind": kind, **given} if isinstance(given, dict) else given
             value.setdefault("optim", {})
         return value
 
 
-# ---------------------------------------------------------------------------------------------- reading
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML that refuses duplicate keys (PyYAML keeps the last one silently)."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key_node, _ in node.value:
-            if key_node.value in seen:
-                line = key_node.start_mark.line + 1
-                raise ConfigError(
-                    f"{self.name}, line {line}: the key {key_node.value!r} appears twice; remove one"
-                )
-            seen.add(key_node.value)
-        return super().construct_mapping(node, deep)
-
-
-def presets() -> list[str]:
-    """Names of the presets that ship with the package."""
-    return sorted(path.stem for path in PRESETS.glob("*.yaml"))
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """One YAML file as a mapping, with at most one `base:` (a preset or a path) merged beneath."""
-    try:
-        with path.open(encoding="utf-8") as file:
-            loader = _Loader(file)
-            loader.name = str(path)
-            tree = loader.get_single_data() or {}
-    except yaml.YAMLError as error:
-        text = " ".join(str(error).split())
-        raise ConfigError(f"{path} is not valid YAML: {text}") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read the configuration {path}: {error}") from error
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path} must be a mapping of keys to values")
-    base = tree.pop("base", None)
-    return merge(read_yaml(find(str(base))), tree) if base else tree
-
-
-def find(name: str) -> Path:
-    """A preset's name or a path to a YAML file -> the file. Raises ConfigError with the list."""
-    if (PRESETS / f"{name}.yaml").exists():
-        return PRESETS / f"{name}.yaml"
-    path = Path(name)
-    if path.suffix in (".yaml", ".yml") and path.exists():
-        return path
-    hint = suggest(name, presets())
-    raise ConfigError(
-        f"no configuration {name!r}{hint}; presets are: {', '.join(presets())}; "
-        "or give the path of a .yaml file"
-    )
-
-
-def merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
-    """`top` over `base`. A section that changes its `kind` starts afresh: the other kind's keys do
-    not apply to it."""
-    merged = dict(base)
-    for key, value in top.items():
-        old = merged.get(key)
-        if key in KINDS:
-            old = {"kind": old} if isinstance(old, str) else old
-            value = {"kind": value} if isinstance(value, str) else value
-        if isinstance(old, dict) and isinstance(value, dict):
-            if "kind" in value and value["kind"] != old.get("kind"):
-                old = {}
-            merged[key] = merge(old, value)
-        else:
-            merged[key] = value
-    return merged
-
-
-def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
-    """`["optim.lr=2e-4", "engine=torch"]` -> a nested mapping. Values are YAML."""
-    tree: dict[str, Any] = {}
-    seen: set[str] = set()
-    for text in overrides:
-        key, equals, raw = text.partition("=")
-        if not equals or not key:
-            raise ConfigError(f"cannot read the override {text!r}; write it as section.key=value")
-        if key in seen:
-            raise ConfigError(f"the override {key} is given twice; remove one")
-        seen.add(key)
-        try:
-            value = yaml.safe_load(raw)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"cannot read the value of the override {text!r}") from error
-        *sections, last = key.split(".")
-        node = tree
-        for section in sections:
-            if isinstance(node.get(section), str) and section in KINDS:  # `engine=torch engine.x=1`
-                node[section] = {"kind": node[section]}
-            node = node.setdefault(section, {})
-            if not isinstance(node, dict):
-                raise ConfigError(f"the override {text!r} goes below a value that is not a section")
-        if isinstance(node.get(last), dict) and isinstance(value, str) and key in KINDS:
-            node[last]["kind"] = value
-        else:
-            node[last] = value
-    return tree
-
-
 def load(name: str, overrides: Sequence[str] = ()) -> RunConfig:
     """A preset or file with dotted overrides, checked. Raises ConfigError."""
-    tree = {"name": Path(name).stem, **read_yaml(find(name))}
-    return build(merge(tree, parse_overrides(overrides)))
+    try:
+        tree = {"name": Path(name).stem, **read_yaml(find(name))}
+        return build(merge(tree, parse_overrides(overrides)))
+    except RecursionError as error:
+        raise ConfigError(f"the configuration {name} nests too deeply; make it flatter") from error
 
 
 def build(tree: dict[str, Any], trusted: Collection[str] | None = None) -> RunConfig:
@@ -305,10 +239,12 @@ def explain(
             sentences.append(f"the key {path} is missing")
         else:
             message = item["msg"].removeprefix("Value error, ")
+            if item["type"] == "int_parsing_size":
+                message = "Input is far too large a number"
             plain = (
                 isinstance(item["input"], (str, int, float, list)) and item["type"] != "value_error"
             )
-            given = f" (given: {item['input']!r})" if plain else ""
+            given = f" (given: {reprlib.repr(item['input'])})" if plain else ""
             named = not path or message.startswith(path)
             sentences.append(f"{message}{given}" if named else f"{path}: {message}{given}")
     return "; ".join(dict.fromkeys(sentences))
@@ -322,7 +258,8 @@ def _keys_at(
     for part in location:
         if part in KINDS:
             value = tree.get(part)
-            kind = value if isinstance(value, str) else (value or {}).get("kind", "")
+            default = DEFAULTS.get(part, "")
+            kind = value if isinstance(value, str) else (value or {}).get("kind", default)
             model = config_class(str(part), kind, trusted)
         elif part == "optim":
             model = importlib.import_module("speed_engine.engines.optimizer").Config
