@@ -27,11 +27,11 @@ class Config(Section):
     """Random latents [channels, size, size]."""
 
     kind: Literal["benchmarks.harness.random_latents"] = KIND
-    num_samples: int = Field(8192, ge=1, description="kept in memory, float16")
-    num_classes: int = Field(1000, ge=0, description="0: no labels")
-    channels: int = Field(4, ge=1)
-    size: int = Field(32, ge=8, description="height and width, a multiple of 8")
-    seed: int = Field(0, ge=0)
+    num_samples: int = Field(default=8192, ge=1, description="kept in memory, float16")
+    num_classes: int = Field(default=1000, ge=0, description="0: no labels")
+    channels: int = Field(default=4, ge=1)
+    size: int = Field(default=32, ge=8, description="height and width, a multiple of 8")
+    seed: int = Field(default=0, ge=0)
 
 
 class RandomLatents:
