@@ -100,7 +100,7 @@ MAY_IMPORT = {
 ONLY_IN = {
     "apex": r"speed_engine/engines/optimizer\.py",
     "deepspeed": r"speed_engine/engines/deepspeed(_json)?\.py",
-    "diffusers": r"speed_engine/(sampling/\w+|data/(encode|space)|weights/\w+)\.py",
+    "diffusers": r"speed_engine/(sampling/\w+|data/autoencoder|weights/\w+)\.py",
     "matplotlib": r"speed_engine/reports/\w+\.py",
     "tensorboard": r"speed_engine/training/metrics\.py",
     "torch.utils.tensorboard": r"speed_engine/training/metrics\.py",
