@@ -49,7 +49,7 @@ bench: export MALLOC_TRIM_THRESHOLD_ ?= 1000000000000
 bench: install
 	$(BIN)/python -m pytest benchmarks -k 'not XL2-b4-ours-deepspeed' $(SHOWN)
 	env -u MALLOC_MMAP_MAX_ -u MALLOC_TRIM_THRESHOLD_ \
-	  $(BIN)/python -m pytest benchmarks/test_train_step.py -k XL2-b4-ours-deepspeed $(SHOWN) || [ $$? = 5 ]
+	  $(BIN)/python -m pytest benchmarks/train_step/test_train_step.py -k XL2-b4-ours-deepspeed $(SHOWN) || [ $$? = 5 ]
 
 clean:
 	rm -rf $(VENV) runs data .pytest_cache .ruff_cache

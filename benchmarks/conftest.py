@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.harness import Measured, ReplayClock, Settings
+from benchmarks.harness.measure import Measured, ReplayClock, Settings
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

@@ -41,9 +41,10 @@ within() {
 }
 
 bench() { # NAME SECONDS ARGUMENTS...
-  local name=$1 seconds=$2 code
+  local name=$1 seconds=$2 code file
   shift 2
-  within "$seconds" "$python" -m pytest "benchmarks/test_$name.py" --device cuda -q --show-capture=no \
+  file=$(find benchmarks -name "test_$name.py")
+  within "$seconds" "$python" -m pytest "$file" --device cuda -q --show-capture=no \
     -p no:cacheprovider --benchmark-disable-gc --benchmark-columns=median,iqr,rounds \
     --benchmark-json "$scratch/$name.json" "$@"
   code=$?
@@ -54,7 +55,7 @@ bench() { # NAME SECONDS ARGUMENTS...
 
 files=()
 remarks=()
-within 170 "$python" -m benchmarks.gpu_gate --json "$scratch/gate.json" || {
+within 170 "$python" -m benchmarks.gate.gpu --json "$scratch/gate.json" || {
   echo "The correctness gate is red or did not end: nothing is measured." >&2
   exit 1
 }
@@ -78,5 +79,5 @@ done
   echo "No benchmark wrote anything." >&2
   exit 1
 }
-"$python" -m benchmarks.report --json "${files[@]}" --gate "$scratch/gate.json" --out "$out" --what "${WHAT:-ops}" \
+"$python" -m benchmarks.report.page --json "${files[@]}" --gate "$scratch/gate.json" --out "$out" --what "${WHAT:-ops}" \
   --who "$who" ${commit:+--commit "$commit"} "${remarks[@]}"

@@ -48,7 +48,7 @@ class ConfigError(ValueError):
 class Section(BaseModel):
     """Base of all sections: nothing can be changed later, nothing unknown is accepted."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 def names(section: str) -> list[str]:

@@ -17,6 +17,7 @@ class Engine(Protocol):
     """What the training loop asks of an engine. Collective means: every process must call it."""
 
     compute_dtype: torch.dtype
+    optimizer: torch.optim.Optimizer
 
     def forward(
         self, x: torch.Tensor, time_B: torch.Tensor, **conditions: torch.Tensor

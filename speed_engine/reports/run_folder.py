@@ -62,7 +62,10 @@ def open_run(folder: Path, trusted: Collection[str] = ()) -> Run:
     try:
         manifest = upgraded(found.manifest, found.folder)
         config = build(manifest["config"], trusted)
-        config, conditions, facts = told(config, Facts.from_json(manifest["data"]))
+        # A condition that was left out (null) is not among the facts that the network was told.
+        kept = {name: each for name, each in config.conditions.items() if each is not None}
+        used = config.model_copy(update={"conditions": kept})
+        _, conditions, facts = told(used, Facts.from_json(manifest["data"]))
     except ValueError as error:
         raise checkpoint.CheckpointError(f"the run {folder}: {error}") from error
     return Run(folder, config, facts, conditions, manifest, found.step, found.folder, trusted)

@@ -28,7 +28,7 @@ Curve = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
 class DiscreteConfig(Section):
     """What every schedule made of betas can be told."""
 
-    num_steps: int = Field(1000, ge=2, description="T, the number of time steps")
+    num_steps: int = Field(1000, ge=2, le=2**20, description="T, the number of time steps")
     zero_terminal_snr: bool = Field(
         False,
         description="rescale so that the last step is pure noise (Lin et al. 2024, algorithm 1)",

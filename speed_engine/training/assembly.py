@@ -158,12 +158,12 @@ def told(config: RunConfig, data: Facts) -> tuple[RunConfig, dict[str, Condition
     A condition of the data that the configuration does not name gets its kind's defaults; `null` leaves it out. Raises
     ValueError where configuration, data and model contradict each other.
     """
-    for name in config.conditions:
-        if name not in data.conditions:
+    for name, section in config.conditions.items():
+        if section is not None and name not in data.conditions:
             there = ", ".join(data.conditions) or "none"
             raise ValueError(
-                f"conditions.{name}: the data hold no such condition (they hold: {there}); remove the key, or encode "
-                "the data with it"
+                f"conditions.{name}: the data hold no such condition (they hold: {there}); set "
+                f"conditions.{name}=null, or encode the data with it"
             )
     for name, facts in data.conditions.items():
         if "." in facts.kind and name not in config.conditions:  # data may come from anybody

@@ -1,4 +1,9 @@
-"""Stopping on request: signals only set a flag; the loop saves and ends. A second signal ends at once."""
+"""Stopping on request: signals only set a flag; the loop saves and ends. A second Ctrl-C ends at once.
+
+One request can arrive as several signals: a terminal sends SIGINT to the launcher and to all of its processes, a
+scheduler SIGTERM to all of them, and the launcher then sends its processes SIGTERM as well. So only SIGINT after
+SIGINT, which a person types, is impatience. Launchers follow with SIGKILL, DeepSpeed after 30 s.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +17,13 @@ class Interrupt:
     """While active, SIGINT, SIGTERM and SIGUSR1 set `requested`."""
 
     def __init__(self) -> None:
-        self.requested = False
+        self._seen: set[int] = set()
         self._previous: dict[signal.Signals, object] = {}
+
+    @property
+    def requested(self) -> bool:
+        """Whether a signal has come."""
+        return bool(self._seen)
 
     def __enter__(self) -> Interrupt:
         for number in SIGNALS:
@@ -25,7 +35,7 @@ class Interrupt:
             signal.signal(number, handler)  # type: ignore[arg-type]
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:  # the second one: now
+        if number == signal.SIGINT and number in self._seen:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
-        self.requested = True
+        self._seen.add(number)

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from speed_engine.atomic_files import atomic, write_text
@@ -33,7 +32,13 @@ from speed_engine.weights.dit_public import (
     named_config,
     refuse_other_size,
 )
-from speed_engine.weights.file import build, checked, described, read_safetensors
+from speed_engine.weights.file import (
+    build,
+    checked,
+    described,
+    read_safetensors,
+    write_safetensors,
+)
 from speed_engine.weights.fit import blueprint, filled, merged
 from speed_engine.weights.pickles import read_pt
 
@@ -103,7 +108,7 @@ def export_diffusers(
     folder.mkdir(parents=True, exist_ok=True)
     header = described(model, theirs, cautions=cautions)
     with atomic(folder / WEIGHTS) as partial:
-        save_file(theirs, partial, {"format": "pt", "checksum": header["checksum"]})
+        write_safetensors(partial, theirs, {"format": "pt", "checksum": header["checksum"]})
     for name, content in (
         (SIDECAR, header),
         ("config.json", description),  # last: without it the folder is no model

@@ -99,7 +99,9 @@ def assumptions(facts: Facts) -> list[str]:
         classes = "no labels: the network is unconditional"
     else:
         rows = told.num_values + told.null
-        taken = f"a label table of {rows} rows, read as {told.num_values} classes "
+        height = "1 row" if rows == 1 else f"{rows} rows"
+        count = "1 class" if told.num_values == 1 else f"{told.num_values} classes"
+        taken = f"a label table of {height}, read as {count} "
         if told.null:
             classes = (
                 f"{taken}and a null label (--num-classes {rows}: as {rows} classes, no null label)"

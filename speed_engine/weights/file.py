@@ -55,7 +55,7 @@ def save(
     header = described(model, tensors, notes=without_places(notes or {}))
     metadata = {"format": "pt", METADATA_KEY: json.dumps(header, sort_keys=True)}
     with atomic(Path(path)) as partial:
-        save_file(tensors, partial, metadata)
+        write_safetensors(partial, tensors, metadata)
 
 
 def load(
@@ -89,6 +89,14 @@ def read_safetensors(path: Path | str) -> tuple[dict[str, Tensor], dict[str, str
             return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{path} is not a sound safetensors file: {error}") from error
+
+
+def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Raises OSError where the disk refuses (a full disk is an error of safetensors' own otherwise)."""
+    try:
+        save_file(tensors, path, metadata)
+    except SafetensorError as error:
+        raise OSError(f"cannot write weights into {path.parent}: {error}") from error
 
 
 # ------------------------------------------------------------------------------------------ the header

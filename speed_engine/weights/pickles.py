@@ -69,6 +69,8 @@ def _content(path: Path) -> Any:
         zipped = zipfile.is_zipfile(path)
         if zipped:
             _refuse_compressed(path)
+        else:
+            _refuse_what_no_pickle_begins_with(path)
         blanks = [(_Blank, name) for name in BLANKS]
         # DiT's own training script stores its arguments, a Namespace: a plain bag of values.
         with torch.serialization.safe_globals([argparse.Namespace, *blanks]):
@@ -84,6 +86,14 @@ def _content(path: Path) -> Any:
     except Exception as error:  # what the reader stumbles over in a damaged file can be anything
         text = " ".join(str(error).split())[:200]
         raise ValueError(f"{path} is not a sound torch checkpoint: {text}") from error
+
+
+def _refuse_what_no_pickle_begins_with(path: Path) -> None:
+    """A download that failed is mostly a page of text, or nothing."""
+    with path.open("rb") as file:
+        head = file.read(40)
+    if head[:1] != pickle.PROTO:
+        raise ValueError(f"it begins with {head!r}" if head else "it is empty")
 
 
 def _refuse_compressed(path: Path) -> None:

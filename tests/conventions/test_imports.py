@@ -55,7 +55,7 @@ MAY_IMPORT = {
     "speed_engine.distributed": [*LEAVES, "speed_engine.distributed"],
     "speed_engine.schedules": [*LEAVES, "speed_engine.schedules"],
     # `optim` is the one section without a kind: its type lies beside the optimizers.
-    "speed_engine.config": [*LEAVES, "speed_engine.schedules", "speed_engine.engines.optimizer"],
+    "speed_engine.config": [*LEAVES, "speed_engine.config", "speed_engine.engines.optimizer"],
     "speed_engine.objectives": [*LEAVES, "speed_engine.objectives", "speed_engine.schedules"],
     "speed_engine.timesteps": [*LEAVES, "speed_engine.timesteps", "speed_engine.schedules"],
     "speed_engine.step_table": TABLE,

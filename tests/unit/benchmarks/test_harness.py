@@ -13,21 +13,19 @@ import torch
 from speed_kernels import contract
 from speed_kernels.noise import reference as noise_reference
 
-from benchmarks import (
-    adamw_gate,
-    adamw_providers,
-    conditions,
-    diffusion_gate,
-    diffusion_providers,
-    gate_device,
-    gate_numerics,
-    gpu_counts,
-    harness,
-    report,
-)
-from benchmarks.diffusion_math import host_tables, packed_rows, uniform_cdf
-from benchmarks.diffusion_providers import Problem, Result
-from benchmarks.harness import Case, GateError, Measured, Provider, Settings, Unavailable
+from benchmarks.gate import device as gate_device
+from benchmarks.gate import numerics as gate_numerics
+from benchmarks.harness import counts as gpu_counts
+from benchmarks.harness import environment as conditions
+from benchmarks.harness import measure as harness
+from benchmarks.harness.measure import Case, GateError, Measured, Provider, Settings, Unavailable
+from benchmarks.ops.adamw_ema import gate as adamw_gate
+from benchmarks.ops.adamw_ema import providers as adamw_providers
+from benchmarks.ops.diffusion_step import gate as diffusion_gate
+from benchmarks.ops.diffusion_step import providers as diffusion_providers
+from benchmarks.ops.diffusion_step.formulas import host_tables, packed_rows, uniform_cdf
+from benchmarks.ops.diffusion_step.providers import Problem, Result
+from benchmarks.report import page as report
 
 CPU = torch.device("cpu")
 SETTINGS = Settings(CPU, torch.float32, True, seconds=0.0, min_rounds=3, max_rounds=5)

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import loss_curves, loss_picture, random_latents
+from benchmarks.harness import random_latents
+from benchmarks.studies import loss_curves, loss_picture
 from speed_engine.config import load
 from speed_engine.training import loop
 
@@ -60,7 +61,11 @@ def test_both_runs_are_the_runs_of_the_training_loop(command, tmp_path):
 
 
 def test_random_latents_need_no_files(command, tmp_path):
-    small = ["model.hidden_size=48", "data=benchmarks.random_latents", "data.num_samples=16"]
+    small = [
+        "model.hidden_size=48",
+        "data=benchmarks.harness.random_latents",
+        "data.num_samples=16",
+    ]
     words = [word for one in small for word in ("--set", one)]
     what = ("--compare", "kernels.backend=auto,reference", "--steps", "2", "--block", "1")
     code, _, err = command(*what, *words, preset="imagenet256_dit_s2")

@@ -12,26 +12,23 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import (
-    adaln_providers,
-    plain_dit,
-    predictions,
-    report,
-    report_targets,
-    test_adaln,
-    time_by_category,
-    train_step_build,
-    train_step_gate,
-    train_step_memory,
-    train_step_ours,
-)
-from benchmarks import train_step_providers as rivals
-from benchmarks.diffusion_math import packed_rows, truth
-from benchmarks.harness import COPY, Case, GateError
-from benchmarks.reference_loss import ReferenceLoss
-from benchmarks.train_step_losses import Draw, eager_loss, masked_loss
-from benchmarks.train_step_measure import TrainMeasured
-from benchmarks.train_step_problem import (
+from benchmarks.harness.measure import COPY, Case, GateError
+from benchmarks.ops.adaln import providers as adaln_providers
+from benchmarks.ops.adaln import test_adaln
+from benchmarks.ops.diffusion_step.formulas import packed_rows, truth
+from benchmarks.ops.diffusion_step.reference_loss import ReferenceLoss
+from benchmarks.report import page as report
+from benchmarks.report import predictions
+from benchmarks.report import targets as report_targets
+from benchmarks.train_step import build as train_step_build
+from benchmarks.train_step import gate as train_step_gate
+from benchmarks.train_step import memory as train_step_memory
+from benchmarks.train_step import ours as train_step_ours
+from benchmarks.train_step import plain_dit, time_by_category
+from benchmarks.train_step import providers as rivals
+from benchmarks.train_step.losses import Draw, eager_loss, masked_loss
+from benchmarks.train_step.measure import TrainMeasured
+from benchmarks.train_step.problem import (
     QUICK,
     Arena,
     Problem,

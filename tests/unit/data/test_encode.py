@@ -219,7 +219,7 @@ def test_wrong_vaes_are_refused(tmp_path: Path, vae: Path) -> None:
     with pytest.raises(DataError, match="size divisible by 2, not 3 and 9"):
         encode(images, tmp_path / "out", size=9, mode="latents", vae=str(vae))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match=r"cannot be loaded .*check --vae"):
+    with pytest.raises(DataError, match=r"cannot be loaded .*give --vae"):
         encode(images, tmp_path / "out2", size=8, mode="latents", vae=str(tmp_path / "empty"))
     pickled = tmp_path / "pickled"
     pickled.mkdir()

@@ -245,7 +245,7 @@ def test_ancestral_step_is_improved_diffusions_and_diffusers(bar, steps: int, sp
         for scheduler, tolerance in ((exact, 1e-12), (stock, 3e-3)):
             generator = torch.Generator().manual_seed(place)
             out = torch.cat([eps, v], dim=1)
-            theirs = scheduler.step(out, kept[place], x, generator=generator).prev_sample
+            theirs = scheduler.step(out, kept[place], x, generator=generator)[0]
             scale = max(1.0, ours.abs().max().item())
             torch.testing.assert_close(ours, theirs, rtol=0, atol=tolerance * scale)
 
@@ -261,7 +261,7 @@ def test_why_the_last_step_is_not_diffusers() -> None:
     last = int(stock.timesteps[-1])
     out = torch.cat([torch.zeros(1, 1, 8, 8), torch.ones(1, 1, 8, 8)], dim=1)
     ends = [
-        stock.step(out, last, torch.zeros(1, 1, 8, 8), torch.Generator().manual_seed(s)).prev_sample
+        stock.step(out, last, torch.zeros(1, 1, 8, 8), torch.Generator().manual_seed(s))[0]
         for s in (0, 1)
     ]
     assert (ends[0] - ends[1]).abs().max() > 0.01

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -31,11 +32,12 @@ def randomised(network) -> Callable[..., dit.DiT]:
 
 
 def stock(folder: Path):
-    from diffusers import DiTTransformer2DModel
+    from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
 
-    model, report = DiTTransformer2DModel.from_pretrained(
+    loaded: Any = DiTTransformer2DModel.from_pretrained(
         folder, output_loading_info=True, local_files_only=True
     )
+    model, report = loaded
     assert not any(report.values()), report
     return model.eval()
 
@@ -85,9 +87,9 @@ def test_public_frequencies_differ_and_the_caution_tells_the_cure(randomised, eq
 
 
 def test_a_folder_that_diffusers_wrote(equal, facts, tmp_path):
-    from diffusers import DiTTransformer2DModel
+    from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
 
-    theirs = DiTTransformer2DModel(
+    theirs: Any = DiTTransformer2DModel(
         num_attention_heads=3, attention_head_dim=8, num_layers=2, in_channels=4, out_channels=8,
         sample_size=8, norm_eps=1e-6,
     )  # fmt: skip

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import resource
+import signal
 import struct
 import sys
 
@@ -88,6 +90,23 @@ def test_a_failed_write_leaves_the_old_file(network, equal, tmp_path, monkeypatc
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
         weights_file.save(path, network(seed=2))
+    assert os.listdir(tmp_path) == ["m.safetensors"]
+    assert equal(weights_file.load(path)[0], old)
+
+
+def test_a_full_disk_is_an_error_of_the_system(network, equal, tmp_path):
+    """A limit on the size of files fails inside the writer, as a full disk does."""
+    path, old = tmp_path / "m.safetensors", network()
+    weights_file.save(path, old)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+        with pytest.raises(OSError, match=rf"cannot write weights into {tmp_path}: .*large"):
+            weights_file.save(path, network(seed=2))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
     assert os.listdir(tmp_path) == ["m.safetensors"]
     assert equal(weights_file.load(path)[0], old)
 

@@ -1,0 +1,1 @@
+"""What every benchmark uses: timing in turns, the environment of a row, latents without files."""

@@ -1,0 +1,1 @@
+"""Gate, residual, norm, modulate, bias and GELU."""

@@ -1,0 +1,1 @@
+"""t, noise, losses and gradient."""

@@ -1,0 +1,1 @@
+"""Loss curves and overheads: longer runs, side by side."""

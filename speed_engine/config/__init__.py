@@ -1,0 +1,271 @@
+"""The typed, frozen configuration: presets, files and dotted overrides become one checked tree.
+
+Sections with a `kind` (model, data, schedule, objective, timesteps, engine) are typed by the file of that name:
+`timesteps.kind: speed` is checked by `speed_engine/timesteps/speed.py`'s `Config`. A dotted path (`my_lab.methods`)
+reaches a module outside the repository. Every mistake becomes one sentence with the key, the line and the cure.
+"""
+
+from __future__ import annotations
+
+import importlib
+import reprlib
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+from pydantic import (
+    BaseModel,
+    Field,
+    SerializeAsAny,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+from speed_engine.config.files import (
+    KINDS,
+    find,
+    merge,
+    parse_overrides,
+    presets,
+    read_yaml,
+)
+from speed_engine.kinds import ConfigError, Section, config_class, config_of, suggest, trusted_by
+
+__all__ = [
+    "KINDS",
+    "ConfigError",
+    "RunConfig",
+    "build",
+    "load",
+    "merge",
+    "parse_overrides",
+    "presets",
+]
+
+# A section whose type is decided by its `kind` at run time.
+if TYPE_CHECKING:
+    Kind: TypeAlias = Any
+else:
+    Kind = SerializeAsAny[BaseModel]
+
+# What an absent section, or one that names no kind, is; `data` and `model` have no default.
+DEFAULTS = {
+    "schedule": "linear",
+    "objective": "epsilon",
+    "timesteps": "uniform",
+    "engine": "deepspeed",
+}
+SECTIONS = (*KINDS, "optim", "conditions", "train", "kernels", "checkpoint", "log")
+# Checkpoints are named by eight digits of their step.
+MOST_STEPS, LARGEST_BATCH = 10**8 - 1, 2**24
+
+
+class Train(Section):
+    """Length and batch of the run. global_batch = micro_batch x accumulation x processes."""
+
+    steps: int = Field(
+        default=1000, ge=0, le=MOST_STEPS, description="optimizer steps of the whole run"
+    )
+    global_batch: int = Field(
+        default=256,
+        ge=1,
+        le=LARGEST_BATCH,
+        description="samples per optimizer step, over all processes",
+    )
+    micro_batch: int | None = Field(
+        default=None,
+        ge=1,
+        description="samples per forward pass and process; default: no accumulation",
+    )
+    stratified: bool = Field(
+        default=True,
+        description="draw time steps stratified over the global batch; false: independently",
+    )
+    flip: bool = Field(default=False, description="mirror half of the samples left to right")
+    vb_scale: float = Field(
+        default=1.0, ge=0, description="factor of the variational term (learned variance only)"
+    )
+    max_bad_steps: int = Field(
+        default=20,
+        ge=1,
+        description="consecutive non-finite (skipped) steps after which the run stops, at the next line of the log",
+    )
+
+
+class Kernels(Section):
+    """Which implementation of the fused ops runs."""
+
+    backend: Literal["auto", "reference", "cpp", "triton"] = Field(
+        default="auto", description="auto takes the fastest that runs on the device"
+    )
+    strict: bool = Field(default=False, description="a fallback to a slower backend is an error")
+
+
+class Checkpoint(Section):
+    """What is kept on disk to continue the run."""
+
+    every: int = Field(default=5000, ge=1, description="steps between two checkpoints")
+    keep: int = Field(default=2, ge=1, description="newest checkpoints kept")
+    resume: Literal["auto", "must", "never"] = Field(
+        default="auto", description="auto continues if the run folder holds a checkpoint"
+    )
+
+
+class Log(Section):
+    """What is written while training."""
+
+    every: int = Field(default=50, ge=1, description="steps between two lines of metrics.jsonl")
+    tensorboard: bool = False
+    wandb: bool = False
+
+
+class RunConfig(Section):
+    """The whole run."""
+
+    name: str = Field(default="run", description="default: the name of the preset or file")
+    run_dir: str | None = Field(
+        default=None,
+        description="everything the run writes goes here; default: runs/NAME-HASH, where the hash "
+        "is of all settings that change the result, so that each run has a folder of its own",
+    )
+    seed: int = Field(default=0, ge=0, lt=2**62, description="the one seed of all randomness")
+    model: Kind
+    data: Kind
+    schedule: Kind
+    objective: Kind
+    timesteps: Kind
+    engine: Kind
+    optim: Kind
+    conditions: dict[str, Kind | None] = Field(
+        default={},
+        description="what the network is told beside the time: by the data's names, each with settings of its own; "
+        "null leaves one out; default: all that the data hold",
+    )
+    learned_variance: bool = Field(
+        default=True, description="the network also predicts the variance (2C output channels)"
+    )
+    train: Train = Train()
+    kernels: Kernels = Kernels()
+    checkpoint: Checkpoint = Checkpoint()
+    log: Log = Log()
+
+    @field_validator(*KINDS, mode="before")
+    @classmethod
+    def _typed_by_kind(cls, value: Any, info: ValidationInfo) -> Any:
+        """Replace a raw mapping by the `Config` of the file its `kind` names."""
+        assert info.field_name is not None
+        return config_of(info.field_name, value, trusted_by(info))
+
+    @field_validator("optim", mode="before")
+    @classmethod
+    def _typed_optim(cls, value: Any) -> Any:
+        if isinstance(value, BaseModel):
+            return value
+        return importlib.import_module("speed_engine.engines.optimizer").Config.model_validate(
+            value or {}
+        )
+
+    @field_validator("conditions", mode="before")
+    @classmethod
+    def _typed_conditions(cls, value: Any, info: ValidationInfo) -> Any:
+        """Each by the file that its `kind` names, by default the condition's own name."""
+        if not isinstance(value, dict):
+            raise ValueError("conditions must be a mapping of names to settings")
+        return {
+            name: None
+            if each is None
+            else config_of(
+                "conditions",
+                {"kind": name, **each} if isinstance(each, dict) else each,
+                trusted_by(info),
+            )
+            for name, each in value.items()
+        }
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_sections(cls, value: Any) -> Any:
+        """Absent sections get the plainest member of their folder."""
+        if isinstance(value, dict):
+            # A section with nothing in it is an absent one.
+            value = {k: v for k, v in value.items() if v is not None or k not in SECTIONS}
+            for section, kind in DEFAULTS.items():
+                given = value.get(section, {})
+                value[section] = {"kind": kind, **given} if isinstance(given, dict) else given
+            value.setdefault("optim", {})
+        return value
+
+
+def load(name: str, overrides: Sequence[str] = ()) -> RunConfig:
+    """A preset or file with dotted overrides, checked. Raises ConfigError."""
+    try:
+        tree = {"name": Path(name).stem, **read_yaml(find(name))}
+        return build(merge(tree, parse_overrides(overrides)))
+    except RecursionError as error:
+        raise ConfigError(f"the configuration {name} nests too deeply; make it flatter") from error
+
+
+def build(tree: dict[str, Any], trusted: Collection[str] | None = None) -> RunConfig:
+    """Check a nested mapping. Raises ConfigError: one sentence for each mistake.
+
+    trusted: the outside modules that a tree from a file of somebody else's may name; None: the
+    tree is the user's own and may name any.
+    """
+    try:
+        return RunConfig.model_validate(tree, context={"trusted": trusted})
+    except ValidationError as error:
+        raise ConfigError(explain(error, tree, trusted)) from error
+
+
+# ---------------------------------------------------------------------------------------------- errors
+
+
+def explain(
+    error: ValidationError, tree: dict[str, Any], trusted: Collection[str] | None = None
+) -> str:
+    """pydantic's report in the words of the configuration file."""
+    sentences = []
+    for item in error.errors():
+        path = ".".join(str(part) for part in item["loc"])
+        if item["type"] == "extra_forbidden":
+            known = _keys_at(item["loc"][:-1], tree, trusted)
+            sentences.append(
+                f"unknown key {path}{suggest(str(item['loc'][-1]), known)}"
+                + (f"; known here: {', '.join(known)}" if known else "; take it out")
+            )
+        elif item["type"] == "missing":
+            sentences.append(f"the key {path} is missing")
+        else:
+            message = item["msg"].removeprefix("Value error, ")
+            if item["type"] == "int_parsing_size":
+                message = "Input is far too large a number"
+            plain = (
+                isinstance(item["input"], (str, int, float, list)) and item["type"] != "value_error"
+            )
+            given = f" (given: {reprlib.repr(item['input'])})" if plain else ""
+            named = not path or message.startswith(path)
+            sentences.append(f"{message}{given}" if named else f"{path}: {message}{given}")
+    return "; ".join(dict.fromkeys(sentences))
+
+
+def _keys_at(
+    location: Sequence[Any], tree: dict[str, Any], trusted: Collection[str] | None
+) -> list[str]:
+    """The keys that the section at `location` knows."""
+    model: Any = RunConfig
+    for part in location:
+        if part in KINDS:
+            value = tree.get(part)
+            default = DEFAULTS.get(part, "")
+            kind = value if isinstance(value, str) else (value or {}).get("kind", default)
+            model = config_class(str(part), kind, trusted)
+        elif part == "optim":
+            model = importlib.import_module("speed_engine.engines.optimizer").Config
+        else:
+            field = model.model_fields.get(str(part))
+            model = field.annotation if field is not None else None
+        if not (isinstance(model, type) and issubclass(model, BaseModel)):
+            return []
+    return sorted(model.model_fields)
