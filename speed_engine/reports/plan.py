@@ -10,6 +10,7 @@ from speed_engine.conditions import label
 from speed_engine.config import RunConfig
 from speed_engine.data import Facts
 from speed_engine.data.space import Space
+from speed_engine.data.storage.index import INDEX
 from speed_engine.kinds import find
 from speed_engine.training.assembly import (
     build_model,
@@ -74,11 +75,14 @@ def run(config: RunConfig) -> int:
 def _data(config: RunConfig) -> tuple[Facts, str]:
     """(the data, where that comes from). Data that are not there yet are assumed, and said so."""
     path = getattr(config.data, "path", None)
-    if path is not None and Path(path).exists():
+    made = (
+        config.data.kind == "digits"
+    )  # by training, where they are missing; a plan writes nothing
+    if path is not None and (Path(path) / INDEX if made else Path(path)).exists():
         return build_source(config).facts, str(path)
     if path is None:  # an outside source that needs no folder
         return build_source(config).facts, config.data.kind
-    if config.data.kind == "digits":
+    if made:
         return DIGITS, "digits"
     return ASSUMED, f"assumed, for {path} does not exist"
 

@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 import tarfile
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -137,16 +136,6 @@ def test_train_commits_checkpoints(run, read_json):
     assert any((model[key] != before[key]).any() for key in model)
 
 
-def test_train_goes_on_where_it_ended(good, run, overrides, tmp_path):
-    copy = tmp_path / "copy"
-    shutil.copytree(run, copy)
-    longer = [word for word in overrides(copy) if not word.startswith("train.steps")]
-    answer = good("train", "--config", "digits_dit_tiny", *longer, "train.steps=24")
-    assert "step 24/24" in answer.err and "step 10/24" not in answer.err
-    assert numbers_of(copy)[:2] == numbers_of(run)
-    assert [line["step"] for line in lines_of(copy)] == [10, 20, 24]
-
-
 def test_train_says_what_runs_and_how_far(run, good, overrides, tmp_path):
     answer = good("train", "--config", "digits_dit_tiny", *overrides(tmp_path / "run"))
     said = answer.out + answer.err
@@ -174,12 +163,3 @@ def test_train_py_as_a_script_is_the_same_run(run, overrides, tmp_path):
     name = Path("checkpoints") / "step-00000020" / "ema.safetensors"
     mine, theirs = load_file(tmp_path / "mine" / name), load_file(run / name)
     assert all((mine[key] == theirs[key]).all() for key in theirs)
-
-
-def test_the_runs_folder_is_named_after_what_decides_it(good, overrides, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    words = [w for w in overrides(tmp_path) if not w.startswith(("run_dir", "train.steps"))]
-    for seed in (0, 1, 0):
-        good("train", "--config", "digits_dit_tiny", *words, "train.steps=1", f"seed={seed}")
-    names = Counter(path.name for path in (tmp_path / "runs").iterdir())
-    assert len(names) == 2 and all(name.startswith("digits_dit_tiny-") for name in names)

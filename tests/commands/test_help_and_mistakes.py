@@ -38,7 +38,7 @@ MISTAKES = {
     "plan --config {new}.yaml": ["{new}.yaml", "presets are"],
     "plan --config digits_dit_tiny model.kind=dot": ["model.kind", "'dot'", "dit"],
     "plan --config imagenet256_dit_xl2 model.patch_size=5": ["patch_size 5"],
-    "plan --config digits_dit_tiny data.path={run}": ["{run}"],
+    "plan --config digits_dit_tiny data=shards data.path={run}": ["{run}", "no data set"],
     "table --json --csv": ["--csv", "--json"],
     "table timesteps.kind=speeed": ["timesteps.kind", "did you mean 'speed'"],
     "table timesteps.kind=speed timesteps.k=0": ["timesteps.k", "given: 0"],

@@ -55,11 +55,18 @@ def test_plan_of_data_that_are_there(good, run, overrides, read_json):
     from safetensors import safe_open
 
     answer = good("plan", "--config", "digits_dit_tiny", *overrides(run))
-    assert "10 classes" in answer.out and "1x8x8" in answer.out
+    assert "1x8x8" in answer.out and re.search(r"^condition +label: 10 ", answer.out, re.MULTILINE)
     assert number(r"^ +tau = (\d+)", answer.out) == 700
     with safe_open(run / "checkpoints" / "step-00000020" / "ema.safetensors", "pt") as file:
         held = sum(int(np.prod(file.get_slice(key).get_shape())) for key in file.keys())  # noqa: SIM118
     assert number(r"^parameters +([\d,]+)", answer.out) == held
+
+
+def test_plan_writes_nothing(good, tmp_path):
+    (tmp_path / "empty").mkdir()
+    answer = good("plan", "--config", "digits_dit_tiny", f"data.path={tmp_path / 'empty'}")
+    assert "1x8x8" in answer.out
+    assert list(tmp_path.rglob("*")) == [tmp_path / "empty"]
 
 
 # ----------------------------------------------------------------------------------------------- table

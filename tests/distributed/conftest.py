@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -55,9 +56,9 @@ def run_ranks():
 class Launcher:
     """Runs `train.py` in `world` processes and waits for all of them."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, data: Path) -> None:
         self.folder = folder
-        self.data = folder / "data"
+        self.data = data
 
     def arguments(self, run: str, *overrides: str) -> list[str]:
         small = {
@@ -84,6 +85,13 @@ class Launcher:
         return self.wait(self.start(world, self.arguments(run, *overrides)), expect)
 
 
+@pytest.fixture(scope="session")
+def launcher_in(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Launcher]:
+    """launcher_in(folder): runs go there; the digits are written once, by whoever trains first."""
+    data = tmp_path_factory.mktemp("digits") / "data"
+    return lambda folder: Launcher(folder, data)
+
+
 @pytest.fixture
-def launcher(tmp_path):
-    return Launcher(tmp_path)
+def launcher(launcher_in, tmp_path):
+    return launcher_in(tmp_path)

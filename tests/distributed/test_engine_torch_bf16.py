@@ -23,15 +23,23 @@ def losses(run: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_processes_and_micro_batches_train_the_same(launcher):
-    """Against one process that does the whole batch; every gradient is rounded to bf16 (2^-9) before it is added. A
-    large eps makes the update proportional to the gradient: a wrong factor would show."""
-    common = (*BF16, "train.steps=10", "checkpoint.every=1", "checkpoint.keep=20", "log.every=1")
-    common += ("optim.eps=0.1", "optim.lr=0.02", "optim.warmup_steps=0")
-    settings = {"one": (1, 16), "two": (2, 8), "two_micro": (2, 4)}
-    for name, (world, micro) in settings.items():
-        launcher.train(name, *common, f"train.micro_batch={micro}", world=world)
-    folder = launcher.folder
+# A large eps makes the update proportional to the gradient: a wrong factor would show.
+COMMON = (*BF16, "train.steps=10", "checkpoint.every=1", "checkpoint.keep=20", "log.every=1")
+COMMON += ("optim.eps=0.1", "optim.lr=0.02", "optim.warmup_steps=0")
+RUNS = {"one": (1, 16), "two": (2, 8), "two_micro": (2, 4)}  # processes, micro-batch
+
+
+@pytest.fixture(scope="module")
+def folder(launcher_in, tmp_path_factory) -> Path:
+    """All of RUNS, 10 steps without a break."""
+    launcher = launcher_in(tmp_path_factory.mktemp("bf16"))
+    for name, (world, micro) in RUNS.items():
+        launcher.train(name, *COMMON, f"train.micro_batch={micro}", world=world)
+    return launcher.folder
+
+
+def test_processes_and_micro_batches_train_the_same(folder):
+    """Against one process that does the whole batch; every gradient is rounded to bf16 (2^-9) before it is added."""
     for name in ("two", "two_micro"):
         assert losses(folder / name) == pytest.approx(losses(folder / "one"), rel=1e-3)
         for which in ("model", "ema"):
@@ -42,18 +50,18 @@ def test_processes_and_micro_batches_train_the_same(launcher):
             assert 0 < gap < 0.005 * moved, (name, which)
 
 
-@pytest.mark.parametrize(("world", "micro"), [(1, 16), (2, 8), (2, 4)])
-def test_resume_is_bit_exact(launcher, world, micro):
-    """6 steps at once, against the same run continued from its checkpoint at step 3."""
-    folder = launcher.folder
-    common = ("train.steps=6", "checkpoint.every=3", f"train.micro_batch={micro}", *BF16)
-    launcher.train("whole", *common, world=world)
-    shutil.copytree(folder / "whole", folder / "resumed")
-    shutil.rmtree(checkpoint(folder / "resumed", 6))
-    launcher.train("resumed", *common, "checkpoint.resume=must", world=world)
+@pytest.mark.parametrize("name", RUNS)
+def test_resume_is_bit_exact(folder, launcher, name):
+    """10 steps at once, against the same run continued from its checkpoint at step 5."""
+    (world, micro), whole, resumed = RUNS[name], folder / name, launcher.folder / "resumed"
+    shutil.copytree(whole, resumed)
+    for later in range(6, 11):
+        shutil.rmtree(checkpoint(resumed, later))
+    micro_batch = f"train.micro_batch={micro}"
+    launcher.train("resumed", *COMMON, micro_batch, "checkpoint.resume=must", world=world)
     one, other = (
-        torch.load(checkpoint(folder / run, 6) / "state" / "state.pt", weights_only=True)
-        for run in ("whole", "resumed")
+        torch.load(checkpoint(run, 10) / "state" / "state.pt", weights_only=True)
+        for run in (whole, resumed)
     )
     assert {tensor.dtype for tensor in one["model"].values()} == {torch.float32}
     for name, tensor in one["model"].items():
@@ -61,5 +69,6 @@ def test_resume_is_bit_exact(launcher, world, micro):
     for index, state in one["optimizer"]["state"].items():
         assert all(torch.equal(v, other["optimizer"]["state"][index][k]) for k, v in state.items())
     for which in ("model", "ema"):
-        found = weights(folder / "resumed", 6, which)
-        assert all(torch.equal(v, found[k]) for k, v in weights(folder / "whole", 6, which).items())
+        found = weights(resumed, 10, which)
+        assert all(torch.equal(v, found[k]) for k, v in weights(whole, 10, which).items())
+    assert losses(resumed) == losses(whole)

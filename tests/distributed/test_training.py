@@ -12,8 +12,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from speed_engine.training import sealed
-
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -60,80 +58,65 @@ def assert_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -
     assert not different
 
 
-def resumed_equals_undisturbed(launcher, world: int, *overrides: str) -> None:
+# Name -> processes and settings. Each is trained once without a break, for all tests that ask for it.
+WHOLE = {
+    "torch": (1, ["engine=torch"]),
+    "zero0": (1, ["engine.zero=0"]),
+    "zero0 of two": (2, ["engine.zero=0"]),
+    "zero1": (1, ["engine.zero=1"]),
+    "zero1 of two": (2, ["engine.zero=1"]),
+    "bf16 of two": (2, ["engine.precision=bf16", "train.micro_batch=4"]),
+}
+COMMON = ("train.steps=20", "checkpoint.every=5", "checkpoint.keep=4")
+
+
+@pytest.fixture(scope="module")
+def whole(launcher_in, tmp_path_factory):
+    """whole(name) -> the folder of that run of 20 steps: look at it, change copies only."""
+    launcher = launcher_in(tmp_path_factory.mktemp("whole"))
+
+    def folder_of(name: str) -> Path:
+        folder = launcher.folder / name.replace(" ", "_")
+        if not folder.exists():
+            world, overrides = WHOLE[name]
+            launcher.train(folder.name, *COMMON, *overrides, world=world)
+        return folder
+
+    return folder_of
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_resume_is_bit_exact(whole, launcher, name):
     """20 steps at once, against the same run continued from its checkpoint at step 10."""
-    folder = launcher.folder
-    common = ("train.steps=20", "checkpoint.every=10", *overrides)
-    launcher.train("whole", *common, world=world)
-    shutil.copytree(folder / "whole", folder / "resumed")
-    shutil.rmtree(checkpoint(folder / "resumed", 20))
-    launcher.train("resumed", *common, "checkpoint.resume=must", world=world)
-    assert_equal(
-        training_state(checkpoint(folder / "whole", 20)),
-        training_state(checkpoint(folder / "resumed", 20)),
-    )
-    assert metrics(folder / "whole") == metrics(folder / "resumed")
-    ema = load_file(checkpoint(folder / "whole", 20) / "ema.safetensors")
-    model = load_file(checkpoint(folder / "whole", 20) / "model.safetensors")
+    (world, overrides), one, other = WHOLE[name], whole(name), launcher.folder / "resumed"
+    shutil.copytree(one, other)
+    for later in (15, 20):
+        shutil.rmtree(checkpoint(other, later))
+    launcher.train("resumed", *COMMON, *overrides, "checkpoint.resume=must", world=world)
+    for step in (15, 20):
+        assert_equal(training_state(checkpoint(one, step)), training_state(checkpoint(other, step)))
+    assert metrics(one) == metrics(other)
+    ema = load_file(checkpoint(one, 20) / "ema.safetensors")
+    model = load_file(checkpoint(one, 20) / "model.safetensors")
     assert any(not torch.equal(ema[k], model[k]) for k in ema)
 
 
-@pytest.mark.parametrize("zero", [0, 1])
-@pytest.mark.parametrize("world", [1, 2])
-def test_resume_is_bit_exact(launcher, zero, world):
-    resumed_equals_undisturbed(launcher, world, f"engine.zero={zero}")
-
-
-def test_resume_is_bit_exact_in_bf16_with_accumulation(launcher):
-    resumed_equals_undisturbed(launcher, 2, "engine.precision=bf16", "train.micro_batch=4")
-
-
-def test_resume_is_bit_exact_without_deepspeed(launcher):
-    resumed_equals_undisturbed(launcher, 1, "engine=torch")
-
-
-@pytest.mark.parametrize(
-    ("before", "now", "reason"),
-    [
-        ("sdpa_flash", "sdpa_flash", "as before the interruption: it was the fastest"),
-        ("sdpa_cudnn", "sdpa", "torch's fused attention on cpu"),  # cannot run on this machine
-    ],
-)
-def test_a_resumed_run_attends_as_before(launcher, before, now, reason):
-    """Where attention is measured, a second measurement may come out differently."""
-    common = ("engine=torch", "checkpoint.every=2")
-    launcher.train("run", "train.steps=2", *common)
-    path = checkpoint(launcher.folder / "run", 2) / "manifest.json"
-    facts = sealed.read(path)
-    assert facts["attention"]["backend"] == "sdpa"
-    facts["attention"] |= {"backend": before, "reason": "it was the fastest"}
-    path.write_text(json.dumps(sealed.seal(facts)))
-    for steps in (4, 6):  # a reason is handed on, not piled up
-        output = launcher.train("run", f"train.steps={steps}", *common)
-        warned = (
-            "attention was computed by sdpa_cudnn before, and is by sdpa from here on" in output
-        )
-        assert warned == (before != now and steps == 4), output
-        resumed = json.loads((launcher.folder / "run" / "manifest.json").read_text())
-        assert (resumed["attention"]["backend"], resumed["attention"]["reason"]) == (now, reason)
-
-
-def test_all_engines_and_stages_train_the_same(launcher):
+def test_all_engines_and_stages_train_the_same(whole, launcher):
     """Same samples, same t, same noise: ZeRO 0 to 3, DDP and micro-batches agree to rounding."""
     settings = {
-        "torch": (1, ["engine=torch"]),
         "ddp": (2, ["engine=torch", "train.micro_batch=4"]),
-        "zero0": (2, ["engine.zero=0"]),
         "zero1": (1, ["engine.zero=1", "train.micro_batch=8"]),
         "zero2": (2, ["engine.zero=2"]),
         "zero3": (2, ["engine.zero=3"]),
     }
     for name, (world, overrides) in settings.items():
         launcher.train(name, "train.steps=5", *overrides, world=world)
+    runs = {name: launcher.folder / name for name in settings}
+    runs["zero0"] = whole("zero0 of two")
     for which in ("model", "ema"):
-        expected = load_file(checkpoint(launcher.folder / "torch", 5) / f"{which}.safetensors")
-        for name in settings:
-            found = load_file(checkpoint(launcher.folder / name, 5) / f"{which}.safetensors")
+        expected = load_file(checkpoint(whole("torch"), 5) / f"{which}.safetensors")
+        for name, run in runs.items():
+            found = load_file(checkpoint(run, 5) / f"{which}.safetensors")
             for key, value in expected.items():
                 torch.testing.assert_close(
                     found[key], value, rtol=0, atol=2e-5, msg=f"{name} {which} {key}"
@@ -175,29 +158,26 @@ def test_sigterm_saves_and_ends_well(launcher):
     assert metrics(launcher.folder / "run")[-1]["step"] == step
 
 
-def test_kill_nine_loses_only_the_steps_since_the_last_checkpoint(launcher):
-    common = ("train.steps=30", "checkpoint.every=5", "log.every=5")
-    launcher.train("whole", *common)
-    arguments = launcher.arguments("killed", *common)
+def test_kill_nine_loses_only_the_steps_since_the_last_checkpoint(whole, launcher):
+    arguments = launcher.arguments("killed", *COMMON)
     (process,) = launcher.start(1, arguments)
-    folder = checkpoint(launcher.folder / "killed", 10)
+    run = launcher.folder / "killed"
     deadline = time.monotonic() + 120
-    while not folder.exists():
+    while not checkpoint(run, 5).exists():
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.002)
     process.kill()
     process.communicate()
-    launcher.train("killed", *common)
+    launcher.train("killed", *COMMON)
     assert_equal(
-        training_state(checkpoint(launcher.folder / "whole", 30)),
-        training_state(checkpoint(launcher.folder / "killed", 30)),
+        training_state(checkpoint(whole("zero1"), 20)), training_state(checkpoint(run, 20))
     )
-    assert metrics(launcher.folder / "whole") == metrics(launcher.folder / "killed")
+    assert metrics(whole("zero1")) == metrics(run)
 
 
-def test_a_finished_run_says_so(launcher):
-    launcher.train("run", "train.steps=2")
-    assert "nothing to do" in launcher.train("run", "train.steps=2")
+def test_a_finished_run_says_so(whole, launcher):
+    shutil.copytree(whole("zero1"), launcher.folder / "run")
+    assert "nothing to do" in launcher.train("run", *COMMON)
 
 
 def test_gradients_that_are_not_finite_change_nothing_and_end_the_run(launcher):
@@ -236,16 +216,3 @@ def test_methods_that_learn_agree_on_any_number_of_processes(launcher, kind):
     assert one.keys() == two.keys()
     for key, value in one.items():
         torch.testing.assert_close(two[key], value, rtol=1e-3, atol=1e-4, msg=key)
-
-
-def test_each_run_has_a_folder_of_its_own(launcher):
-    """Without run_dir, other settings never meet in one folder, and the same settings go on there."""
-    arguments = launcher.arguments("unused", "train.steps=2")
-    arguments = [word for word in arguments if not word.startswith("run_dir=")]
-    for extra in ([], ["seed=1"], ["train.steps=3"]):
-        kept = [w for w in arguments if w.split("=")[0] not in {e.split("=")[0] for e in extra}]
-        launcher.wait(launcher.start(1, kept + extra))
-    folders = sorted((launcher.folder / "runs").iterdir())
-    assert len(folders) == 2 and all(f.name.startswith("digits_dit_tiny-") for f in folders)
-    steps = [{int(c.name[5:]) for c in (f / "checkpoints").glob("step-*")} for f in folders]
-    assert sorted(map(max, steps)) == [2, 3]

@@ -1,0 +1,75 @@
+"""The same command again: where a run goes on, in which folder, and how."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from speed_engine.training import sealed
+
+
+def numbers_of(run: Path) -> list[dict]:
+    """The metrics without the clock."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    clock = {"images_per_s", "tflops_per_device", "mfu"}
+    return [{k: v for k, v in line.items() if k not in clock} for line in lines]
+
+
+@pytest.fixture
+def train(good, overrides):
+    """train(run folder, overrides...): the tiny run, with these settings in place of its own."""
+
+    def command(run, *changes: str):
+        changed = {word.split("=")[0] for word in changes}
+        words = [word for word in overrides(run) if word.split("=")[0] not in changed]
+        return good("train", "--config", "digits_dit_tiny", *words, *changes)
+
+    return command
+
+
+def test_a_longer_run_goes_on_where_it_ended(train, run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    answer = train(tmp_path / "run", "train.steps=24")
+    assert "step 24/24" in answer.err and "step 10/24" not in answer.err
+    lines = numbers_of(tmp_path / "run")
+    assert lines[:2] == numbers_of(run)
+    assert [line["step"] for line in lines] == [10, 20, 24]
+
+
+def test_each_run_has_a_folder_of_its_own(train, tmp_path, monkeypatch):
+    """Without run_dir, other settings never meet in one folder, and the same settings go on there."""
+    monkeypatch.chdir(tmp_path)
+    for changes in (["train.steps=2"], ["train.steps=2", "seed=1"], ["train.steps=3"]):
+        train(None, "run_dir=", *changes)
+    folders = sorted((tmp_path / "runs").iterdir())
+    assert len(folders) == 2 and all(f.name.startswith("digits_dit_tiny-") for f in folders)
+    steps = [{int(c.name[5:]) for c in (f / "checkpoints").glob("step-*")} for f in folders]
+    assert sorted(map(max, steps)) == [2, 3]
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "reason"),
+    [
+        ("sdpa_flash", "sdpa_flash", "as before the interruption: it was the fastest"),
+        ("sdpa_cudnn", "sdpa", "torch's fused attention on cpu"),  # cannot run on this machine
+    ],
+)
+def test_a_resumed_run_attends_as_before(train, run, tmp_path, before, now, reason):
+    """Where attention is measured, a second measurement may come out differently."""
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    path = copy / "checkpoints" / "step-00000020" / "manifest.json"
+    facts = sealed.read(path)
+    assert facts["attention"]["backend"] == "sdpa"
+    facts["attention"] |= {"backend": before, "reason": "it was the fastest"}
+    path.write_text(json.dumps(sealed.seal(facts)))
+    for steps in (22, 24):  # a reason is handed on, not piled up
+        answer = train(copy, f"train.steps={steps}")
+        warned = (
+            "attention was computed by sdpa_cudnn before, and is by sdpa from here on"
+            in answer.out + answer.err
+        )
+        assert warned == (before != now and steps == 22), answer
+        resumed = json.loads((copy / "manifest.json").read_text())
+        assert (resumed["attention"]["backend"], resumed["attention"]["reason"]) == (now, reason)
