@@ -31,8 +31,8 @@ struct Chunks {
 // stride: 0 for independent draws, else speed_kernels.philox.stratum_stride(num_slots).
 // Returns 0, or 1 + the number of the first sample whose chosen row is not in the table (nothing is written then).
 extern "C" int64_t speed_noise(const void* x0, int32_t x0_dtype, void* x_t, int32_t x_t_dtype, const int64_t* cdf,
-                               const int64_t* chosen, const float* rows, const float* tau, const int64_t* address,
-                               int64_t* row_out, float* tau_out, int64_t num_samples, int64_t num_elements,
+                               const int64_t* chosen, const float* rows, const float* time, const int64_t* address,
+                               int64_t* row_out, float* time_out, int64_t num_samples, int64_t num_elements,
                                int64_t num_rows, int64_t seed, int64_t num_slots, int64_t stride) {
   for (int64_t b = 0; chosen != nullptr && b < num_samples; ++b) {
     if (chosen[b] < 0 || chosen[b] >= num_rows) return b + 1;
@@ -51,7 +51,7 @@ extern "C" int64_t speed_noise(const void* x0, int32_t x0_dtype, void* x_t, int3
       const int64_t row = chosen == nullptr ? draw(slot) : chosen[sample];
       if (start == 0) {
         row_out[sample] = row;
-        tau_out[sample] = tau[row];
+        time_out[sample] = time[row];
       }
       const float a = rows[row * kColumns + kA];
       const float b = rows[row * kColumns + kB];

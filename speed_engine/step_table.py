@@ -1,10 +1,10 @@
 """The step table: a training recipe as columns over time steps, and the two ops that read it.
 
     draw row j from a density      x_t    = A_j x0 + B_j eps
-    tell the network tau_j         target = C_j x0 + D_j eps
-                                   loss   = W_j || f(x_t, tau_j) - target ||^2
+    tell the network time_j         target = C_j x0 + D_j eps
+                                   loss   = W_j || f(x_t, time_j) - target ||^2
 
-The schedule fills A, B and tau, the objective C and D, the time-step method the density and W. It
+The schedule fills A, B and time, the objective C and D, the time-step method the density and W. It
 is built on the host in float64; `to(device)` moves it to where the kernels read it. Methods that
 change while training runs rewrite the density and W in place: `start` once, `observe` after every
 micro-batch, `before_update` and `after_update` around and `refresh` after every step; all of them do
@@ -36,7 +36,7 @@ class StepTable:
     """A recipe over T rows.
 
     `density` (sums to one) and `weight` (on the objective's own target) are float64 [T]; cdf_T
-    int64, rows_T8 float32 (A, B, C, D, W, LOGVAR_MIN, LOGVAR_MAX, MEAN_GAP) and tau_T float32 are
+    int64, rows_T8 float32 (A, B, C, D, W, LOGVAR_MIN, LOGVAR_MAX, MEAN_GAP) and time_T float32 are
     what the kernels see. All five are on one device and are written in place when the method
     changes; schedule, objective and method stay on the host.
     """
@@ -50,7 +50,7 @@ class StepTable:
     weight: Tensor
     cdf_T: Tensor
     rows_T8: Tensor
-    tau_T: Tensor
+    time_T: Tensor
     ticket: Tensor  # int32 [1], zero between the calls of `loss`: its kernel counts here
     session: Session | None = None  # the running state of a method that changes
 
@@ -78,7 +78,7 @@ class StepTable:
     def to(self, device: torch.device | str) -> StepTable:
         """The same recipe with its tensors on `device`; to be called before `start`."""
         assert self.session is None
-        names = ("density", "weight", "cdf_T", "rows_T8", "tau_T", "ticket")
+        names = ("density", "weight", "cdf_T", "rows_T8", "time_T", "ticket")
         moved: dict[str, Any] = {name: getattr(self, name).to(device) for name in names}
         return replace(self, **moved)
 
@@ -95,7 +95,7 @@ class StepTable:
         dtype: torch.dtype | None = None,
         backend: str = "auto",
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Draw a row a sample and noise it: (x_t like x0 in `dtype`, row_B int64, tau_B float32).
+        """Draw a row a sample and noise it: (x_t like x0 in `dtype`, row_B int64, time_B float32).
 
         address_2: int64 (step, global slot of x0's first sample) on x0's device; `num_slots` is the
         global batch. A method whose draw depends on the sample (`adaptive`) ignores `stratified`.
@@ -112,7 +112,7 @@ class StepTable:
             x0,
             self.cdf_T,
             self.rows_T8,
-            self.tau_T,
+            self.time_T,
             address_2,
             seed=seed,
             num_slots=num_slots,
@@ -131,14 +131,14 @@ class StepTable:
         dtype: torch.dtype | None = None,
         backend: str = "auto",
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """As `noise`, at rows that somebody else chose (int64 [B]); returned with x_t and tau_B."""
+        """As `noise`, at rows that somebody else chose (int64 [B]); returned with x_t and time_B."""
         from speed_kernels.noise.op import noise_at
 
         return noise_at(
             x0,
             row_B,
             self.rows_T8,
-            self.tau_T,
+            self.time_T,
             address_2,
             seed=seed,
             dtype=dtype,
@@ -376,7 +376,7 @@ def assemble(
         weight=weight,
         cdf_T=integer_cdf(method.density),
         rows_T8=pack(schedule, objective, weight),
-        tau_T=schedule.tau.float(),
+        time_T=schedule.time.float(),
         ticket=torch.zeros(1, dtype=torch.int32),
     )
     table._install(step=0)

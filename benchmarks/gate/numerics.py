@@ -87,7 +87,7 @@ def noise_inputs(
         "x0": x0.to(device),
         "cdf_T": cdf_T.to(device),
         "rows_T8": rows_T8.to(device).contiguous(),
-        "tau_T": torch.arange(num_rows, dtype=torch.float32, device=device) + 0.5,
+        "time_T": torch.arange(num_rows, dtype=torch.float32, device=device) + 0.5,
         "address_2": address.to(device),
         "seed": SEEDS[index % len(SEEDS)],
         "num_slots": (1024, 2**31 - 1, 77)[index % 3],
@@ -95,7 +95,7 @@ def noise_inputs(
 
 
 def noise(device: torch.device, backend: str) -> str:
-    """Rows and tau equal; x_t within 4 units in the last place of |A x0| + |B eps|, rounded once."""
+    """Rows and time equal; x_t within 4 units in the last place of |A x0| + |B eps|, rounded once."""
     worst, count = 0.0, 0
     for index, shape in enumerate(SHAPES):
         for i, x0_dtype in enumerate(DTYPES):
@@ -106,10 +106,10 @@ def noise(device: torch.device, backend: str) -> str:
                 inputs["x0"] = inputs["x0"].to(x0_dtype)
                 stratified = (index + count) % 2 == 0
                 with poisoned():
-                    x_t, row_B, tau_B = noise_op(
+                    x_t, row_B, time_B = noise_op(
                         *inputs.values(), stratified=stratified, dtype=dtype, backend=backend
                     )
-                expected, rows, taus = noise_op(
+                expected, rows, times = noise_op(
                     *inputs.values(),
                     stratified=stratified,
                     dtype=torch.float64,
@@ -117,7 +117,7 @@ def noise(device: torch.device, backend: str) -> str:
                 )
                 name = f"noise {list(shape)} {x0_dtype} -> {dtype}"
                 require(torch.equal(row_B, rows), f"{name}: rows differ")
-                require(torch.equal(tau_B, taus), f"{name}: tau differs")
+                require(torch.equal(time_B, times), f"{name}: time differs")
                 require(x_t.dtype == dtype, f"{name}: x_t is {x_t.dtype}")
                 eps = epsilon(inputs["x0"].shape, inputs["address_2"], inputs["seed"])
                 column = [inputs["rows_T8"][:, i].double()[rows].view(-1, 1, 1, 1) for i in (0, 1)]
@@ -280,7 +280,7 @@ def batch_split(device: torch.device, backend: str) -> str:
         part["x0"] = inputs["x0"][start:stop]
         part["address_2"] = inputs["address_2"] + torch.tensor([0, start], device=device)
         found = noise_op(*part.values(), stratified=True, dtype=torch.float32, backend=backend)
-        for name, one, all_of_them in zip(("x_t", "rows", "tau"), found, whole, strict=True):
+        for name, one, all_of_them in zip(("x_t", "rows", "time"), found, whole, strict=True):
             require(torch.equal(one, all_of_them[start:stop]), f"batch_split: {name} differ")
     return "bit-equal"
 

@@ -89,9 +89,9 @@ def samples() -> Iterator[
         cdf_T = (density.cumsum(0) / density.sum() * 2**32).round().long()
         cdf_T[-1] = 2**32
         rows_T8 = torch.rand(num_rows, NUM_COLUMNS, generator=generator)
-        tau_T = torch.arange(num_rows, dtype=torch.float32)
+        time_T = torch.arange(num_rows, dtype=torch.float32)
         x0 = torch.randn(shape, generator=generator)
         address_2 = torch.tensor([11 + index, 6 * index])
         for x0_dtype, dtype in dtypes if index == 0 else dtypes[index % 4 : index % 4 + 1]:
-            tensors = (x0.to(x0_dtype), cdf_T, rows_T8, tau_T, address_2)
+            tensors = (x0.to(x0_dtype), cdf_T, rows_T8, time_T, address_2)
             yield (*tensors, 2**40 + 17, 32, index % 2 == 0, dtype)

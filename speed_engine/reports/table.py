@@ -23,7 +23,7 @@ FORMATS = ("text", "json", "csv")
 ROW_KEYS: tuple[str, ...] = (
     "t",
     "coordinate",
-    "tau",
+    "time",
     "alpha_bar",
     "log_snr",
     "density",
@@ -98,7 +98,7 @@ def rows(table: StepTable) -> list[dict[str, Any]]:
     schedule, division = table.schedule, table_areas(table)
     columns = zip(
         schedule.coordinate.tolist(),
-        schedule.tau.tolist(),
+        schedule.time.tolist(),
         schedule.alpha_bar.tolist(),
         schedule.log_snr.tolist(),
         table.density.tolist(),
@@ -109,14 +109,14 @@ def rows(table: StepTable) -> list[dict[str, Any]]:
         {
             "t": row,
             "coordinate": coordinate,
-            "tau": tau,
+            "time": time,
             "alpha_bar": alpha_bar,
             "log_snr": log_snr if math.isfinite(log_snr) else None,
             "density": density,
             "weight": weight,
             "area": division.of_row(row),
         }
-        for row, (coordinate, tau, alpha_bar, log_snr, density, weight) in enumerate(columns)
+        for row, (coordinate, time, alpha_bar, log_snr, density, weight) in enumerate(columns)
     ]
 
 

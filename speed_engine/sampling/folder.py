@@ -267,7 +267,7 @@ def _facts(
 
     schedule, objective = process.schedule, process.objective
     columns = hashlib.sha256()
-    for column in (schedule.alpha, schedule.sigma, schedule.tau, *objective.x0_columns(schedule)):
+    for column in (schedule.alpha, schedule.sigma, schedule.time, *objective.x0_columns(schedule)):
         columns.update(column.double().numpy().tobytes())
     kept = kept_steps(process, recipe)
     return {

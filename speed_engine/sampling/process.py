@@ -171,7 +171,7 @@ def _sample_batch(
     bar_S, norm_S = process.alpha_bar[kept], process.norm[kept]
     scale_S = norm_S * process.objective.input_scale.numpy()[kept]
     of_out_S, of_x_S = (c.numpy()[kept] for c in process.objective.x0_columns(process.schedule))
-    time_S = process.schedule.tau.numpy()[kept]
+    time_S = process.schedule.time.numpy()[kept]
     state = torch.promote_types(dtype, torch.float32)
     slots_B = torch.tensor(list(numbers), dtype=torch.int64, device=device)
     channels, outputs = process.shape[0], process.shape[0] * (1 + process.learned_variance)

@@ -2,7 +2,7 @@
 
 A schedule is a table of the forward process x = alpha * x0 + sigma * eps, one row a time step, from
 clean (row 0) to noisy (last row), in float64. A discrete schedule has its betas; a continuous one
-has a `curve` (coordinate -> alpha, sigma, tau) and its rows are the middles of cells of the
+has a `curve` (coordinate -> alpha, sigma, time) and its rows are the middles of cells of the
 training coordinate, so that everything downstream sees rows only. The word `schedule.kind` of a
 configuration is the name of a file of this folder.
 """
@@ -40,7 +40,7 @@ class Schedule:
     """One forward process as float64 columns of T rows, ordered by rising noise.
 
     `coordinate` is the variable that training draws uniformly by default (the step's index; t; ln
-    sigma), `measure` the width of each row's cell in it, `tau` what the network is told.
+    sigma), `measure` the width of each row's cell in it, `time` what the network is told.
     `sigma_data` is the standard deviation of x0 that SNR counts with (1 for the DDPM family, 0.5
     for EDM).
     """
@@ -50,7 +50,7 @@ class Schedule:
     sigma: Tensor
     coordinate: Tensor
     measure: Tensor
-    tau: Tensor
+    time: Tensor
     betas: Tensor | None = None
     sigma_data: float = 1.0
     curve: Curve | None = None
@@ -179,7 +179,7 @@ def scaled_beta(beta: float, num_steps: int) -> float:
 
 
 def from_betas(kind: str, betas: Tensor, zero_terminal_snr: bool = False) -> Schedule:
-    """The discrete variance-preserving schedule of `betas` (float64 [T], each in (0, 1)); tau is
+    """The discrete variance-preserving schedule of `betas` (float64 [T], each in (0, 1)); time is
     the 0-based index.
     """
     betas = betas.double()
@@ -212,7 +212,7 @@ def from_alphas_cumprod(alphas_cumprod: Tensor, kind: str = "alphas_cumprod") ->
 
 
 def from_sigmas(sigmas: Tensor, sigma_data: float = 0.5) -> Schedule:
-    """The rows x0 + sigma eps at given noise levels: [T] in any order, positive; tau is ln(sigma) /
+    """The rows x0 + sigma eps at given noise levels: [T] in any order, positive; time is ln(sigma) /
     4 (EDM's c_noise).
     """
     sigma = torch.as_tensor(sigmas).detach().cpu().double().flatten().sort().values
@@ -229,7 +229,7 @@ def from_flow(times: Tensor | None, time_scale: float = 1000.0) -> Schedule:
     """Rectified flow x = (1 - t) x0 + t eps: at given times ([T] in (0, 1], any order), or in
     continuous time.
 
-    tau is time_scale * t.
+    time is time_scale * t.
     """
     if times is None:
         return on_curve("rectified_flow", flow_curve(1.0, time_scale), *cells(0.0, 1.0))
@@ -243,7 +243,7 @@ def from_flow(times: Tensor | None, time_scale: float = 1000.0) -> Schedule:
 
 
 def flow_curve(shift: float, time_scale: float) -> Curve:
-    """t -> alpha, sigma, tau of rectified flow after the resolution shift t' = s t / (1 + (s - 1)
+    """t -> alpha, sigma, time of rectified flow after the resolution shift t' = s t / (1 + (s - 1)
     t) (Esser et al. 2024).
     """
 
@@ -260,9 +260,9 @@ def on_curve(
     """A continuous schedule whose rows are the points `coordinate` (float64 [N], rising) of
     `curve`.
     """
-    alpha, sigma, tau = curve(coordinate)
+    alpha, sigma, time = curve(coordinate)
     return Schedule(
-        kind, alpha, sigma, coordinate, measure, tau, sigma_data=sigma_data, curve=curve
+        kind, alpha, sigma, coordinate, measure, time, sigma_data=sigma_data, curve=curve
     )
 
 
@@ -281,7 +281,7 @@ def _discrete(kind: str, alpha_bar: Tensor, betas: Tensor) -> Schedule:
         sigma=(1 - alpha_bar).sqrt(),
         coordinate=index,
         measure=torch.ones_like(index),
-        tau=index,
+        time=index,
         betas=betas,
     )
 

@@ -1,7 +1,7 @@
 """EDM's noise levels (Karras et al. 2022): x = x0 + sigma eps on the range that its sampler visits.
 
 The coordinate is ln sigma, so `timesteps: uniform` is uniform in ln sigma; EDM itself draws with
-`timesteps: edm` or `log_normal`, whose tails outside the range (1e-5 of the mass) are cut off. tau
+`timesteps: edm` or `log_normal`, whose tails outside the range (1e-5 of the mass) are cut off. time
 is c_noise = ln(sigma) / 4.
 """
 

@@ -39,7 +39,7 @@ def build(config: Config) -> Schedule:
 def sigma_schedule(
     kind: str, sigma_min: float, sigma_max: float, sigma_data: float, num_cells: int
 ) -> Schedule:
-    """x0 + sigma eps on [sigma_min, sigma_max] with coordinate ln sigma and tau = ln(sigma) / 4."""
+    """x0 + sigma eps on [sigma_min, sigma_max] with coordinate ln sigma and time = ln(sigma) / 4."""
     if not sigma_min < sigma_max:
         raise ValueError(
             f"schedule.sigma_min={sigma_min:g} must be below schedule.sigma_max={sigma_max:g}"

@@ -58,7 +58,7 @@ def ideal(process: Process):
     of_out, of_x = objective.x0_columns(schedule)
 
     def network(x: Tensor, time_B: Tensor) -> Tensor:
-        row = int((schedule.tau - float(time_B[0])).abs().argmin())
+        row = int((schedule.time - float(time_B[0])).abs().argmin())
         alpha, sigma = float(schedule.alpha[row]), float(schedule.sigma[row])
         noisy = x.double() / float(objective.input_scale[row])
         low, high = ((noisy - alpha * point).square() / (2 * sigma**2) for point in POINTS)

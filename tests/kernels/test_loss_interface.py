@@ -155,14 +155,14 @@ def test_a_captured_step_follows_the_address() -> None:
     )
 
     def step() -> tuple[Tensor, ...]:
-        x_t, row_B, tau_B = noise(
+        x_t, row_B, time_B = noise(
             x0, cdf, rows, tau, address, seed=3, num_slots=64, backend="triton"
         )
         out = torch.cat((x_t, x_t), 1)
         total, losses = diffusion_loss(
             out, x0, row_B, rows, address, seed=3, learned_variance=True, backend="triton"
         )
-        return x_t, row_B, tau_B, total, losses
+        return x_t, row_B, time_B, total, losses
 
     step()
     graph = torch.cuda.CUDAGraph()

@@ -65,10 +65,10 @@ def run(
 def test_agrees_with_the_reference(backend: str, device: str, case: int) -> None:
     args = list(sample_inputs())[case]
     x0, dtype, given = args[0], args[8], args[10:]  # with or without rows
-    x_t, row_B, tau_B = noise_op(*to(device, *args[:9], backend, *given))
+    x_t, row_B, time_B = noise_op(*to(device, *args[:9], backend, *given))
     exact_args: list[Any] = [*args[:8], torch.float64, *given]
     exact, exact_row_B, exact_tau_B = reference.noise(*exact_args)
-    assert torch.equal(row_B.cpu(), exact_row_B) and torch.equal(tau_B.cpu(), exact_tau_B)
+    assert torch.equal(row_B.cpu(), exact_row_B) and torch.equal(time_B.cpu(), exact_tau_B)
     assert x_t.dtype == dtype and x_t.shape == x0.shape and x_t.is_contiguous()
     eps = table_module.epsilon(x0.shape, args[4], args[5])
     a, b = (table_module.column(args[2], exact_row_B, index, x0) for index in (0, 1))
@@ -142,8 +142,8 @@ def test_non_contiguous_inputs(backend: str, device: str) -> None:
 
 @every_backend
 def test_shapes_with_nothing_in_them(backend: str, device: str) -> None:
-    x_t, row_B, tau_B = run(backend, device, torch.empty(0, 4, 8, 8))
-    assert x_t.shape == (0, 4, 8, 8) and row_B.shape == tau_B.shape == (0,)
+    x_t, row_B, time_B = run(backend, device, torch.empty(0, 4, 8, 8))
+    assert x_t.shape == (0, 4, 8, 8) and row_B.shape == time_B.shape == (0,)
     x_t, row_B, _ = run(backend, device, torch.empty(3, 0, 8))
     assert x_t.shape == (3, 0, 8)
     assert torch.equal(row_B, run(backend, device, torch.zeros(3, 1))[1])
@@ -187,8 +187,8 @@ def test_rows_are_bit_equal_for_tables_of_any_length(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gradient_by_x0_is_the_scale(backend: str, device: str, dtype: torch.dtype) -> None:
     x0 = batch((4, 3, 2, 2), dtype).to(device).requires_grad_()
-    x_t, row_B, tau_B = run(backend, device, x0, dtype=torch.float32)
-    assert not row_B.requires_grad and not tau_B.requires_grad
+    x_t, row_B, time_B = run(backend, device, x0, dtype=torch.float32)
+    assert not row_B.requires_grad and not time_B.requires_grad
     upstream = batch((4, 3, 2, 2)).to(device)
     x_t.backward(upstream)
     scale = table()[1][:, 0].to(device)[row_B].view(-1, 1, 1, 1)
@@ -277,7 +277,7 @@ REFUSALS: list[tuple[str, Callable[[dict[str, Any]], Any]]] = [
     ("cdf_T is torch.float32", lambda a: a.update(cdf_T=a["cdf_T"].float())),
     (r"cdf_T is torch.int64 \(99,\)", lambda a: a.update(cdf_T=a["cdf_T"][1:])),
     ("rows_T8 is", lambda a: a.update(rows_T8=a["rows_T8"][:, :7])),
-    ("tau_T is torch.float64", lambda a: a.update(tau_T=a["tau_T"].double())),
+    ("time_T is torch.float64", lambda a: a.update(time_T=a["time_T"].double())),
     ("address_2 is torch.int32", lambda a: a.update(address_2=a["address_2"].int())),
     ("address_2 is on meta", lambda a: a.update(address_2=a["address_2"].to("meta"))),
     ("seed=-1", lambda a: a.update(seed=-1)),
@@ -291,7 +291,7 @@ REFUSALS: list[tuple[str, Callable[[dict[str, Any]], Any]]] = [
 def test_wrong_arguments_are_refused(message: str, change: Callable[[dict[str, Any]], Any]) -> None:
     cdf, rows, tau = table()
     arguments: dict[str, Any] = {
-        "x0": torch.zeros(2, 3), "cdf_T": cdf, "rows_T8": rows, "tau_T": tau, "address_2": torch.tensor([0, 0]),
+        "x0": torch.zeros(2, 3), "cdf_T": cdf, "rows_T8": rows, "time_T": tau, "address_2": torch.tensor([0, 0]),
         "seed": 1, "num_slots": 4, "dtype": None,
     }  # fmt: skip
     change(arguments)
@@ -306,13 +306,13 @@ def test_addresses_of_64_bits_and_tiles_in_turn() -> None:
 
     cdf, rows, tau = table()
     x0, address = batch((2, 1500)), torch.tensor([5, 0])
-    x_t, row_B, tau_B = torch.empty_like(x0), torch.empty(2, dtype=torch.int64), torch.empty(2)
+    x_t, row_B, time_B = torch.empty_like(x0), torch.empty(2, dtype=torch.int64), torch.empty(2)
     kernel: Any = triton_gpu.noise_kernel[(2,)]
     kernel(
-        x0, x_t, cdf, cdf, rows, tau, address, row_B, tau_B, 1500, 100, 77, 0, 64, philox.stratum_stride(64), 1, 2,
+        x0, x_t, cdf, cdf, rows, tau, address, row_B, time_B, 1500, 100, 77, 0, 64, philox.stratum_stride(64), 1, 2,
         ROWS="drawn", STRATIFIED=True, FANOUT=16, TILE=1024, RUN=4, WIDE=True,
     )  # fmt: skip
-    for got, expected in zip((x_t, row_B, tau_B), run("triton", "cpu", x0), strict=True):
+    for got, expected in zip((x_t, row_B, time_B), run("triton", "cpu", x0), strict=True):
         assert torch.equal(got, expected)
 
 

@@ -72,10 +72,10 @@ def test_drawn_rows_that_are_given_again_change_no_bit(
 ) -> None:
     cdf_T = (torch.linspace(0, 1, 21, dtype=torch.float64)[1:] ** 2 * 2**32).round().long()
     x0, address_2 = batch(shape).to(device), torch.tensor([11, 4], device=device)
-    rows_T8, tau_T = (tensor.to(device) for tensor in table())
+    rows_T8, time_T = (tensor.to(device) for tensor in table())
     options: dict[str, Any] = {"num_slots": 16, "stratified": stratified, "dtype": torch.bfloat16}
     drawn = noise(
-        x0, cdf_T.to(device), rows_T8, tau_T, address_2, seed=SEED, backend=backend, **options
+        x0, cdf_T.to(device), rows_T8, time_T, address_2, seed=SEED, backend=backend, **options
     )
     given = run(backend, device, x0, drawn[1], dtype=torch.bfloat16)
     assert all(map(torch.equal, given, drawn))
@@ -86,10 +86,10 @@ def test_any_rows_in_any_order(backend: str, device: str) -> None:
     """Equal ones, the first and the last; each sample's is its own, and the given tensor is left alone."""
     row_B = torch.tensor([19, 0, 7, 7, 7, 0, 12])
     given = row_B.to(device)
-    x_t, used_B, tau_B = run(backend, device, batch((7, 30)), given)
+    x_t, used_B, time_B = run(backend, device, batch((7, 30)), given)
     assert torch.equal(used_B.cpu(), row_B) and torch.equal(given.cpu(), row_B)
     assert used_B.data_ptr() != given.data_ptr()
-    assert torch.equal(tau_B.cpu(), table()[1][row_B])
+    assert torch.equal(time_B.cpu(), table()[1][row_B])
     for sample in range(7):
         part = slice(sample, sample + 1)
         alone = run(backend, device, batch((7, 30))[part], row_B[part], slot=4 + sample)
@@ -109,8 +109,8 @@ def test_strided_tensors(backend: str, device: str) -> None:
 @every_backend
 def test_gradient_is_the_scale_of_the_given_row(backend: str, device: str) -> None:
     x0 = batch((5, 2, 3), torch.bfloat16).to(device).requires_grad_()
-    x_t, row_B, tau_B = run(backend, device, x0, chosen(5), dtype=torch.float32)
-    assert not row_B.requires_grad and not tau_B.requires_grad
+    x_t, row_B, time_B = run(backend, device, x0, chosen(5), dtype=torch.float32)
+    assert not row_B.requires_grad and not time_B.requires_grad
     upstream = batch((5, 2, 3)).to(device)
     x_t.backward(upstream)
     scale = table()[0][chosen(5), 0].to(device).view(5, 1, 1)
@@ -124,10 +124,10 @@ def test_a_row_outside_the_table(backend: str, device: str, wrong: int) -> None:
     row_B[2] = wrong
     if backend == "triton":
         # A kernel cannot raise without waiting for the host: the sample is no number instead.
-        x_t, _, tau_B = run(backend, device, batch((5, 9)), row_B)
+        x_t, _, time_B = run(backend, device, batch((5, 9)), row_B)
         others = torch.tensor([0, 1, 3, 4], device=device)
-        assert x_t[2].isnan().all() and tau_B[2].isnan()
-        assert torch.isfinite(x_t[others]).all() and torch.isfinite(tau_B[others]).all()
+        assert x_t[2].isnan().all() and time_B[2].isnan()
+        assert torch.isfinite(x_t[others]).all() and torch.isfinite(time_B[others]).all()
     else:
         error, message = ValueError, rf"row_B\[2\] = {wrong} is no row of a table of 20 rows"
         if backend == "reference":
@@ -219,7 +219,7 @@ REFUSALS: list[tuple[str, Callable[[dict[str, Any]], Any]]] = [
     (r"row_B is torch.int64 \(3,\)", lambda a: a.update(row_B=torch.zeros(3).long())),
     ("row_B is on meta", lambda a: a.update(row_B=a["row_B"].to("meta"))),
     ("rows_T8 is", lambda a: a.update(rows_T8=a["rows_T8"][:, :7])),
-    (r"tau_T is torch.float32 \(19,\)", lambda a: a.update(tau_T=a["tau_T"][1:])),
+    (r"time_T is torch.float32 \(19,\)", lambda a: a.update(time_T=a["time_T"][1:])),
     ("address_2 is torch.int32", lambda a: a.update(address_2=a["address_2"].int())),
     ("seed=-1", lambda a: a.update(seed=-1)),
     ("dtype=torch.float64", lambda a: a.update(dtype=torch.float64)),
@@ -229,9 +229,9 @@ REFUSALS: list[tuple[str, Callable[[dict[str, Any]], Any]]] = [
 @pytest.mark.skipif(INTERPRETING, reason="what is checked does not depend on the kernel")
 @pytest.mark.parametrize(("message", "change"), REFUSALS)
 def test_wrong_arguments_are_refused(message: str, change: Callable[[dict[str, Any]], Any]) -> None:
-    rows_T8, tau_T = table()
+    rows_T8, time_T = table()
     arguments: dict[str, Any] = {
-        "x0": torch.zeros(2, 3), "row_B": torch.tensor([1, 2]), "rows_T8": rows_T8, "tau_T": tau_T,
+        "x0": torch.zeros(2, 3), "row_B": torch.tensor([1, 2]), "rows_T8": rows_T8, "time_T": time_T,
         "address_2": torch.tensor([0, 0]), "seed": 1, "dtype": None,
     }  # fmt: skip
     change(arguments)
@@ -271,19 +271,20 @@ def test_addresses_of_64_bits_and_tiles_in_turn(rows: str) -> None:
     from speed_kernels.noise import triton_gpu
 
     x0, row_B, address_2 = batch((2, 1500)), torch.tensor([5, 17]), torch.tensor([11, 4])
-    rows_T8, tau_T = table()
-    x_t, used_B, tau_B = torch.empty_like(x0), torch.empty(2, dtype=torch.int64), torch.empty(2)
+    rows_T8, time_T = table()
+    x_t, used_B, time_B = torch.empty_like(x0), torch.empty(2, dtype=torch.int64), torch.empty(2)
     kernel: Any = triton_gpu.noise_kernel[(2,)]
     kernel(
-        x0, x_t, row_B, row_B, rows_T8, tau_T, address_2, used_B, tau_B, 1500, 20, SEED % 2**32, SEED >> 32, 1, 1, 1, 2,
+        x0, x_t, row_B, row_B, rows_T8, time_T, address_2, used_B, time_B, 1500, 20, SEED % 2**32, SEED >> 32,
+        1, 1, 1, 2,
         ROWS=rows, STRATIFIED=False, FANOUT=1, TILE=1024, RUN=4, WIDE=True,
     )  # fmt: skip
     if rows == "given":
         expected = run("triton", "cpu", x0, row_B)
-        assert all(map(torch.equal, (x_t, used_B, tau_B), expected))
+        assert all(map(torch.equal, (x_t, used_B, time_B), expected))
     else:
         assert torch.equal(x_t, plain("triton", "cpu", (2, 1500)))
-        assert tau_B.isnan().all()  # nobody wrote there
+        assert time_B.isnan().all()  # nobody wrote there
 
 
 @pytest.mark.skipif(INTERPRETING, reason="is already running")

@@ -22,13 +22,13 @@ def test_the_loss_is_the_formula(backend):
     table = StepTable.from_alphas_cumprod(ALPHAS_CUMPROD, timesteps="speed")
     x0, calls = x0_of(), []
 
-    def model(x_t, tau_B):
-        calls.append((x_t, tau_B))
+    def model(x_t, time_B):
+        calls.append((x_t, time_B))
         return 0.5 * x_t
 
     loss = diffusion_loss(model, x0, table, step=7, seed=11, backend=backend)
-    (x_t, tau_B) = calls[0]
-    row_B = tau_B.long()
+    (x_t, time_B) = calls[0]
+    row_B = time_B.long()
     eps = philox.normals(11, 7, torch.arange(6), philox.STREAM_EPS, 48).view(6, 3, 4, 4)
     bar_B = ALPHAS_CUMPROD[row_B].view(6, 1, 1, 1)
     torch.testing.assert_close(
@@ -43,12 +43,12 @@ def test_the_gradient_reaches_the_network():
     table = StepTable.from_alphas_cumprod(ALPHAS_CUMPROD, timesteps="min_snr", objective="v")
     scale = nn.Parameter(torch.tensor(0.3))
     arguments = {"step": 0, "seed": 0}
-    loss = diffusion_loss(lambda x_t, tau_B: scale * x_t, x0_of(), table, **arguments)
+    loss = diffusion_loss(lambda x_t, time_B: scale * x_t, x0_of(), table, **arguments)
     loss.backward()
     assert scale.grad is not None
     with torch.no_grad():
         higher, lower = (
-            diffusion_loss(lambda x_t, tau_B: value * x_t, x0_of(), table, **arguments)  # noqa: B023
+            diffusion_loss(lambda x_t, time_B: value * x_t, x0_of(), table, **arguments)  # noqa: B023
             for value in (0.301, 0.299)
         )
     assert scale.grad.item() == pytest.approx((higher - lower).item() / 0.002, rel=2e-2)
@@ -129,7 +129,7 @@ def test_adaptive_methods_learn_in_a_foreign_loop():
     table = StepTable.from_alphas_cumprod(ALPHAS_CUMPROD[::50], timesteps=method)
     before = table.density.clone()
     for step in range(60):
-        diffusion_loss(lambda x_t, tau_B: 0.5 * x_t, x0_of(32), table, step=step, seed=0)
+        diffusion_loss(lambda x_t, time_B: 0.5 * x_t, x0_of(32), table, step=step, seed=0)
     assert (table.density - before).abs().sum() > 0.1
     assert table.density.sum().item() == pytest.approx(1)
 
@@ -137,7 +137,7 @@ def test_adaptive_methods_learn_in_a_foreign_loop():
 def test_learned_variance():
     table = StepTable.from_alphas_cumprod(ALPHAS_CUMPROD, learned_variance=True)
     head = nn.Conv2d(3, 6, 1)
-    diffusion_loss(lambda x_t, tau_B: head(x_t), x0_of(), table, step=0, seed=0).backward()
+    diffusion_loss(lambda x_t, time_B: head(x_t), x0_of(), table, step=0, seed=0).backward()
     assert head.weight.grad is not None
     assert (head.weight.grad[3:] != 0).any()
 
@@ -146,15 +146,15 @@ def test_flow_matching():
     continuous = StepTable.from_flow()
     assert continuous.num_rows == 16384
     t = continuous.schedule.coordinate
-    torch.testing.assert_close(continuous.tau_T.double(), 1000 * t, rtol=1e-6, atol=0)
+    torch.testing.assert_close(continuous.time_T.double(), 1000 * t, rtol=1e-6, atol=0)
     # drawn from cells of equal mass of logit-normal(0, 1): the median is 1/2
     assert t[8192].item() == pytest.approx(0.5, abs=1e-3)
     assert t[int(16384 * 0.841345)].item() == pytest.approx(0.7311, abs=1e-3)
     discrete = StepTable.from_flow(torch.linspace(1, 0.001, 1000), timesteps="uniform")
-    assert discrete.tau_T[0].item() == pytest.approx(1.0)
-    assert discrete.tau_T[-1].item() == pytest.approx(1000)
+    assert discrete.time_T[0].item() == pytest.approx(1.0)
+    assert discrete.time_T[-1].item() == pytest.approx(1000)
     x0 = x0_of()
-    loss = diffusion_loss(lambda x_t, tau_B: 0 * x_t, x0, discrete, step=0, seed=0)
+    loss = diffusion_loss(lambda x_t, time_B: 0 * x_t, x0, discrete, step=0, seed=0)
     eps = philox.normals(0, 0, torch.arange(6), philox.STREAM_EPS, 48).view(6, 3, 4, 4)
     assert loss.item() == pytest.approx((eps - x0).square().mean().item(), rel=1e-5)
     with pytest.raises(ValueError, match="leave out the final 0"):
@@ -164,7 +164,7 @@ def test_flow_matching():
 def test_noise_levels():
     table = StepTable.from_sigmas(torch.tensor([80.0, 1.0, 0.5, 0.002]), timesteps="edm")
     torch.testing.assert_close(table.schedule.sigma, torch.tensor([0.002, 0.5, 1, 80]).double())
-    torch.testing.assert_close(table.tau_T.double(), table.schedule.sigma.log() / 4)
+    torch.testing.assert_close(table.time_T.double(), table.schedule.sigma.log() / 4)
     torch.testing.assert_close(table.weight, torch.ones(4).double())
     # the network's input has unit variance where x0 has standard deviation 0.5
     a, b = table.rows_T8[:, 0], table.rows_T8[:, 1]

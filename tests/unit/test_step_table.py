@@ -41,7 +41,7 @@ def test_columns_of_the_forward_process(schedule):
         "W": table.weight,
     }.items():
         torch.testing.assert_close(column(table, name), value.float().double(), rtol=0, atol=0)
-    assert torch.equal(table.tau_T, torch.arange(1000, dtype=torch.float32))
+    assert torch.equal(table.time_T, torch.arange(1000, dtype=torch.float32))
 
 
 @pytest.mark.parametrize("objective", ["epsilon", "x0", "v"])

@@ -272,7 +272,7 @@ def ours(problem: Problem) -> tuple[Step, Callable[[], Result], dict[str, str]]:
     if problem.skewed:
         cdf_T = (cdf_T + 2**32) // 2
     cdf_T = cdf_T.to(device)
-    tau_T = torch.arange(problem.tables.num_rows, dtype=torch.float32, device=device)
+    time_T = torch.arange(problem.tables.num_rows, dtype=torch.float32, device=device)
     ticket = torch.zeros(1, dtype=torch.int32, device=device)
     batch = x0.shape[0]
     step_number = 0
@@ -282,7 +282,7 @@ def ours(problem: Problem) -> tuple[Step, Callable[[], Result], dict[str, str]]:
             x0,
             cdf_T,
             rows_T8,
-            tau_T,
+            time_T,
             address_2,
             seed=SEED,
             num_slots=batch,

@@ -36,7 +36,7 @@ def noise(
     x0: Tensor,
     cdf_T: Tensor | None,
     rows_T8: Tensor,
-    tau_T: Tensor,
+    time_T: Tensor,
     address_2: Tensor,
     seed: int,
     num_slots: int,
@@ -45,15 +45,15 @@ def noise(
     row_B: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `speed_kernels.noise.op`. Threads: torch.get_num_threads()."""
-    x0, rows_T8, tau_T, address_2 = (
-        tensor.contiguous() for tensor in (x0, rows_T8, tau_T, address_2)
+    x0, rows_T8, time_T, address_2 = (
+        tensor.contiguous() for tensor in (x0, rows_T8, time_T, address_2)
     )
     cdf_T = None if cdf_T is None else cdf_T.contiguous()
     chosen_B = None if row_B is None else row_B.contiguous()
     batch = x0.shape[0]
     x_t = torch.empty(x0.shape, dtype=dtype)
     row_B = torch.empty(batch, dtype=torch.int64)
-    tau_B = torch.empty(batch, dtype=torch.float32)
+    time_B = torch.empty(batch, dtype=torch.float32)
     bad_sample = library_functions()[0](
         x0.data_ptr(),
         DTYPE_NUMBERS[x0.dtype],
@@ -62,10 +62,10 @@ def noise(
         address(cdf_T),
         address(chosen_B),
         rows_T8.data_ptr(),
-        tau_T.data_ptr(),
+        time_T.data_ptr(),
         address_2.data_ptr(),
         row_B.data_ptr(),
-        tau_B.data_ptr(),
+        time_B.data_ptr(),
         batch,
         x0.numel() // max(batch, 1),
         rows_T8.shape[0],
@@ -75,7 +75,7 @@ def noise(
     )
     if bad_sample and chosen_B is not None:
         raise table.no_such_row(chosen_B, bad_sample - 1, rows_T8.shape[0])
-    return x_t, row_B, tau_B
+    return x_t, row_B, time_B
 
 
 def normals(address_2: Tensor, shape: Sequence[int], seed: int) -> Tensor:

@@ -5,13 +5,13 @@ For sample b at global slot s = address[1] + b and step = address[0]:
 
     row_b = number of entries of cdf_T that are <= U(seed, step, s)          (integers only: equal on every backend)
     x_t   = A[row_b] * x0 + B[row_b] * eps(seed, step, s, element)           eps ~ N(0, 1), never stored
-    tau_b = tau_T[row_b]                                                     what the network is told
+    time_b = time_T[row_b]                                                     what the network is told
 
 `noise_at` is given row_b, `normals` gives eps. All randomness is addressed (`speed_kernels.philox`), so the result does
 not depend on how the global batch is cut into micro-batches and ranks. J. Ho et al., "Denoising diffusion probabilistic
 models", 2020, equation 4, in table form.
 
-Tolerance: rows and tau are equal on all backends; x_t in float32 is within 4 units in the last place of
+Tolerance: rows and time are equal on all backends; x_t in float32 is within 4 units in the last place of
 |A x0| + |B eps| of the reference, and otherwise rounded once to `dtype`; normals are within 5 units in their own last
 place. Everything is computed in float32.
 
@@ -33,7 +33,7 @@ def noise(
     x0: Tensor,
     cdf_T: Tensor,
     rows_T8: Tensor,
-    tau_T: Tensor,
+    time_T: Tensor,
     address_2: Tensor,
     *,
     seed: int,
@@ -42,11 +42,11 @@ def noise(
     dtype: torch.dtype | None = None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Noise a batch. Returns (x_t like x0 in `dtype`, row_B int64 [B], tau_B float32 [B]).
+    """Noise a batch. Returns (x_t like x0 in `dtype`, row_B int64 [B], time_B float32 [B]).
 
     x0         [B, ...] float32, bfloat16 or float16 (float64 on the reference); any strides
     cdf_T      int64 [T], cumulative density times 2**32, last entry 2**32
-    rows_T8    float32 [T, 8]; tau_T float32 [T]
+    rows_T8    float32 [T, 8]; time_T float32 [T]
     address_2  int64 [2] on x0's device: (step, global slot of x0[0])
     seed       in [0, 2**63)
     num_slots  size of the global batch, in [1, 2**31)
@@ -58,7 +58,7 @@ def noise(
     """
     out_dtype = x0.dtype if dtype is None else dtype
     return noise_op(
-        x0, cdf_T, rows_T8, tau_T, address_2, seed, num_slots, stratified, out_dtype, backend
+        x0, cdf_T, rows_T8, time_T, address_2, seed, num_slots, stratified, out_dtype, backend
     )
 
 
@@ -66,7 +66,7 @@ def noise_at(
     x0: Tensor,
     row_B: Tensor,
     rows_T8: Tensor,
-    tau_T: Tensor,
+    time_T: Tensor,
     address_2: Tensor,
     *,
     seed: int,
@@ -75,11 +75,11 @@ def noise_at(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `noise`, at the given rows (int64 [B], in 0 .. T - 1): the same noise at the same address, and nothing drawn.
 
-    Returns (x_t, the rows, tau_B). A row outside the table raises ValueError in C++ and IndexError in the reference; on
-    a GPU, which cannot be asked without waiting, its sample and tau are not numbers.
+    Returns (x_t, the rows, time_B). A row outside the table raises ValueError in C++ and IndexError in the reference;
+    on a GPU, which cannot be asked without waiting, its sample and time are not numbers.
     """
     out_dtype = x0.dtype if dtype is None else dtype
-    return noise_op(x0, None, rows_T8, tau_T, address_2, seed, 1, False, out_dtype, backend, row_B)
+    return noise_op(x0, None, rows_T8, time_T, address_2, seed, 1, False, out_dtype, backend, row_B)
 
 
 def normals(address_2: Tensor, shape: Sequence[int], *, seed: int, backend: str) -> Tensor:
@@ -98,7 +98,7 @@ def noise_op(
     x0: Tensor,
     cdf_T: Tensor | None,
     rows_T8: Tensor,
-    tau_T: Tensor,
+    time_T: Tensor,
     address_2: Tensor,
     seed: int,
     num_slots: int,
@@ -108,10 +108,10 @@ def noise_op(
     row_B: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `noise` (with cdf_T) and `noise_at` (with row_B)."""
-    _check(x0, cdf_T, rows_T8, tau_T, address_2, seed, num_slots, dtype, backend, row_B)
+    _check(x0, cdf_T, rows_T8, time_T, address_2, seed, num_slots, dtype, backend, row_B)
     module = contract.implementation("noise", backend)
     return module.noise(
-        x0, cdf_T, rows_T8, tau_T, address_2, seed, num_slots, stratified, dtype, row_B
+        x0, cdf_T, rows_T8, time_T, address_2, seed, num_slots, stratified, dtype, row_B
     )
 
 
@@ -120,7 +120,7 @@ def _(
     x0: Tensor,
     cdf_T: Tensor | None,
     rows_T8: Tensor,
-    tau_T: Tensor,
+    time_T: Tensor,
     address_2: Tensor,
     seed: int,
     num_slots: int,
@@ -129,7 +129,7 @@ def _(
     backend: str,
     row_B: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _check(x0, cdf_T, rows_T8, tau_T, address_2, seed, num_slots, dtype, backend, row_B)
+    _check(x0, cdf_T, rows_T8, time_T, address_2, seed, num_slots, dtype, backend, row_B)
     batch = x0.shape[0]
     return (
         x0.new_empty(x0.shape, dtype=dtype),
@@ -139,8 +139,8 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, row_B, tau_B = output
-    ctx.mark_non_differentiable(row_B, tau_B)
+    _, row_B, time_B = output
+    ctx.mark_non_differentiable(row_B, time_B)
     ctx.set_materialize_grads(False)  # no zeros for those two
     ctx.save_for_backward(inputs[2], row_B)
     ctx.dtype = inputs[0].dtype
@@ -174,7 +174,7 @@ def _check(
     x0: Tensor,
     cdf_T: Tensor | None,
     rows_T8: Tensor,
-    tau_T: Tensor,
+    time_T: Tensor,
     address_2: Tensor,
     seed: int,
     num_slots: int,
@@ -184,7 +184,7 @@ def _check(
 ) -> None:
     table.check_table(rows_T8, address_2, x0, seed, backend)
     num_rows = rows_T8.shape[0]
-    columns = [("tau_T", tau_T, torch.float32)]
+    columns = [("time_T", time_T, torch.float32)]
     if row_B is not None:
         table.check_rows(row_B, x0)
     elif cdf_T is not None:
@@ -222,7 +222,7 @@ def sample_inputs(
     for args in table.samples():
         moved = (arg.to(device) if isinstance(arg, Tensor) else arg for arg in args)
         yield (*moved, backend)
-    for x0, _, rows_T8, tau_T, address_2, seed, _, _, dtype in table.samples():
+    for x0, _, rows_T8, time_T, address_2, seed, _, _, dtype in table.samples():
         row_B = torch.arange(x0.shape[0]) * 5 % rows_T8.shape[0]
-        tensors = [tensor.to(device) for tensor in (x0, rows_T8, tau_T, address_2)]
+        tensors = [tensor.to(device) for tensor in (x0, rows_T8, time_T, address_2)]
         yield tensors[0], None, *tensors[1:], seed, 1, False, dtype, backend, row_B.to(device)

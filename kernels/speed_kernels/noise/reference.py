@@ -20,7 +20,7 @@ def noise(
     x0: Tensor,
     cdf_T: Tensor | None,
     rows_T8: Tensor,
-    tau_T: Tensor,
+    time_T: Tensor,
     address_2: Tensor,
     seed: int,
     num_slots: int,
@@ -39,7 +39,7 @@ def noise(
     eps = epsilon(x0.shape, address_2, seed)
     a_B, b_B = (column(rows_T8, row_B, index, x0) for index in (A, B))
     x_t = a_B * x0.double() + b_B * eps
-    return x_t.to(dtype).contiguous(), row_B, tau_T.index_select(0, row_B)
+    return x_t.to(dtype).contiguous(), row_B, time_T.index_select(0, row_B)
 
 
 def normals(address_2: Tensor, shape: Sequence[int], seed: int) -> Tensor:

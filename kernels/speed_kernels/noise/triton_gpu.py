@@ -79,10 +79,10 @@ def noise_kernel(
     cdf_ptr,
     chosen_ptr,
     rows_ptr,
-    tau_ptr,
+    time_ptr,
     address_ptr,
     row_out_ptr,
-    tau_out_ptr,
+    time_out_ptr,
     num_elements,
     num_rows,
     key0,
@@ -116,11 +116,11 @@ def noise_kernel(
             )
         else:
             row = tl.load(chosen_ptr + b)
-        # A row that the table does not have gives a sample and a tau that are not numbers.
+        # A row that the table does not have gives a sample and a time that are not numbers.
         valid = (row >= 0) & (row < num_rows)
         if chunk == 0:
             tl.store(row_out_ptr + b, row.to(tl.int64))
-            tl.store(tau_out_ptr + b, tl.load(tau_ptr + row, mask=valid, other=float("nan")))
+            tl.store(time_out_ptr + b, tl.load(time_ptr + row, mask=valid, other=float("nan")))
         columns_ptr = rows_ptr + row * NUM_COLUMNS
         scale = tl.load(columns_ptr + A, mask=valid, other=float("nan"))
         sigma = tl.load(columns_ptr + B, mask=valid, other=float("nan"))
@@ -153,7 +153,7 @@ def noise(
     x0: Tensor,
     cdf_T: Tensor | None,
     rows_T8: Tensor,
-    tau_T: Tensor,
+    time_T: Tensor,
     address_2: Tensor,
     seed: int,
     num_slots: int,
@@ -162,22 +162,22 @@ def noise(
     row_B: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `speed_kernels.noise.op`. One launch."""
-    x0, rows_T8, tau_T = (tensor.contiguous() for tensor in (x0, rows_T8, tau_T))
+    x0, rows_T8, time_T = (tensor.contiguous() for tensor in (x0, rows_T8, time_T))
     source = cdf_T if row_B is None else row_B
     assert source is not None
     source = source.contiguous()  # of the rows; the kernel reads one of the two
     x_t = torch.empty(x0.shape, dtype=dtype, device=x0.device)
     row_out_B = torch.empty(x0.shape[0], dtype=torch.int64, device=x0.device)
-    tau_B = torch.empty(x0.shape[0], dtype=torch.float32, device=x0.device)
+    time_B = torch.empty(x0.shape[0], dtype=torch.float32, device=x0.device)
     _launch(
         "drawn" if row_B is None else "given",
-        (x0, x_t, source, source, rows_T8, tau_T, address_2.contiguous(), row_out_B, tau_B),
+        (x0, x_t, source, source, rows_T8, time_T, address_2.contiguous(), row_out_B, time_B),
         rows_T8.shape[0],
         seed,
         num_slots,
         stratified,
     )
-    return x_t, row_out_B, tau_B
+    return x_t, row_out_B, time_B
 
 
 def normals(address_2: Tensor, shape: Sequence[int], seed: int) -> Tensor:

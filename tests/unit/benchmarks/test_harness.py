@@ -214,9 +214,9 @@ def test_the_gate_of_the_kernels_sees_one_wrong_element(monkeypatch: pytest.Monk
 
     def install(spoil: Callable[[torch.Tensor], object]) -> None:
         def noise(*args: Any) -> tuple[torch.Tensor, ...]:
-            x_t, row_B, tau_B = noise_reference.noise(*args)
+            x_t, row_B, time_B = noise_reference.noise(*args)
             spoil(x_t)
-            return x_t, row_B, tau_B
+            return x_t, row_B, time_B
 
         known = contract.implementation
         fake = SimpleNamespace(noise=noise)

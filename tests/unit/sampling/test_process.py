@@ -129,7 +129,7 @@ def test_any_schedule_and_objective(sampler: str, steps: int, kind: str) -> None
     schedule, objective = facts.schedule, facts.objective
 
     def model(inputs: Tensor, tau: Tensor, label: Tensor | None = None) -> Tensor:
-        row = int((schedule.tau - tau[0].double()).abs().argmin())
+        row = int((schedule.time - tau[0].double()).abs().argmin())
         a, s = schedule.alpha[row], schedule.sigma[row]
         x = inputs.double().flatten(1) / objective.input_scale[row]
         gain = a * COVARIANCE @ torch.linalg.inv(a * a * COVARIANCE + s * s * torch.eye(4))
@@ -322,7 +322,7 @@ def test_model_is_told_tau_and_gets_its_dtype() -> None:
         return torch.zeros_like(x)
 
     facts = process()
-    facts = replace(facts, schedule=replace(facts.schedule, tau=10 * facts.schedule.tau))
+    facts = replace(facts, schedule=replace(facts.schedule, time=10 * facts.schedule.time))
     x = sample(model, facts, Recipe(steps=3), numbers=range(2), dtype=torch.bfloat16)
     assert seen == [9990.0, 5000.0, 0.0] and x.dtype == torch.float32
 

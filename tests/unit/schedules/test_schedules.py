@@ -263,7 +263,7 @@ def test_resolution_shift():
     plain, shifted = make("rectified_flow"), make("rectified_flow", shift=3)
     t = plain.coordinate
     torch.testing.assert_close(shifted.sigma, 3 * t / (1 + 2 * t))
-    torch.testing.assert_close(shifted.tau, 1000 * shifted.sigma)
+    torch.testing.assert_close(shifted.time, 1000 * shifted.sigma)
 
 
 def test_areas():

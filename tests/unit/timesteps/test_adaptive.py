@@ -120,9 +120,9 @@ def test_rows_are_drawn_from_the_policy():
     found = torch.zeros(ROWS)
     for number in range(40):
         address_2 = torch.tensor([number, 0])
-        _, row_B, tau_B = table.noise(x0, address_2, seed=5, num_slots=500, backend="reference")
+        _, row_B, time_B = table.noise(x0, address_2, seed=5, num_slots=500, backend="reference")
         found += torch.bincount(row_B, minlength=ROWS)
-        assert torch.equal(tau_B, row_B.float())
+        assert torch.equal(time_B, row_B.float())
     expected = policy_of(table).network(x0[:1])[0].exp().detach() * 20_000
     statistic = ((found - expected).square() / expected).sum().item()
     assert statistic < ROWS + 5 * math.sqrt(2 * ROWS)
@@ -135,9 +135,9 @@ def test_noise_at_chosen_rows_is_the_same_noise():
     row_B = (torch.arange(BATCH) * 7) % ROWS
     address_2 = torch.tensor([3, 32])
     for backend in ("reference", "cpp"):
-        x_t, used_B, tau_B = table.noise_at(x0, row_B, address_2, seed=9, backend=backend)
+        x_t, used_B, time_B = table.noise_at(x0, row_B, address_2, seed=9, backend=backend)
         assert torch.equal(used_B, row_B)
-        assert torch.equal(tau_B, row_B.float())
+        assert torch.equal(time_B, row_B.float())
         from speed_kernels import philox
 
         slot_B = 32 + torch.arange(BATCH)
