@@ -24,7 +24,22 @@ def told_in_one_sentence(action: Callable[[], int]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (ValueError, OSError, BackendError, BuildError) as error:
-        rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
-        who = "error" if rank == "0" else f"error (process {rank})"
-        print(f"{who}: {error}", file=sys.stderr, flush=True)
-        return BAD_INPUT
+        return _say(str(error))
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        first = (str(error).splitlines() or [""])[0][:200]
+        return _say(f"not enough memory ({first}); ask for smaller batches or a smaller model")
+
+
+def _say(text: str) -> int:
+    rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
+    who = "error" if rank == "0" else f"error (process {rank})"
+    print(f"{who}: {text}", file=sys.stderr, flush=True)
+    return BAD_INPUT
+
+
+def _is_out_of_memory(error: MemoryError | RuntimeError) -> bool:
+    """Python's and numpy's, or torch's on any device, which has no one class for it."""
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or "out of memory" in text or "allocate memory" in text

@@ -13,6 +13,7 @@ code: m = 2, ceiling over 400 steps (200 for CIFAR-10, 800 for FFHQ).
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -38,9 +39,16 @@ class Config(Section):
 
 
 def build(config: Config, schedule: Schedule) -> Objective:
-    """Raises ValueError on a schedule with a row of zero SNR."""
+    """Raises ValueError on a schedule that reaches zero SNR."""
     sigma, target_x0, target_eps = preconditioned_target(schedule)
-    time = (sigma - sigma.min()) / (sigma.max() - sigma.min())
+    # Of the schedule, not of its rows: a time-step method may have moved those.
+    low, high = schedule.ratio_range
+    if not math.isfinite(high):
+        raise ValueError(
+            f"objective.kind=fdm is not defined at zero SNR, which schedule {schedule.kind} reaches; choose schedule "
+            "edm, ve or a discrete one"
+        )
+    time = (sigma - low) / (high - low)
     b = config.multiplier * (config.beta_min * time + config.beta_d * time.square() / 2)
     scale = {
         "momentum": (1 + b) * torch.exp(-b),

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from speed_engine.atomic_files import atomic
 from speed_engine.reports.table import table_areas
+from speed_engine.schedules import Schedule
 from speed_engine.schedules.theory import increments
 from speed_engine.step_table import StepTable
 
@@ -48,7 +49,7 @@ def plot_comparison(tables: Mapping[str, StepTable], path: Path) -> Path:
         style["ls"] = "-" if index < len(LINES) else "--"
         on = table.schedule
         keep = torch.isfinite(on.log_snr)
-        time, level = _time(table), on.log_snr[keep]
+        time, level = _time(on), on.log_snr[keep]
         density, weight = table.density.cpu(), table.weight.cpu()
         weight = weight / (density * weight).sum()
         # Mass per unit of the axis: of time (as a share of T), of log-SNR.
@@ -83,7 +84,7 @@ def plot_comparison(tables: Mapping[str, StepTable], path: Path) -> Path:
 
 def _sampling_and_weight(table: StepTable, path: Path) -> Path:
     figure, axes = _figure(2, 1, (7.5, 6.2), sharex=True)
-    time = _time(table)
+    time = _time(table.schedule)
     uniform = (table.schedule.measure / table.schedule.measure.sum()) * 1.0
     density = table.density.cpu() / uniform
     for row, (column, title) in enumerate(
@@ -105,7 +106,9 @@ def _increments(table: StepTable, path: Path) -> Path:
 
     Where the noise explodes the variance has no plateau; the noise fraction u takes its place.
     """
-    on, time = table.schedule, _time(table)
+    # Of the schedule as configured: a method's rows can be far apart where it hardly ever draws.
+    on = table.schedule.unmoved
+    time = _time(on)
     extent = on.measure.sum()
     (mean_rate,) = torch.gradient(on.alpha, spacing=(on.coordinate,))
     panels: list[tuple[Tensor, Tensor, str]] = []
@@ -156,9 +159,9 @@ def _limit_weights(axes: list[Any]) -> None:
         axis.set_ylim(0, limit)
 
 
-def _time(table: StepTable) -> Tensor:
+def _time(schedule: Schedule) -> Tensor:
     """The rows' places as shares of the coordinate's range; float64 [T]."""
-    edges = table.schedule.share_edges
+    edges = schedule.share_edges
     return (edges[1:] + edges[:-1]) / 2
 
 

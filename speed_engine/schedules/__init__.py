@@ -98,9 +98,34 @@ class Schedule:
 
     @property
     def noise_rate(self) -> Tensor:
-        """du / d coordinate; central differences, one-sided at both ends; float64 [T]."""
-        (rate,) = torch.gradient(self.noise_fraction, spacing=(self.coordinate,))
-        return rate
+        """du / d coordinate; float64 [T].
+
+        In discrete time central differences, one-sided at both ends. In continuous time the curve's
+        own derivative at each row, whose cell may be wide: central differences within 1e-4 of the
+        range, and within the cell.
+        """
+        if self.curve is None:
+            (rate,) = torch.gradient(self.noise_fraction, spacing=(self.coordinate,))
+            return rate
+        half = (self.measure / 2).clamp(max=1e-4 * float(self.measure.sum()))
+        u = [
+            on_curve(self.kind, self.curve, at, self.measure, self.sigma_data).noise_fraction
+            for at in (self.coordinate + half, self.coordinate - half)
+        ]
+        return (u[0] - u[1]) / (2 * half)
+
+    @property
+    def ratio_range(self) -> tuple[float, float]:
+        """Smallest and largest sigma / alpha of the schedule as configured: of its rows in discrete
+        time, of the whole range in continuous time.
+        """
+        plain = self.unmoved
+        ratio = plain.sigma / plain.alpha
+        if plain.curve is not None:
+            edges = plain.coordinate[[0, -1]] + plain.measure[[0, -1]] / 2 * torch.tensor([-1, 1])
+            alpha, sigma, _ = plain.curve(edges)
+            ratio = torch.cat([ratio, sigma / alpha])
+        return float(ratio.min()), float(ratio.max())
 
     @property
     def uniform(self) -> Tensor:

@@ -75,16 +75,20 @@ def build(config: Config, schedule: Schedule) -> Method:
 def bits_per_error(schedule: Schedule) -> Tensor:
     """Bits of a step's KL divergence per mean squared error of x0; float64 [T].
 
-    In discrete time q(x_{t-1}|x_t, x0) against the model's with variance beta_t: (posterior's
-    factor of x0)^2 / (2 beta_t ln 2). In continuous time half the step's loss of SNR, the limit of
-    the same.
+    In discrete time q(x_{t-1}|x_t, x0) against the model's with the fixed large variance: (posterior's
+    factor of x0)^2 / (2 variance ln 2), the variance being beta_t, and at t = 0 the posterior's of t = 1
+    (as in the code of improved diffusion, which the authors use). In continuous time half the step's
+    loss of SNR, the limit of the same.
     """
     if schedule.betas is None:
         lost = -schedule.snr.diff(append=schedule.snr[-1:])
         return lost.clamp(min=0) / schedule.sigma_data**2 / (2 * math.log(2))
     alpha_bar = schedule.alpha.square()
     previous = torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar[:-1]])
-    return schedule.betas * previous / (1 - alpha_bar).square() / (2 * math.log(2))
+    bits = schedule.betas * previous / (1 - alpha_bar).square() / (2 * math.log(2))
+    posterior = schedule.betas[1] * (1 - alpha_bar[0]) / (1 - alpha_bar[1])
+    bits[0] *= schedule.betas[0] / posterior
+    return bits
 
 
 @dataclass

@@ -5,14 +5,20 @@ L = sum over clusters c of (exp(-s_c) L_c + s_c) / 2 with one learned number s_c
 step of cluster c weighs exp(-s_c) / 2. Defaults: 5 clusters of equal length (each gets a fifth of
 the batch: uniform steps), learning rate 0.025 of s. s is trained by Adam on the observed mean
 losses of the clusters, which is its exact gradient.
+
+The authors' script differs in two places, which `official: true` follows: L_c is divided by the number of
+clusters (its gradient of s sees a fifth of the loss, so exp(s) settles at a fifth), and it is the squared error
+plus the variational term, not the squared error alone. The default is the paper's sum over tasks: with a learned
+variance the variational term is a regulariser of the variance alone and should not move the weight of the means.
+Then `weight_vb` stays as it is set, while `official` weighs both.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from speed_engine.schedules import Schedule
@@ -28,6 +34,16 @@ class Config(MethodConfig):
     num_clusters: int = Field(5, ge=1, description="tasks the steps are divided into")
     lr: float = Field(0.025, gt=0, description="learning rate of the log variances s")
     every: int = Field(1, ge=1, description="training steps between two updates of s")
+    official: bool = Field(
+        False, description="as the authors' script: mean of mse + vb over clusters, both weighed"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _official_weighs_both(cls, value: Any) -> Any:
+        if isinstance(value, dict) and value.get("official") and "weight_vb" not in value:
+            return {**value, "weight_vb": True}
+        return value
 
 
 def build(config: Config, schedule: Schedule) -> Method:
@@ -55,7 +71,10 @@ class Uncertainty(Online):
 
     def refresh(self, step: int, seen: Observations) -> tuple[Tensor | None, Tensor | None]:
         cluster_N = self.cluster_T[seen.row_N]
-        total, count = seen.sums(seen.mse_N, cluster_N, self.config.num_clusters)
+        num, loss_N = self.config.num_clusters, seen.mse_N
+        if self.config.official:
+            loss_N = (loss_N + seen.vb_N) / num
+        total, count = seen.sums(loss_N, cluster_N, num)
         mean = total / count.clamp(min=1)
         grad = (1 - (-self.adam.value).exp() * mean) / 2
         self.adam.step(torch.where(count > 0, grad, 0.0))

@@ -7,6 +7,7 @@ import torch
 
 from speed_engine import kinds
 from speed_engine.schedules import cosine, linear
+from speed_engine.step_table import build_step_table
 
 SCHEDULE = linear.build(linear.Config(num_steps=50))
 
@@ -43,3 +44,51 @@ def test_epsilon_is_refused_at_zero_snr():
 
 def test_names_are_the_files():
     assert {"epsilon", "x0", "v"} <= set(kinds.names("objective"))
+
+
+def moved(schedule: str, density: str):
+    """The table's schedule under a density, or None where the two do not go together."""
+    try:
+        config = kinds.config_of("schedule", schedule)
+        table = build_step_table(
+            config, kinds.config_of("objective", "fdm"), kinds.config_of("timesteps", density)
+        )
+    except ValueError:
+        return None
+    return table
+
+
+@pytest.mark.parametrize(("schedule", "low", "high"), [("edm", 0.002, 80.0), ("ve", 0.02, 100.0)])
+def test_fdm_scales_its_input_by_sigma_whatever_the_density(schedule, low, high):
+    """s = (1 + 2 B) exp(-2 B) of sigma's place between the schedule's own ends."""
+    seen = []
+    for density in kinds.names("timesteps"):
+        table = moved(schedule, density)
+        if table is None or table.timesteps.kind != density:
+            continue
+        seen.append(density)
+        sigma = table.schedule.sigma
+        place = (sigma - low) / (high - low)
+        b = 2 * (0.1 * place + 19.9 * place.square() / 2)
+        torch.testing.assert_close(
+            table.objective.input_scale, (1 + b) * torch.exp(-b), rtol=1e-9, atol=1e-12
+        )
+    assert {"uniform", "edm", "log_normal", "speed_u"} <= set(seen) or len(seen) > 5
+    plain = table_of("edm", "uniform")
+    near_20 = int((plain.schedule.sigma - 20).abs().argmin())
+    assert plain.objective.input_scale[near_20].item() == pytest.approx(0.629, abs=1e-3)
+
+
+def table_of(schedule: str, density: str):
+    table = moved(schedule, density)
+    assert table is not None
+    return table
+
+
+def test_fdm_is_refused_where_sigma_has_no_end():
+    with pytest.raises(ValueError, match="fdm is not defined at zero SNR"):
+        build_step_table(
+            kinds.config_of("schedule", "rectified_flow"),
+            kinds.config_of("objective", "fdm"),
+            kinds.config_of("timesteps", "uniform"),
+        )

@@ -12,6 +12,7 @@ from speed_engine import kinds
 from speed_engine.schedules import Schedule, from_alphas_cumprod, from_betas
 from speed_engine.schedules.theory import increments
 from speed_engine.schedules.theory.linear_ddpm import LinearDDPM
+from speed_engine.step_table import build_step_table
 
 GOLDEN = json.loads((Path(__file__).parents[2] / "golden" / "timesteps.json").read_text())["rows"]
 DISCRETE = ("linear", "quadratic", "cosine", "scaled_linear")
@@ -286,3 +287,22 @@ def test_areas():
     )
     with pytest.raises(ValueError, match="exactly one"):
         increments.areas(make("linear"))
+
+
+@pytest.mark.parametrize("density", ["uniform", "logit_normal", "laplace"])
+def test_the_rate_of_rectified_flow_is_the_formula(density):
+    """du/dt = 2 t (1 - t) / (t^2 + (1 - t)^2)^2, 0 at both ends, at rows near together or far apart."""
+    table = build_step_table(
+        kinds.config_of("schedule", "rectified_flow"),
+        kinds.config_of("objective", "flow"),
+        kinds.config_of("timesteps", density),
+    )
+    on = table.schedule
+    t = on.coordinate
+    exact = 2 * t * (1 - t) / (t.square() + (1 - t).square()).square()
+    torch.testing.assert_close(on.noise_rate, exact, rtol=1e-5, atol=1e-5)
+    plain = on.unmoved
+    assert plain.num_rows == on.num_rows and plain.unmoved is plain
+    assert plain.noise_rate[0] < 3e-4 and plain.noise_rate[-1] < 3e-4
+    assert increments.psi(plain)[-1].item() == pytest.approx(2.0, abs=3e-4)
+    assert on.ratio_range == plain.ratio_range

@@ -279,6 +279,11 @@ def test_bits_per_error_is_the_kl_of_a_fixed_large_variance():
     gap = on.betas[t] * on.alpha[t - 1] / (1 - on.alpha_bar[t]) * error
     expected = gap.square() / (2 * on.betas[t]) / math.log(2)
     assert (bits[t] * error**2).item() == pytest.approx(expected.item(), rel=1e-9)
+    # at t = 0 the variance is the posterior's of t = 1, and x_{t-1} is x0 itself
+    posterior = on.betas[1] * (1 - on.alpha_bar[0]) / (1 - on.alpha_bar[1])
+    assert posterior.item() == pytest.approx(5.46e-5, rel=1e-2)  # beta_0 is 1e-4
+    first = 1 / (2 * posterior) / math.log(2)
+    assert bits[0].item() == pytest.approx(first.item(), rel=1e-9)
     # in fine steps both forms agree: half the loss of SNR
     fine = linear.build(linear.Config(num_steps=4000))
     lost = (fine.snr[1999] - fine.snr[2000]) / (2 * math.log(2))

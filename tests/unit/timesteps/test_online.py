@@ -129,6 +129,15 @@ def test_ant_uw_reaches_the_equilibrium():
     assert torch.equal(table.density, table.schedule.uniform)
 
 
+def test_ant_uw_as_its_authors_run_it():
+    """The cluster's mean is divided by their number, so the weight settles at num / (2 L_c)."""
+    table = make("ant_uw", num_clusters=4, official=True)
+    assert table.timesteps.weight_vb and not make("ant_uw").timesteps.weight_vb
+    loss_T = torch.tensor([0.25, 0.5, 1.0, 2.0]).double().repeat_interleave(10)
+    run(table, range(900), loss_T, noise=0.02)
+    torch.testing.assert_close(table.weight, 4 * 0.5 / loss_T, rtol=0.08, atol=0)
+
+
 def test_edm2_uncertainty_flattens_the_loss():
     """At u's optimum lambda exp(-u) error is one at every noise level."""
     table = make("edm2_uncertainty", "edm", "edm", num_features=32)
