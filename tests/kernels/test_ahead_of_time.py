@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from typing import Any
 
@@ -78,6 +79,7 @@ def test_available_here() -> None:
     assert ahead_of_time.unavailable() is None
 
 
+@functools.cache  # several tests look at the same code
 def noise_report(
     arch: int,
     x0: str,
@@ -106,6 +108,7 @@ def noise_report(
     )
 
 
+@functools.cache  # several tests look at the same code
 def loss_report(arch: int, out: str, x0: str, learned: bool, wide: bool = False) -> Report:
     signature = {
         "out_ptr": f"*{out}", "x0_ptr": f"*{x0}", "row_ptr": "*i64", "rows_ptr": "*fp32", "address_ptr": "*i64",

@@ -3,6 +3,7 @@ their work is cut into programs."""
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 from collections import Counter
@@ -52,6 +53,7 @@ def compiled(
     return report(kernel, signature, constexprs, arch, num_warps, divisible=strides)
 
 
+@functools.cache  # several tests look at the same code
 def forward_report(
     arch: int, width: int, stream: str, compute: str, gated: bool = True, biased: bool = True
 ) -> Report:
@@ -64,6 +66,7 @@ def forward_report(
     return compiled(forward_kernel, signature | COUNTERS, constexprs, arch, absent)
 
 
+@functools.cache  # several tests look at the same code
 def backward_report(
     arch: int, width: int, stream: str, compute: str, num_sums: int = 4, has_d_sum: bool = True,
     shared_bytes: int | None = None,
@@ -81,6 +84,7 @@ def backward_report(
     return compiled(backward_kernel, signature | COUNTERS, constexprs, arch, absent)
 
 
+@functools.cache  # several tests look at the same code
 def finish_report(arch: int, compute: str, num_sums: int = 4) -> Report:
     signature = pointers("gate bias d_gate d_shift d_scale d_bias", compute)
     signature |= pointers("partial", "fp32")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 
 import pytest
@@ -22,6 +23,7 @@ every_case = pytest.mark.parametrize(("arch", "dtype"), CASES)
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
+@functools.cache  # several tests look at the same code
 def forward(arch: int, dtype: str, width: int = 4608, bias: bool = True) -> Report:
     rows, columns = triton_gpu.tile_shape(triton_gpu.FORWARD_TILE, width)
     names = ("x_ptr", "bias_ptr", "y_ptr")
@@ -37,6 +39,7 @@ def forward(arch: int, dtype: str, width: int = 4608, bias: bool = True) -> Repo
     )
 
 
+@functools.cache  # several tests look at the same code
 def backward(arch: int, dtype: str, width: int = 4608, bias: bool = True) -> Report:
     rows, columns = triton_gpu.tile_shape(triton_gpu.BACKWARD_TILE, width)
     names = ("d_y_ptr", "x_ptr", "bias_ptr", "d_x_ptr")
