@@ -24,6 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from speed_engine.data import DataError, digits
 from speed_engine.data.autoencoder import Vae
+from speed_engine.data.encode_arrays import encode_arrays
 from speed_engine.data.storage import pictures
 from speed_engine.data.storage.index import Index, reindex, verify
 from speed_engine.data.storage.pictures import Picture, PictureError
@@ -186,6 +187,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `python -m speed_engine encode`."""
     add = parser.add_argument
     add("--images", help="folder of images (a sub-folder is a class), or `digits`")
+    add(
+        "--arrays",
+        type=Path,
+        metavar="FILE",
+        help="an .npz, or a folder of .npy: x [N, C, ...], label [N], any other [N, ...]",
+    )
     add("--out", type=Path, help="new folder for the shards")
     add("--size", type=int, help="pixels of a side (default 32)")
     add("--mode", choices=("pixels", "latents"), default="pixels", help="what to store")
@@ -200,8 +207,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--device", help="latents: cpu, cuda, cuda:1 (default: cuda where there is one)")
     add("--verify", type=Path, metavar="DIR", help="read every byte of a set and list all faults")
     add("--reindex", type=Path, metavar="DIR", help="write the index of any WebDataset tars")
-    add("--scale", type=float, help="reindex: x = (latent - shift) * scale")
-    add("--shift", type=float, help="reindex: see --scale (default 0)")
+    add("--scale", type=float, help="reindex, arrays: x = (latent - shift) * scale")
+    add("--shift", type=float, help="reindex, arrays: see --scale (default 0)")
     add("--posterior", action="store_true", help="reindex: mean and deviation are stacked")
     add("--num-classes", type=int, help="reindex: default is the largest label + 1")
 
@@ -209,16 +216,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Do what the arguments say: 0, or 1 for a set with faults. Raises DataError and OSError."""
     console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
-    actions = [name for name in ("images", "verify", "reindex") if getattr(args, name) is not None]
+    actions = [
+        name
+        for name in ("images", "arrays", "verify", "reindex")
+        if getattr(args, name) is not None
+    ]
     if len(actions) != 1:
-        raise DataError("give one of --images DIR, --verify DIR and --reindex DIR")
+        raise DataError("give one of --images DIR, --arrays FILE, --verify DIR and --reindex DIR")
     if args.verify is not None:
         problems = verify(args.verify)
         for problem in problems:
             print(problem)
         print(f"{args.verify}: " + (f"{len(problems)} faults" if problems else "no fault"))
         return 1 if problems else 0
-    extra = args.posterior or any(v is not None for v in (args.scale, args.shift, args.num_classes))
+    scaled = args.scale is not None or args.shift is not None
+    extra = args.posterior or args.num_classes is not None or (scaled and args.arrays is None)
     if extra and args.reindex is None:
         raise DataError("--scale, --shift, --posterior and --num-classes belong to --reindex")
     if args.reindex is not None:
@@ -233,6 +245,11 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if args.out is None:
         raise DataError("give --out DIR, a new folder for the shards")
+    if args.arrays is not None:
+        sizes = {"scale": args.scale, "shift": args.shift, "shard_size": args.shard_size}
+        index = encode_arrays(args.arrays, args.out, **sizes)
+        console.print(f"{index.count} samples in {len(index.shards)} shards in {args.out}")
+        return 0
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     encode(
         args.images,

@@ -24,10 +24,17 @@ from speed_engine.conditions.label import described
 from speed_engine.data.space import Space
 from speed_engine.kinds import Section
 
-from . import DataError, Facts
+from . import ArrayFacts, ConditionFacts, DataError, Facts
 from .storage import index as index_file
+from .storage.scan import PREFIX
 
-TORCH_DTYPES = {"uint8": torch.uint8, "float16": torch.float16, "float32": torch.float32}
+TORCH_DTYPES = {
+    "uint8": torch.uint8,
+    "int32": torch.int32,
+    "int64": torch.int64,
+    "float16": torch.float16,
+    "float32": torch.float32,
+}
 # Root mean square of scaled latents: 1 is right, 0.18 is "scaled twice", 5.5 is "never scaled".
 RMS_RANGE = (0.3, 3.0)
 
@@ -68,22 +75,15 @@ class Shards:
         self.index = index = index_file.load(folder)
         if check_scale:
             _check_scale(index, folder)
-        self.num_stored = index.count
         self.first = first
         self.count = index.count - first if count is None else count
         if first < 0 or not (0 < self.count <= index.count - first):
             raise DataError(
                 f"samples {first} to {first + self.count} do not exist: {folder} has {index.count}"
             )
-        self.shape, self.num_classes, self.kind = index.shape, index.num_classes, index.kind
+        self.shape, self.kind = index.shape, index.kind
         self.mean, self.std = index.mean, index.std
-        self.has_posterior = index.posterior
-        self.can_flip = index.kind == "pixels" or index.flipped
-        scale, shift = ((each,) * self.shape[0] for each in (index.scale, index.shift))
-        space = Space(index.kind, scale, shift, index.posterior)
-        label = described(index.num_classes, index.class_names)
-        told = {"label": label} if index.num_classes else {}
-        self.facts = Facts(tuple(self.shape), space, told, self.can_flip)
+        self.facts = facts_of(index)
         whole = self.count == index.count
         self.fingerprint = (
             index.fingerprint if whole else f"{index.fingerprint}[{first}+{self.count}]"
@@ -112,22 +112,12 @@ class Shards:
     def __len__(self) -> int:
         return self.count
 
-    def batch(
-        self,
-        indices: Sequence[int] | np.ndarray | Tensor,
-        flips: Sequence[bool] | np.ndarray | Tensor | None = None,
-        normals: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """(x float32 [B, C, H, W] in model space, labels int64 [B]), see data.Source."""
-        stored, told = self.read(indices, flips)
-        return self.decode(stored, normals), told.get("label", torch.zeros(len(stored)).long())
-
     def read(
         self,
         indices: Sequence[int] | np.ndarray | Tensor,
         flips: Sequence[bool] | np.ndarray | Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """(stored [B, C', H, W] in the stored dtype, {"label": int64 [B]} with classes) on the CPU.
+        """(stored [B, C', *space] in the stored dtype, the conditions' arrays by name), on the CPU.
 
         C' = 2C with a posterior. For a conversion on the device: move `stored` there and `decode`.
         """
@@ -151,40 +141,32 @@ class Shards:
         stored = torch.empty(
             len(chosen), *self.index.stored_shape, dtype=TORCH_DTYPES[self.index.dtype]
         )
-        self._fill(stored, chosen, offset)
+        self._fill(stored, chosen, offset, self.index.array_bytes)
         if flipped is not None and self.kind == "pixels":
             rows = torch.from_numpy(flipped)
             stored[rows] = stored[rows].flip(-1)
-        told = {"label": torch.from_numpy(self._label[chosen])} if self.facts.conditions else {}
-        return stored, told
+        return stored, self._told(chosen)
+
+    def _told(self, chosen: np.ndarray) -> dict[str, Tensor]:
+        """Label and named arrays of the samples, whose regions are checked already."""
+        told: dict[str, Tensor] = {}
+        if self.index.num_classes:
+            told["label"] = torch.from_numpy(self._label[chosen])
+        for name, array in self.index.arrays.items():
+            values = torch.empty(len(chosen), *array.shape, dtype=TORCH_DTYPES[array.dtype])
+            self._fill(values, chosen, self._entries[PREFIX + name][chosen], array.bytes)
+            told[name] = values if values.is_floating_point() else values.long()
+        return told
 
     def decode(self, stored: Tensor, normals: Tensor | None = None) -> Tensor:
-        """Stored values to model space, (value - shift) * scale: float32, on the same device.
+        """Stored values to model space: float32, on the same device (`Space.to_model`)."""
+        return self.facts.space.to_model(stored, normals)
 
-        With a posterior the value is mean + std * normals, or the mean without normals.
-        """
-        if normals is not None and not self.has_posterior:
-            raise DataError(
-                f"{self.folder} stores no posterior; encode it with the posterior or draw no "
-                "normals"
-            )
-        if self.kind == "pixels":
-            return stored.to(torch.float32).div_(127.5).sub_(1)
-        values = stored.to(torch.float32, copy=True)
-        if self.has_posterior:
-            values, std = values.chunk(2, 1)
-            values = (
-                values.clone() if normals is None else torch.addcmul(values, std, normals.float())
-            )
-        if self.index.shift:
-            values.sub_(self.index.shift)
-        return values.mul_(self.index.scale)
-
-    def _fill(self, stored: Tensor, chosen: np.ndarray, offset: np.ndarray) -> None:
+    def _fill(self, stored: Tensor, chosen: np.ndarray, offset: np.ndarray, size: int) -> None:
         """One read per sample into its row. Anything odd goes through the slow and careful path."""
         if not len(chosen):
             return
-        size, stop = self.index.array_bytes, 0
+        stop = 0
         target = memoryview(stored.numpy().data).cast("B")
         preadv = os.preadv
         for sample, descriptor, place in zip(
@@ -226,6 +208,19 @@ class Shards:
             f"{reason}; restore the shard (`python -m speed_engine encode --verify DIR` lists "
             "every fault)"
         )
+
+
+def facts_of(index: index_file.Index) -> Facts:
+    """What the index says, as models and manifests are told."""
+    scale, shift = ((each,) * index.shape[0] for each in (index.scale, index.shift))
+    told = {}
+    if index.num_classes:
+        told["label"] = described(index.num_classes, index.class_names)
+    for name, array in index.arrays.items():
+        facts = {name: ArrayFacts(array.shape, array.dtype)}
+        told[name] = ConditionFacts(array.kind, facts)
+    space = Space(index.kind, scale, shift, index.posterior)
+    return Facts(index.shape, space, told, index.kind == "pixels" or index.flipped)
 
 
 def _check_scale(index: index_file.Index, folder: Path) -> None:

@@ -78,7 +78,7 @@ def test_bit_flip_sweep(folder: Path) -> None:
             place = f"{NAME}, sample {sample}: damaged"
             source = Shards(folder, retries=0)
             with pytest.raises(DataError, match=re.escape(place)):
-                source.batch(range(NUM))
+                source.read(range(NUM))
             others = [i for i in range(NUM) if i != sample]
             assert np.array_equal(source.read(others)[0].numpy(), stored()[others])
             assert [fault[: len(place)] for fault in verify(folder)] == [place]
@@ -119,11 +119,11 @@ def test_flips_of_the_index_files_are_found(folder: Path) -> None:
 
 def test_a_shard_that_shrinks_under_an_open_source(folder: Path) -> None:
     source = Shards(folder, retries=0)
-    source.batch(range(NUM))
+    source.read(range(NUM))
     os.truncate(folder / NAME, 3 * 2048 + 100)
     assert np.array_equal(source.read([0, 2])[0].numpy(), stored()[[0, 2]])
     with pytest.raises(DataError, match=rf"{NAME}, sample 4: the file ends before it"):
-        source.batch([0, 4])
+        source.read([0, 4])
 
 
 def test_passing_read_errors_are_tried_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,7 +169,7 @@ def test_missing_and_foreign_indexes(folder: Path, tmp_path: Path) -> None:
     (folder / "shard-000000.idx.npy").write_bytes(entries)
     (folder / NAME).write_bytes((other / NAME).read_bytes())  # same size, other samples
     with pytest.raises(DataError, match=rf"{NAME}, sample 2: damaged"):
-        Shards(folder, retries=0).batch([2])
+        Shards(folder, retries=0).read([2])
     assert len(verify(folder)) == NUM
     reindex(folder)
     assert np.array_equal(read_all(folder), 255 - stored())

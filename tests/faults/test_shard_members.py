@@ -75,7 +75,7 @@ WRONG: dict[str, tuple[list[tuple[tarfile.TarInfo, bytes]], str]] = {
         [member("1.npy", npy(np.zeros((1, 4, 5), np.uint8)))],
         "the first of the shard",
     ),
-    "two sides": ([member("1.npy", npy(np.zeros((4, 4), np.uint8)))], "not of the form"),
+    "two sides": ([member("1.npy", npy(np.zeros((4, 4), np.uint8)))], "but the first"),
     "other dtype": ([member("1.npy", npy(np.zeros((1, 4, 4), np.float16)))], "the first of the sh"),
     "double": ([member("1.npy", npy(np.zeros((1, 4, 4))))], "dtype '<f8'"),
     "big-endian": ([member("1.npy", npy(np.zeros((1, 4, 4), ">f2")))], "dtype '>f2'"),

@@ -178,7 +178,8 @@ def ours(folder: Path) -> Callable[[], Batches]:
 
     def batches() -> Batches:
         for chosen in torch.randperm(len(source), generator=generator).split(BATCH):
-            yield source.batch(chosen)
+            stored, told = source.read(chosen)
+            yield source.decode(stored), told["label"]
 
     return batches
 

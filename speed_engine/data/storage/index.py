@@ -17,13 +17,13 @@ import re
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from .. import DataError
-from .scan import ENTRY, Scanned, Shard, entries_path, scan
+from .scan import PREFIX, NamedArray, Scanned, Shard, entries_path, entry_dtype, scan
 
 INDEX = "index.json"
 REINDEX = "python -m speed_engine encode --reindex DIR"
@@ -40,10 +40,10 @@ class Index(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     format: Literal["speed-engine shards"] = "speed-engine shards"
-    version: Literal[1] = 1
+    version: Literal[1, 2] = 1  # 2: with named arrays
     kind: Literal["pixels", "latents"]
     count: int
-    shape: tuple[int, int, int]
+    shape: tuple[int, ...]
     dtype: Literal["uint8", "float16", "float32"]
     posterior: bool
     flipped: bool
@@ -54,17 +54,22 @@ class Index(BaseModel):
     mean: list[float]
     std: list[float]
     shards: list[Shard]
+    arrays: dict[str, NamedArray] = {}
     fingerprint: str = ""
 
     def sealed(self) -> Index:
         """The same index with its fingerprint: SHA-256 over everything else."""
-        text = json.dumps(self.model_dump(exclude={"fingerprint"}), sort_keys=True)
+        text = json.dumps(self.content(), sort_keys=True)
         return self.model_copy(update={"fingerprint": hashlib.sha256(text.encode()).hexdigest()})
 
+    def content(self) -> dict[str, Any]:
+        """Everything but the fingerprint; the first version had no named arrays."""
+        absent = {"fingerprint"} if self.arrays else {"fingerprint", "arrays"}
+        return self.model_dump(exclude=absent)
+
     @property
-    def stored_shape(self) -> tuple[int, int, int]:
-        channels, height, width = self.shape
-        return (2 * channels if self.posterior else channels, height, width)
+    def stored_shape(self) -> tuple[int, ...]:
+        return ((1 + self.posterior) * self.shape[0], *self.shape[1:])
 
     @property
     def array_bytes(self) -> int:
@@ -87,7 +92,7 @@ def compose(
     """
     first = scanned[0]
     for other in scanned[1:]:
-        for what in ("dtype", "stored_shape", "flipped"):
+        for what in ("dtype", "stored_shape", "flipped", "arrays"):
             if getattr(other, what) != getattr(first, what):
                 raise DataError(
                     f"{other.shard.name} has {what} {getattr(other, what)}, but "
@@ -128,15 +133,17 @@ def compose(
             "VAE, 1 for latents that are scaled already)"
         )
     shift = shift or 0.0
-    channels, height, width = first.stored_shape
+    channels, *space = first.stored_shape
     count = sum(s.shard.count for s in scanned)
-    values = count * height * width
+    values = count * math.prod(space)
     mean = np.sum([s.sums for s in scanned], 0) / values
     var = np.maximum(np.sum([s.square_sums for s in scanned], 0) / values - mean**2, 0)
     return Index(
         kind="pixels" if pixels else "latents",
         count=count,
-        shape=(channels // 2 if posterior else channels, height, width),
+        version=2 if first.arrays else 1,
+        arrays=first.arrays,
+        shape=(channels // 2 if posterior else channels, *space),
         dtype=first.dtype,  # pyright: ignore[reportArgumentType]  checked by pydantic
         posterior=posterior,
         flipped=first.flipped,
@@ -162,7 +169,8 @@ def write_file(path: Path, content: bytes) -> None:
 
 def save(index: Index, folder: Path) -> None:
     """Write `index.json`."""
-    write_file(folder / INDEX, (json.dumps(index.model_dump(), indent=1) + "\n").encode())
+    content = {**index.content(), "fingerprint": index.fingerprint}
+    write_file(folder / INDEX, (json.dumps(content, indent=1) + "\n").encode())
 
 
 def index_shard(path: Path, posterior: bool = False) -> Scanned:
@@ -243,7 +251,7 @@ def load_entries(folder: Path, index: Index, shard: Shard) -> np.ndarray:
         raise DataError(
             f"{idx} is no index ({error}); rebuild the index with `{REINDEX}`"
         ) from None
-    if entries.dtype != ENTRY or entries.shape != (shard.count,):
+    if entries.dtype != entry_dtype(index.arrays) or entries.shape != (shard.count,):
         raise DataError(
             f"{idx} does not list {shard.count} samples; rebuild the index with `{REINDEX}`"
         )
@@ -261,8 +269,12 @@ def load_entries(folder: Path, index: Index, shard: Shard) -> np.ndarray:
         )
     columns = [entries["offset"]] + ([entries["flipped"]] if index.flipped else [])
     inside = (entries["start"] >= 0) & (stop <= size)
-    for column in columns:
-        inside &= (column >= entries["start"]) & (column + index.array_bytes <= stop)
+    sizes = [index.array_bytes] * len(columns)
+    for name, array in index.arrays.items():
+        columns.append(entries[PREFIX + name])
+        sizes.append(array.bytes)
+    for column, size_of in zip(columns, sizes, strict=True):
+        inside &= (column >= entries["start"]) & (column + size_of <= stop)
     low = 0 if index.num_classes else -1
     inside &= (entries["label"] >= low) & (entries["label"] < max(index.num_classes, low + 1))
     if not inside.all():

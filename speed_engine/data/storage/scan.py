@@ -1,19 +1,23 @@
 """Reads one shard from end to end and turns it into index entries.
 
-A sample is a run of adjacent members with one key: `<key>.npy`, the array (C, H, W); `<key>.cls`,
-its class as ASCII digits; and, for latents, optionally `<key>.flipped.npy`, the latent of the
-mirrored image. Everything is checked here, once: names, array headers (by a parser of our own, so
-that no pickle can run), shapes, labels, NaN and infinity.
+A sample is a run of adjacent members with one key: `<key>.npy`, the array (C, *space); `<key>.cls`,
+its class as ASCII digits; for latents, optionally `<key>.flipped.npy`, the latent of the mirrored
+image; and any number of named arrays beside it, `<key>.<name>.npy`. Everything is checked here, once:
+names, array headers (by a parser of our own, so that no pickle can run), shapes, labels, NaN and
+infinity.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 import mmap
 import re
 import zlib
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
@@ -35,10 +39,13 @@ ENTRY = np.dtype(
     ]
 )
 DTYPES = {"|u1": "uint8", "<f2": "float16", "<f4": "float32"}
+NAMED_DTYPES = DTYPES | {"<i4": "int32", "<i8": "int64"}  # of what lies beside x
 NPY_HEADER = re.compile(
     rb"\{'descr': '([|<>=]?[A-Za-z0-9]+)', 'fortran_order': (True|False), "
-    rb"'shape': \((\d{1,6}), (\d{1,6}), (\d{1,6})\), \} *\n"
+    rb"'shape': \(((?:\d{1,6}, ?)*\d{0,6})\), \} *\n"
 )
+NAMED = re.compile(r"([a-z][a-z0-9_]{0,30})\.npy")  # `vector.npy`, a named array beside x
+PREFIX = "array "  # of a named array's column in the entries
 MAX_LABEL = 2**31 - 2
 
 
@@ -53,14 +60,34 @@ class Shard(BaseModel):
     entries_sha256: str
 
 
+class NamedArray(BaseModel):
+    """An array that every sample of a set holds beside x; kind: the file of `conditions` it belongs to."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    shape: tuple[int, ...]
+    dtype: Literal["uint8", "int32", "int64", "float16", "float32"]
+    kind: str
+
+    @property
+    def bytes(self) -> int:
+        """Of one sample, without its header."""
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
+
+
+def entry_dtype(names: Iterable[str]) -> np.dtype:
+    """ENTRY, and for each named array the position of its first byte."""
+    return np.dtype([*ENTRY.descr, *((PREFIX + name, "<i8") for name in sorted(names))])
+
+
 class Scanned(BaseModel):
     """A shard and what its samples have in common. sums, square_sums: per channel, in stored units."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     shard: Shard
     dtype: str
-    stored_shape: tuple[int, int, int]
+    stored_shape: tuple[int, ...]
     flipped: bool
+    arrays: dict[str, NamedArray] = {}
     num_labels: int
     max_label: int
     sums: list[float]
@@ -102,9 +129,10 @@ def scan(path: Path, posterior: bool = False) -> tuple[Scanned, np.ndarray]:
 class _Scanner:
     def __init__(self, name: str, view: memoryview, posterior: bool):
         self.name, self.view, self.posterior = name, view, posterior
-        self.rows: list[tuple[int, int, int, int, int, int]] = []
+        self.rows: list[tuple[int, ...]] = []
+        self.arrays: dict[str, NamedArray] = {}
         self.number = 0  # the sample that a fault found now belongs to
-        self.layout: tuple[str, tuple[int, int, int]] | None = None
+        self.layout: tuple[str, tuple[int, ...]] | None = None
         self.flipped = False
         self.sums = np.zeros(0)
         self.square_sums = np.zeros(0)
@@ -118,10 +146,10 @@ class _Scanner:
                 self._add(sample)
                 sample = None
             self.number = len(self.rows)
-            if part not in ("npy", "cls", "flipped.npy"):
+            if part not in ("npy", "cls", "flipped.npy") and not NAMED.fullmatch(part):
                 raise MemberError(
-                    f"the member {member.name!r} is not allowed; a shard holds .npy, .cls and "
-                    ".flipped.npy only"
+                    f"the member {member.name!r} is not allowed; a shard holds .npy, .cls, "
+                    ".flipped.npy and named arrays as .NAME.npy only"
                 )
             if sample is None:
                 if key in seen:
@@ -137,7 +165,7 @@ class _Scanner:
             self._add(sample)
         if self.layout is None:
             raise DataError(f"{self.name} holds no sample; remove it or write it again")
-        entries = np.array(self.rows, ENTRY)
+        entries = np.array(self.rows, entry_dtype(self.arrays))
         labels = entries["label"]
         shard = Shard(
             name=self.name,
@@ -151,6 +179,7 @@ class _Scanner:
             dtype=self.layout[0],
             stored_shape=self.layout[1],
             flipped=self.flipped,
+            arrays=self.arrays,
             num_labels=int((labels >= 0).sum()),
             max_label=int(labels.max()),
             sums=self.sums.tolist(),
@@ -170,10 +199,11 @@ class _Scanner:
         label = self._label(sample.parts["cls"]) if "cls" in sample.parts else -1
         if self.rows and (label >= 0) != (self.rows[0][5] >= 0):
             raise MemberError("some samples have a .cls member and some do not")
+        named = self._named(sample)
         start = min(member.start for member in sample.parts.values())
         stop = max(member.stop for member in sample.parts.values())
         crc = zlib.crc32(self.view[start:stop])
-        self.rows.append((offset, flipped, start, stop - start, crc, label))
+        self.rows.append((offset, flipped, start, stop - start, crc, label, *named))
 
     def _label(self, member: Member) -> int:
         text = bytes(self.view[member.data : member.data + min(member.size, 40)])
@@ -184,11 +214,49 @@ class _Scanner:
             raise MemberError(f"the label {label} is out of range")
         return label
 
+    def _named(self, sample: _Sample) -> list[int]:
+        """Check the arrays beside x; the positions of their first bytes, by name."""
+        found = {
+            part.removesuffix(".npy"): member
+            for part, member in sample.parts.items()
+            if part not in ("npy", "cls", "flipped.npy")
+        }
+        if self.rows and found.keys() != self.arrays.keys():
+            other = sorted(found.keys() ^ self.arrays.keys())[0]
+            raise MemberError(f"some samples have an array {other!r} and some do not")
+        offsets = []
+        for name in sorted(found):
+            member = found[name]
+            dtype, shape, header = npy_layout(self._head(member), NAMED_DTYPES)
+            one = array_of(name, shape, dtype)
+            if self.arrays.setdefault(name, one) != one:
+                wanted = self.arrays[name]
+                raise MemberError(
+                    f"its array {name!r} is {dtype} {shape}, but the first of the shard is "
+                    f"{wanted.dtype} {wanted.shape}"
+                )
+            if member.size != header + one.bytes:
+                raise MemberError(
+                    f"its array {name!r} has {member.size - header} bytes, which does not fit its "
+                    f"shape {shape}"
+                )
+            offset = member.data + header
+            values = np.frombuffer(self.view, dtype, math.prod(shape), offset)
+            if values.dtype.kind == "f" and not np.isfinite(values).all():
+                raise MemberError(f"its array {name!r} holds NaN or infinity")
+            offsets.append(offset)
+        return offsets
+
+    def _head(self, member: Member) -> bytes:
+        return bytes(self.view[member.data : member.data + min(member.size, 1024)])
+
     def _array(self, member: Member, measure: bool = False) -> int:
         """Check the array of one member; the position of its first byte."""
-        dtype, shape, header = npy_layout(
-            bytes(self.view[member.data : member.data + min(member.size, 1024)])
-        )
+        dtype, shape, header = npy_layout(self._head(member), DTYPES)
+        if not all(shape):
+            raise MemberError(f"its array has the empty shape {shape}")
+        if len(shape) < 2:
+            raise MemberError(f"its array is not of the form (C, ...): it has the shape {shape}")
         if self.layout is None:
             if self.posterior and (shape[0] % 2 or dtype == "uint8"):
                 raise MemberError(
@@ -216,12 +284,19 @@ class _Scanner:
         if (stds < 0).any():
             raise MemberError("its array holds a negative standard deviation")
         if measure:
-            self.sums += means.sum((1, 2))
-            self.square_sums += (means**2 + stds**2).sum((1, 2))
+            space = tuple(range(1, len(shape)))
+            self.sums += means.sum(space)
+            self.square_sums += (means**2 + stds**2).sum(space)
         return offset
 
 
-def npy_layout(head: bytes) -> tuple[str, tuple[int, int, int], int]:
+def array_of(name: str, shape: tuple[int, ...], dtype: str) -> NamedArray:
+    """What the index says of a named array: numbers in a row are a `vector`, others are their name's."""
+    vector = len(shape) == 1 and dtype.startswith("float")
+    return NamedArray(shape=shape, dtype=dtype, kind="vector" if vector else name)  # pyright: ignore[reportArgumentType]  checked by pydantic
+
+
+def npy_layout(head: bytes, dtypes: Mapping[str, str]) -> tuple[str, tuple[int, ...], int]:
     """(dtype, shape, header length) of a npy file that begins with `head`. Raises MemberError;
     never evaluates it.
     """
@@ -231,16 +306,14 @@ def npy_layout(head: bytes) -> tuple[str, tuple[int, int, int], int]:
     length = 8 + width + int.from_bytes(head[8 : 8 + width], "little")
     match = NPY_HEADER.fullmatch(head[8 + width : length]) if length <= len(head) else None
     if match is None:
-        raise MemberError("its array is not of the form (C, H, W) or has a damaged header")
-    descr, fortran, *sides = match.groups()
-    if descr.decode() not in DTYPES:
+        raise MemberError("its array has a damaged header")
+    descr, fortran, sides = match.groups()
+    if descr.decode() not in dtypes:
         raise MemberError(
-            f"its array has dtype {descr.decode()!r}; only uint8, float16 and float32 "
+            f"its array has dtype {descr.decode()!r}; only {', '.join(dtypes.values())} "
             "(little-endian) may be"
         )
     if fortran == b"True":
         raise MemberError("its array is in Fortran order")
-    shape = (int(sides[0]), int(sides[1]), int(sides[2]))
-    if not all(shape):
-        raise MemberError(f"its array has the empty shape {shape}")
-    return DTYPES[descr.decode()], shape, length
+    shape = tuple(int(side) for side in sides.replace(b" ", b"").split(b",") if side)
+    return dtypes[descr.decode()], shape, length

@@ -15,7 +15,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -130,9 +130,15 @@ class SetWriter:
         return sum(s.shard.count for s in self.shards) + self._in_shard
 
     def write(
-        self, position: int, array: np.ndarray, label: int | None, flipped: np.ndarray | None = None
+        self,
+        position: int,
+        array: np.ndarray,
+        label: int | None,
+        flipped: np.ndarray | None = None,
+        arrays: Mapping[str, np.ndarray] | None = None,
     ) -> None:
-        """Add one sample, array (C, H, W). position: source items dealt with, this one included."""
+        """Add one sample, array (C, *space). position: source items dealt with, this one included.
+        arrays: what lies beside it, by name."""
         if self._tar is None:
             self._tar = self._start_shard()
         sample: dict[str, Any] = {
@@ -143,6 +149,8 @@ class SetWriter:
             sample["cls"] = label
         if flipped is not None:
             sample["flipped.npy"] = np.ascontiguousarray(flipped)
+        for name, named in (arrays or {}).items():
+            sample[f"{name}.npy"] = np.ascontiguousarray(named).reshape(named.shape)
         self._tar.write(sample)
         self._in_shard += 1
         self.position = position

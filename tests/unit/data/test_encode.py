@@ -113,7 +113,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 
 def test_the_digits(tmp_path: Path) -> None:
     assert command("--images", "digits", "--out", tmp_path / "digits") == 0
-    assert Shards(tmp_path / "digits").num_stored == 1797
+    assert len(Shards(tmp_path / "digits")) == 1797
     for setting in ({"size": 32}, {"channels": 3}, {"flip": True}, {"strict": True}):
         with pytest.raises(DataError, match="leave out the other settings"):
             encode("digits", tmp_path / "other", **setting)
@@ -188,14 +188,14 @@ def test_latents_with_posterior_and_flip(tmp_path: Path, vae: Path) -> None:
     pixels = Shards(tmp_path / "pixels")
     model: Any = AutoencoderKL.from_pretrained(vae)
     for flips in (None, [True] * 5):
-        x, _ = pixels.batch(range(5), flips)
+        x = pixels.decode(pixels.read(range(5), flips)[0])
         with torch.no_grad():
             found = model.encode(x).latent_dist
         raw, _ = source.read(range(5), flips)
         mean, std = raw.float().chunk(2, 1)
         torch.testing.assert_close(mean, found.mean, rtol=2e-3, atol=2e-3)
         torch.testing.assert_close(std, found.std, rtol=2e-3, atol=2e-3)
-        latent, _ = source.batch(range(5), flips)
+        latent = source.decode(source.read(range(5), flips)[0])
         torch.testing.assert_close(latent, (mean - 0.1) * 0.9)
 
 

@@ -69,6 +69,12 @@ def write(
     return index, stored, mirrored
 
 
+def decoded(source: shards.Shards, indices, flips=None, normals=None):
+    """(x in model space, labels): what the loader makes of `read`."""
+    stored, told = source.read(indices, flips)
+    return source.decode(stored, normals), told.get("label")
+
+
 @pytest.mark.parametrize("name", SETTINGS)
 def test_what_is_written_comes_back_in_any_order(tmp_path: Path, name: str) -> None:
     setting = SETTINGS[name]
@@ -82,22 +88,22 @@ def test_what_is_written_comes_back_in_any_order(tmp_path: Path, name: str) -> N
     assert labels.dtype == torch.int64 and labels.tolist() == [i % 3 for i in order]
     again, _ = source.read(torch.tensor(order))  # the second time without checksums
     assert torch.equal(again, raw)
-    x, _ = source.batch(np.array(order))
+    x, _ = decoded(source, np.array(order))
     channels = source.shape[0]
     assert x.shape == (6, *source.shape) and x.dtype == torch.float32 and x.is_contiguous()
     if name == "pixels":
         assert torch.equal(x, torch.from_numpy(stored[order]).float() / 127.5 - 1)
     else:
         assert torch.equal(x, torch.from_numpy(stored[order]).float()[:, :channels])
-    assert source.has_posterior == ("posterior" in name)
-    assert len(source) == source.num_stored == 7 and source.num_classes == 3
+    assert source.facts.space.posterior == ("posterior" in name)
+    assert len(source) == 7 and source.facts.conditions["label"].num_values == 3
     assert verify(tmp_path / "set") == []
 
 
 def test_empty_batch(tmp_path: Path) -> None:
     write(tmp_path / "set")
-    x, labels = shards.Shards(tmp_path / "set").batch([])
-    assert x.shape == (0, 1, 4, 4) and labels.shape == (0,)
+    x, labels = decoded(shards.Shards(tmp_path / "set"), [])
+    assert x.shape == (0, 1, 4, 4) and labels is not None and labels.shape == (0,)
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
@@ -115,7 +121,7 @@ def test_posterior_draw_is_mean_plus_std_times_normals(tmp_path: Path) -> None:
     _, stored, _ = write(tmp_path / "set", **SETTINGS["posterior"], scale=2.0)
     source = shards.Shards(tmp_path / "set")
     normals = torch.randn(7, *source.shape)
-    x, _ = source.batch(range(7), normals=normals)
+    x, _ = decoded(source, range(7), normals=normals)
     mean, std = torch.from_numpy(stored).float().chunk(2, 1)
     torch.testing.assert_close(x, (mean + std * normals) * 2.0, rtol=1e-6, atol=1e-6)
 
@@ -136,16 +142,16 @@ def test_flips_of_pixels_mirror_and_flips_of_latents_take_the_stored_ones(tmp_pa
 def test_hooks_that_would_do_nothing_are_refused(tmp_path: Path) -> None:
     write(tmp_path / "set", dtype=np.float16)
     source = shards.Shards(tmp_path / "set")
-    assert not source.can_flip and not source.has_posterior
+    assert not source.facts.flips and not source.facts.space.posterior
     with pytest.raises(DataError, match="holds no flipped latents"):
-        source.batch([0], flips=[True])
-    with pytest.raises(DataError, match="stores no posterior"):
-        source.batch([0], normals=torch.zeros(1, 1, 4, 4))
+        decoded(source, [0], flips=[True])
+    with pytest.raises(ValueError, match="no posterior is stored"):
+        decoded(source, [0], normals=torch.zeros(1, 1, 4, 4))
     with pytest.raises(DataError, match="as many flips"):
-        source.batch([0], flips=[True, False])
+        decoded(source, [0], flips=[True, False])
     for wrong in ([7], [-1]):
         with pytest.raises(DataError, match=r"must lie in \[0, 7\)"):
-            source.batch(wrong)
+            decoded(source, wrong)
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -164,7 +170,7 @@ def test_the_stock_reader_sees_the_same_samples(tmp_path: Path, name: str) -> No
 
 def test_measured_mean_and_std_are_those_of_model_space(tmp_path: Path) -> None:
     index, _, _ = write(tmp_path / "set", **SETTINGS["latents"], scale=0.9, shift=0.1)
-    x, _ = shards.Shards(tmp_path / "set").batch(range(7))
+    x, _ = decoded(shards.Shards(tmp_path / "set"), range(7))
     mean, std = x.double().mean((0, 2, 3)), x.double().std((0, 2, 3), correction=0)
     np.testing.assert_allclose(index.mean, mean.numpy(), rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(index.std, std.numpy(), rtol=1e-5)
@@ -183,11 +189,12 @@ def test_writing_is_bit_identical_and_the_fingerprint_follows_the_content(tmp_pa
 def test_no_labels_and_one_class(tmp_path: Path) -> None:
     index, _, _ = write(tmp_path / "none", labelled=False)
     source = shards.Shards(tmp_path / "none")
-    assert index.num_classes == source.num_classes == 0
-    assert source.batch([0, 1])[1].tolist() == [0, 0]
+    assert index.num_classes == 0 and not source.facts.conditions
+    assert decoded(source, [0, 1])[1] is None
     index, _, _ = write(tmp_path / "one", num=1)
     source = shards.Shards(tmp_path / "one")
-    assert source.num_classes == 1 and source.batch([0])[1].tolist() == [0]
+    assert source.facts.conditions["label"].num_values == 1
+    assert source.read([0])[1]["label"].tolist() == [0]
 
 
 def test_many_threads_read_the_same(tmp_path: Path) -> None:
@@ -202,7 +209,7 @@ def test_many_threads_read_the_same(tmp_path: Path) -> None:
 def test_a_part_of_a_set(tmp_path: Path) -> None:
     _, stored, _ = write(tmp_path / "set")
     part = shards.Shards(tmp_path / "set", first=4, count=2)
-    assert len(part) == 2 and part.num_stored == 7
+    assert len(part) == 2 and part.index.count == 7
     assert np.array_equal(part.read([1, 0])[0].numpy(), stored[[5, 4]])
     assert part.fingerprint != shards.Shards(tmp_path / "set").fingerprint
     with pytest.raises(DataError, match="do not exist"):
@@ -240,7 +247,7 @@ def test_shards_of_others_are_read_after_reindex(tmp_path: Path, how: str) -> No
     source = shards.Shards(tmp_path / "set")
     assert index.num_classes == 3
     assert np.array_equal(source.read([2, 0, 1])[0].numpy(), stored[[2, 0, 1]])
-    assert source.batch([2, 0, 1])[1].tolist() == [2, 0, 1]
+    assert source.read([2, 0, 1])[1]["label"].tolist() == [2, 0, 1]
     assert verify(tmp_path / "set") == []
 
 
@@ -275,7 +282,7 @@ def test_digits(tmp_path: Path) -> None:
     folder = tmp_path / "new" / "digits"
     source = digits.build(digits.Config(path=str(folder)))
     values, labels = load_digits(return_X_y=True)
-    x, found = source.batch(range(1797))
+    x, found = decoded(source, range(1797))
     assert found.tolist() == labels.tolist()
     expected = np.round(values * 255 / 16).reshape(-1, 1, 8, 8)
     assert np.array_equal(((x + 1) * 127.5).round().numpy(), expected)
@@ -285,7 +292,7 @@ def test_digits(tmp_path: Path) -> None:
     assert (len(train), len(rest)) == (1438, 359)
     assert (folder / "index.json").stat().st_mtime_ns == before
     assert len({source.fingerprint, train.fingerprint, rest.fingerprint}) == 3
-    assert torch.equal(rest.batch([0])[0], x[1438:1439])
+    assert torch.equal(decoded(rest, [0])[0], x[1438:1439])
     with pytest.raises(DataError, match="held_out above 0"):
         digits.build(digits.Config(path=str(folder), part="held_out"))
 
