@@ -64,7 +64,7 @@ def test_fdm_scales_its_input_by_sigma_whatever_the_density(schedule, low, high)
     seen = []
     for density in kinds.names("timesteps"):
         table = moved(schedule, density)
-        if table is None or table.timesteps.kind != density:
+        if table is None or table.timesteps.model_dump()["kind"] != density:
             continue
         seen.append(density)
         sigma = table.schedule.sigma
