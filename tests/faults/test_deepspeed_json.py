@@ -131,6 +131,7 @@ def test_by_default_other_words_are_another_folder(written):
     assert len({first, folder(f"engine.json_file={other}"), folder()}) == 3
 
 
+@pytest.mark.slow
 def test_other_words_at_the_same_place_are_not_resumed(written, tmp_path):
     """Another place for the same words continues the run."""
 

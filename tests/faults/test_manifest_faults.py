@@ -114,6 +114,7 @@ def test_the_first_format_is_read_and_continued(run):
     assert after["format"] == 2 and len(after["sha256"]) == 64
 
 
+@pytest.mark.slow
 def test_bit_flips_of_the_first_format_never_surprise(run):
     """It has no hash, so some go unseen; none ends in anything but a run or a sentence."""
     shutil.rmtree(run / "checkpoints" / "step-00000001")
