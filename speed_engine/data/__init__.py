@@ -107,7 +107,10 @@ class Facts:
 
 
 class Source(Protocol):
-    """A finite table of samples, safe to read from many threads."""
+    """A finite table of samples, safe to read from many threads.
+
+    A source may also offer `remarks`, sentences about the data that `train` and `plan` show.
+    """
 
     @property
     def facts(self) -> Facts:

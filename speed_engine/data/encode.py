@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -183,6 +183,12 @@ def _bar(console: Console) -> Progress:
     return Progress(*columns, TimeRemainingColumn(), console=console, transient=True)
 
 
+def _scale(text: str) -> Any:
+    """`0.18215`, `0.2,0.3,0.25,0.2` or `auto`."""
+    numbers = text if text == "auto" else tuple(float(word) for word in text.split(","))
+    return numbers[0] if len(numbers) == 1 else numbers
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `python -m speed_engine encode`."""
     add = parser.add_argument
@@ -207,8 +213,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--device", help="latents: cpu, cuda, cuda:1 (default: cuda where there is one)")
     add("--verify", type=Path, metavar="DIR", help="read every byte of a set and list all faults")
     add("--reindex", type=Path, metavar="DIR", help="write the index of any WebDataset tars")
-    add("--scale", type=float, help="reindex, arrays: x = (latent - shift) * scale")
-    add("--shift", type=float, help="reindex, arrays: see --scale (default 0)")
+    scaling = (
+        "reindex, arrays: x = (latent - shift) * scale; one number, or one a channel with commas"
+    )
+    add("--scale", type=_scale, help=f"{scaling}; auto: each channel to mean 0, deviation 1")
+    add("--shift", type=_scale, help="reindex, arrays: see --scale (default 0)")
     add("--posterior", action="store_true", help="reindex: mean and deviation are stacked")
     add("--num-classes", type=int, help="reindex: default is the largest label + 1")
 

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from speed_engine.data import DataError
-from speed_engine.data.storage.index import Index
+from speed_engine.data.storage.index import Index, Scale
 from speed_engine.data.storage.scan import NAMED_DTYPES
 from speed_engine.data.storage.writer import SetWriter
 
@@ -52,8 +52,8 @@ def encode_arrays(
     place: Path,
     out: Path,
     *,
-    scale: float | None = None,
-    shift: float | None = None,
+    scale: Scale | None = None,
+    shift: Scale | None = None,
     shard_size: int | None = None,
 ) -> Index:
     """Write the arrays as a set of shards into `out`; its index. A set that is there already is left alone.
@@ -68,7 +68,7 @@ def encode_arrays(
     if not pixels and scale is None:
         raise DataError(
             "the scale of latents is needed: give --scale (0.18215 for Stable Diffusion's VAE, 1 for "
-            "latents that are scaled already)"
+            "latents that are scaled already, auto to measure it)"
         )
     plan: dict[str, Any] = {
         "arrays": {name: digest(array) for name, array in sorted(arrays.items())},

@@ -37,6 +37,7 @@ TORCH_DTYPES = {
 }
 # Root mean square of scaled latents: 1 is right, 0.18 is "scaled twice", 5.5 is "never scaled".
 RMS_RANGE = (0.3, 3.0)
+CHANNEL_RMS = (0.5, 2.0)  # of one channel; outside it is told, not refused
 
 
 class Config(Section):
@@ -84,6 +85,8 @@ class Shards:
         self.shape, self.kind = index.shape, index.kind
         self.mean, self.std = index.mean, index.std
         self.facts = facts_of(index)
+        odd = odd_channels(self.facts, self.mean, self.std)
+        self.remarks = [] if odd is None else [f"{folder}: {odd}"]
         whole = self.count == index.count
         self.fingerprint = (
             index.fingerprint if whole else f"{index.fingerprint}[{first}+{self.count}]"
@@ -212,7 +215,10 @@ class Shards:
 
 def facts_of(index: index_file.Index) -> Facts:
     """What the index says, as models and manifests are told."""
-    scale, shift = ((each,) * index.shape[0] for each in (index.scale, index.shift))
+    scale, shift = (
+        each if isinstance(each, tuple) else (each,) * index.shape[0]
+        for each in (index.scale, index.shift)
+    )
     told = {}
     if index.num_classes:
         told["label"] = described(index.num_classes, index.class_names)
@@ -230,6 +236,23 @@ def _check_scale(index: index_file.Index, folder: Path) -> None:
     if not RMS_RANGE[0] <= rms <= RMS_RANGE[1]:
         raise DataError(
             f"the latents of {folder} have a root mean square of {rms:.3g} in model space instead "
-            f"of about 1, so their scale {index.scale:.6g} is probably wrong; correct it with "
+            f"of about 1, so their scale {np.mean(index.scale):.6g} is probably wrong; correct it with "
             f"`{index_file.REINDEX} --scale S`, or set data.check_scale=false"
         )
+
+
+def odd_channels(facts: Facts, mean: Sequence[float], std: Sequence[float]) -> str | None:
+    """One sentence where a channel of latents is far from unit scale, None where all is well.
+
+    mean, std: measured, per channel, in model space.
+    """
+    rms = np.sqrt(np.square(mean) + np.square(std))
+    far = np.flatnonzero((rms < CHANNEL_RMS[0]) | (rms > CHANNEL_RMS[1]))
+    if facts.space.kind != "latents" or not len(far):
+        return None
+    which = ", ".join(f"{number} ({rms[number]:.2g})" for number in far[:4])
+    more = f" and {len(far) - 4} more" if len(far) > 4 else ""
+    return (
+        f"the latents are not of unit scale: root mean square of channel {which}{more} instead of about 1; "
+        f"`{index_file.REINDEX} --scale auto` sets every channel to mean 0 and deviation 1"
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
@@ -40,7 +41,7 @@ def state_bytes(parameters: int, zero: int, precision: str, world: int) -> float
 
 def run(config: RunConfig) -> int:
     """Print the plan. Raises ValueError for a configuration that cannot run."""
-    data, source = _data(config)
+    data, source, remarks = _data(config)
     config, conditions, facts = told(config, data)
     model = build_model(config, facts, "meta")
     # The fixed position embedding is a tensor of the public checkpoints, and counted there.
@@ -50,6 +51,8 @@ def run(config: RunConfig) -> int:
     print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False).rstrip())
     print()
     print(f"data            {source}: {facts.space.kind} of {'x'.join(map(str, facts.shape))}")
+    for remark in remarks:
+        print(f"WARNING         {remark}")
     for name, condition in conditions.items():
         values = f"{condition.facts.num_values} values" if condition.facts.num_values else ""
         arrays = [
@@ -72,19 +75,15 @@ def run(config: RunConfig) -> int:
     return 0
 
 
-def _data(config: RunConfig) -> tuple[Facts, str]:
-    """(the data, where that comes from). Data that are not there yet are assumed, and said so."""
+def _data(config: RunConfig) -> tuple[Facts, str, Sequence[str]]:
+    """(the data, where that comes from, remarks). Data that are not there yet are assumed, and said so."""
     path = getattr(config.data, "path", None)
-    made = (
-        config.data.kind == "digits"
-    )  # by training, where they are missing; a plan writes nothing
-    if path is not None and (Path(path) / INDEX if made else Path(path)).exists():
-        return build_source(config).facts, str(path)
-    if path is None:  # an outside source that needs no folder
-        return build_source(config).facts, config.data.kind
-    if made:
-        return DIGITS, "digits"
-    return ASSUMED, f"assumed, for {path} does not exist"
+    # The digits are made by training where they are missing; a plan writes nothing.
+    made = config.data.kind == "digits"
+    if path is None or (Path(path) / INDEX if made else Path(path)).exists():
+        source = build_source(config)
+        return source.facts, str(path or config.data.kind), getattr(source, "remarks", ())
+    return (DIGITS, "digits", ()) if made else (ASSUMED, f"assumed, for {path} does not exist", ())
 
 
 def _print_memory(config: RunConfig, facts: Facts, parameters: int) -> None:

@@ -176,6 +176,37 @@ def test_a_video_is_encoded_trained_on_and_sampled(tmp_path: Path, good, monkeyp
     assert drawn.shape == (2, 2, 3, 4, 4) and torch.isfinite(drawn).all()
 
 
+def test_channels_that_are_not_of_unit_scale_are_named_and_mended(
+    tmp_path: Path, good, command
+) -> None:
+    latents = GENERATOR.normal(size=(NUM, 3, 8, 8)) * np.array([1.0, 3.0, 0.9])[:, None, None] + 0.5
+    np.savez(tmp_path / "a.npz", x=latents.astype(np.float32))
+    data, words = tmp_path / "set", ["--config", "digits_dit_tiny", "data.kind=shards"]
+    words += [f"data.path={data}", "engine=torch", "train.steps=1", "train.global_batch=4"]
+    words += ["model.size=tiny/2", "model.depth=1", "model.hidden_size=16", "model.num_heads=1"]
+    good("encode", "--arrays", tmp_path / "a.npz", "--out", data, "--scale", 1)
+    said = "root mean square of channel 1 (3"
+    assert said in good("train", *words, f"run_dir={tmp_path / 'one'}").err
+    assert said in good("plan", *words).out
+    good("encode", "--reindex", data, "--scale", "auto")
+    source = Shards(data)
+    assert np.allclose(source.mean, 0, atol=1e-6) and np.allclose(source.std, 1, atol=1e-6)
+    x = source.decode(source.read(range(NUM))[0])
+    assert torch.allclose(x.mean((0, 2, 3)), torch.zeros(3), atol=1e-5)
+    assert torch.allclose(x.std((0, 2, 3)), torch.ones(3), atol=1e-3)
+    assert said not in good("train", *words, f"run_dir={tmp_path / 'two'}").err
+    good("encode", "--reindex", data, "--scale", "1,0.5,2", "--shift", "0,1,-1")
+    space = Shards(data).facts.space
+    assert space.scale == (1.0, 0.5, 2.0) and space.shift == (0.0, 1.0, -1.0)
+    for wrong, word in (
+        ("1,2", "2 numbers for 3 channels"),
+        ("0,1,1", "above 0"),
+        ("nan", "finite"),
+    ):
+        answer = command("encode", "--reindex", data, "--scale", wrong)
+        assert answer.code == 2 and word in answer.err
+
+
 @pytest.mark.parametrize(
     ("arrays", "word"),
     [

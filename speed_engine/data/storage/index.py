@@ -17,7 +17,7 @@ import re
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -26,6 +26,7 @@ from .. import DataError
 from .scan import PREFIX, NamedArray, Scanned, Shard, entries_path, entry_dtype, scan
 
 INDEX = "index.json"
+Scale: TypeAlias = float | tuple[float, ...] | Literal["auto"]
 REINDEX = "python -m speed_engine encode --reindex DIR"
 PIXEL_SCALE, PIXEL_SHIFT = 1 / 127.5, 127.5  # x = stored / 127.5 - 1
 
@@ -40,15 +41,15 @@ class Index(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     format: Literal["speed-engine shards"] = "speed-engine shards"
-    version: Literal[1, 2] = 1  # 2: with named arrays
+    version: Literal[1, 2] = 1  # 2: with named arrays, or a scale of each channel
     kind: Literal["pixels", "latents"]
     count: int
     shape: tuple[int, ...]
     dtype: Literal["uint8", "float16", "float32"]
     posterior: bool
     flipped: bool
-    scale: float
-    shift: float
+    scale: float | tuple[float, ...]
+    shift: float | tuple[float, ...]
     num_classes: int
     class_names: list[str]
     mean: list[float]
@@ -64,8 +65,8 @@ class Index(BaseModel):
 
     def content(self) -> dict[str, Any]:
         """Everything but the fingerprint; the first version had no named arrays."""
-        absent = {"fingerprint"} if self.arrays else {"fingerprint", "arrays"}
-        return self.model_dump(exclude=absent)
+        absent = {"fingerprint"} if self.version > 1 else {"fingerprint", "arrays"}
+        return self.model_dump(mode="json", exclude=absent)
 
     @property
     def stored_shape(self) -> tuple[int, ...]:
@@ -79,8 +80,8 @@ class Index(BaseModel):
 def compose(
     scanned: Sequence[Scanned],
     *,
-    scale: float | None = None,
-    shift: float | None = None,
+    scale: Scale | None = None,
+    shift: Scale | None = None,
     posterior: bool = False,
     num_classes: int | None = None,
     class_names: Sequence[str] = (),
@@ -88,7 +89,7 @@ def compose(
     """The index of the scanned shards, which must agree with each other. Raises DataError.
 
     num_classes: default is the largest label + 1, or the number of class names. scale and shift: of
-    latents.
+    latents, one number or one a channel; scale "auto": every channel to mean 0 and deviation 1.
     """
     first = scanned[0]
     for other in scanned[1:]:
@@ -127,21 +128,24 @@ def compose(
                 "--scale and --shift belong to latents, but these shards hold uint8 pixels"
             )
         scale, shift = PIXEL_SCALE, PIXEL_SHIFT
-    if scale is None or not math.isfinite(scale) or scale <= 0:
-        raise DataError(
-            "the scale of these latents is unknown; give --scale (0.18215 for Stable Diffusion's "
-            "VAE, 1 for latents that are scaled already)"
-        )
-    shift = shift or 0.0
     channels, *space = first.stored_shape
     count = sum(s.shard.count for s in scanned)
     values = count * math.prod(space)
     mean = np.sum([s.sums for s in scanned], 0) / values
     var = np.maximum(np.sum([s.square_sums for s in scanned], 0) / values - mean**2, 0)
+    if scale == "auto":
+        if shift is not None or not (var > 0).all():
+            raise DataError(
+                "--scale auto measures scale and shift of every channel: leave out --shift, and give numbers where a "
+                "channel is constant"
+            )
+        scale, shift = tuple((1 / np.sqrt(var)).tolist()), tuple(mean.tolist())
+    scale, shift = _numbers("scale", scale, len(mean)), _numbers("shift", shift or 0.0, len(mean))
+    by_channel = isinstance(scale, tuple) or isinstance(shift, tuple)
     return Index(
         kind="pixels" if pixels else "latents",
         count=count,
-        version=2 if first.arrays else 1,
+        version=2 if first.arrays or by_channel else 1,
         arrays=first.arrays,
         shape=(channels // 2 if posterior else channels, *space),
         dtype=first.dtype,  # pyright: ignore[reportArgumentType]  checked by pydantic
@@ -151,10 +155,29 @@ def compose(
         shift=shift,
         num_classes=num_classes,
         class_names=list(class_names),
-        mean=((mean - shift) * scale).tolist(),
-        std=(np.sqrt(var) * scale).tolist(),
+        mean=((mean - np.array(shift)) * np.array(scale)).tolist(),
+        std=(np.sqrt(var) * np.array(scale)).tolist(),
         shards=[s.shard for s in scanned],
     ).sealed()
+
+
+def _numbers(name: str, given: Scale | None, channels: int) -> float | tuple[float, ...]:
+    """One number, or one a channel. Raises DataError for what is neither, or no scale."""
+    numbers = (given,) if isinstance(given, (int, float)) else given
+    if numbers is None or isinstance(numbers, str):
+        raise DataError(
+            "the scale of these latents is unknown; give --scale (0.18215 for Stable Diffusion's "
+            "VAE, 1 for latents that are scaled already, auto to measure it)"
+        )
+    if len(numbers) not in (1, channels):
+        raise DataError(
+            f"--{name} has {len(numbers)} numbers for {channels} channels; give one or all"
+        )
+    if not all(map(math.isfinite, numbers)) or (name == "scale" and min(numbers) <= 0):
+        raise DataError(
+            f"--{name} {given} must be finite{' and above 0' if name == 'scale' else ''}"
+        )
+    return numbers[0] if len(numbers) == 1 else tuple(numbers)
 
 
 def write_file(path: Path, content: bytes) -> None:
@@ -322,8 +345,8 @@ def verify(folder: Path) -> list[str]:
 def reindex(
     folder: Path,
     *,
-    scale: float | None = None,
-    shift: float | None = None,
+    scale: Scale | None = None,
+    shift: Scale | None = None,
     posterior: bool | None = None,
     num_classes: int | None = None,
 ) -> Index:
@@ -343,7 +366,7 @@ def reindex(
         posterior = old.posterior if old else False
     if old and old.kind == "latents":
         scale = old.scale if scale is None else scale
-        shift = old.shift if shift is None else shift
+        shift = old.shift if shift is None and scale != "auto" else shift
     class_names: list[str] = []
     if old and num_classes in (None, old.num_classes):
         num_classes, class_names = old.num_classes, old.class_names

@@ -25,7 +25,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from .. import DataError
 from . import index as index_file
-from .index import Index, compose, index_shard, write_file
+from .index import Index, Scale, compose, index_shard, write_file
 from .scan import Scanned
 
 PLAN, PROGRESS, SKIPPED = "encode.json", "progress.json", "skipped.json"
@@ -164,8 +164,8 @@ class SetWriter:
     def finish(
         self,
         class_names: Sequence[str] = (),
-        scale: float | None = None,
-        shift: float | None = None,
+        scale: Scale | None = None,
+        shift: Scale | None = None,
     ) -> Index:
         """Write the index and give the set its name. Raises DataError when there is no sample."""
         if self._tar is not None:
