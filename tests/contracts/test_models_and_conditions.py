@@ -1,0 +1,160 @@
+"""Every network and every condition: what `speed_engine.models` and `speed_engine.conditions` promise."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from speed_engine import kinds
+from speed_engine.conditions import Condition, label
+from speed_engine.data import ArrayFacts, ConditionFacts, Facts
+from speed_engine.data.space import Space
+from speed_engine.models import refuse_unknown_conditions
+
+# The smallest settings of each network.
+SMALL: dict[str, dict[str, Any]] = {
+    "dit": {"size": "tiny/2", "hidden_size": 16, "depth": 2, "num_heads": 2},
+}
+# What a set says for each condition, and something a person may ask for.
+DATA: dict[str, tuple[ConditionFacts, str]] = {
+    "label": (label.described(4, ["a", "b", "c", "d"]), "c"),
+    "vector": (ConditionFacts("vector", {"vector": ArrayFacts((3,), "float32")}), "1,2,3"),
+}
+MODELS, CONDITIONS = kinds.names("model"), kinds.names("conditions")
+BATCH = 5
+
+
+def condition(kind: str, dropout: float) -> Condition:
+    section = kinds.config_of("conditions", {"kind": kind, "dropout": dropout})
+    return kinds.find("conditions", kind).build(section, kind, DATA[kind][0])
+
+
+def stored(kind: str, num: int) -> dict[str, torch.Tensor]:
+    """Arrays as a source reads them."""
+    generator = torch.Generator().manual_seed(num)
+    found = {}
+    for name, array in DATA[kind][0].arrays.items():
+        if array.dtype == "int64":
+            found[name] = torch.randint(
+                DATA[kind][0].num_values, (num, *array.shape), generator=generator
+            )
+        else:
+            found[name] = torch.randn(num, *array.shape, generator=generator)
+    return found
+
+
+def test_every_member_is_here() -> None:
+    assert set(MODELS) == set(SMALL) and set(CONDITIONS) == set(DATA), "add its lines above"
+
+
+@pytest.mark.parametrize("kind", CONDITIONS)
+def test_what_is_dropped_is_none_and_addressed(kind: str) -> None:
+    one, arrays = condition(kind, 0.5), stored(kind, 400)
+    assert one.facts == replace(DATA[kind][0], null=True)
+    told = one.drop(arrays, 1, 2, 0)
+    null = one.null(400, "cpu")
+    kept = condition(kind, 0.0).drop(arrays, 1, 2, 0)
+    assert told.keys() == null.keys() == kept.keys()
+    for name in told:
+        flat = [
+            each[name].flatten(1) if each[name].dim() > 1 else each[name][:, None]
+            for each in (told, null, kept)
+        ]
+        is_null, is_kept = (flat[0] == flat[1]).all(1), (flat[0] == flat[2]).all(1)
+        assert (is_null | is_kept).all() and 140 < int(is_null.sum()) < 260
+        late = one.drop({key: value[100:] for key, value in arrays.items()}, 1, 2, 100)
+        assert torch.equal(late[name], told[name][100:])
+        assert not torch.equal(one.drop(arrays, 1, 3, 0)[name], told[name])
+        assert not torch.equal(one.drop(arrays, 2, 2, 0)[name], told[name])
+
+
+@pytest.mark.parametrize("kind", CONDITIONS)
+def test_what_is_asked_for_is_what_training_tells(kind: str) -> None:
+    one = condition(kind, 0.1)
+    trained, asked = one.drop(stored(kind, 2), 0, 0, 0), one.asked([DATA[kind][1]] * 2)
+    default, null = one.default(range(2)), one.null(2, "cpu")
+    for other in (asked, default, null):
+        assert other.keys() == trained.keys()
+        for name in trained:
+            assert (
+                other[name].shape == trained[name].shape
+                and other[name].dtype == trained[name].dtype
+            )
+    with pytest.raises(ValueError):
+        one.asked(["no such thing"])
+    never = condition(kind, 0.0)
+    assert not never.facts.null
+    with pytest.raises(ValueError, match=f"conditions.{kind}.dropout"):
+        never.null(1, "cpu")
+
+
+def build(
+    kind: str, names: tuple[str, ...], num_outputs: int, seed: int = 0
+) -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    conditions = {name: condition(name, 0.1) for name in names}
+    facts = Facts(
+        (1, 8, 8), Space.pixels(1), {name: each.facts for name, each in conditions.items()}
+    )
+    config = kinds.config_of("model", {"kind": kind, **SMALL[kind]})
+    model = kinds.find("model", kind).build(
+        config, facts, num_outputs, seed=seed, dtype=torch.float32
+    )
+    told: dict[str, torch.Tensor] = {}
+    for name, each in conditions.items():
+        told |= each.drop(stored(name, BATCH), 0, 0, 0)
+    return model, told
+
+
+@pytest.mark.parametrize("num_outputs", [1, 2])
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_network_is_told_any_of_what_it_takes(kind: str, num_outputs: int) -> None:
+    takes = kinds.find("model", kind).TAKES
+    for names in [(), *((name,) for name in takes), tuple(takes)]:
+        model, told = build(kind, names, num_outputs)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.02)
+        x, time_B = torch.randn(BATCH, 1, 8, 8), torch.arange(BATCH).float() * 100
+        out = model(x, time_B, **told)
+        assert out.shape == (BATCH, num_outputs, 8, 8) and torch.isfinite(out).all()
+        torch.testing.assert_close(
+            out[2:4], model(x[2:4], time_B[2:4], **{k: v[2:4] for k, v in told.items()})
+        )
+        out.square().sum().backward()
+        assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+        if told:
+            with pytest.raises((ValueError, TypeError)):
+                model(x, time_B)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_what_a_file_offers(kind: str) -> None:
+    module = kinds.find("model", kind)
+    one, again, other = (build(kind, ("label",), 1, seed)[0] for seed in (3, 3, 4))
+    pairs = list(zip(one.parameters(), again.parameters(), other.parameters(), strict=True))
+    assert all(torch.equal(a, b) for a, b, _ in pairs) and any(
+        not torch.equal(a, c) for a, _, c in pairs
+    )
+    model: Any = one
+    assert model.num_outputs == 1 and model.facts.shape == (1, 8, 8)
+    assert module.macs_per_sample(model.config, model.facts, 1) > 0
+    assert set(getattr(module, "COMPUTE_KEYS", ())) <= set(type(model.config).model_fields)
+    for name, parameter in inspect.signature(type(one).forward).parameters.items():
+        assert name not in module.TAKES or parameter.kind is inspect.Parameter.KEYWORD_ONLY
+    on_meta = module.build(model.config, model.facts, 1, device="meta")
+    assert all(p.is_meta for p in on_meta.parameters())
+    assert on_meta.state_dict().keys() == one.state_dict().keys()
+
+
+def test_a_condition_that_a_network_does_not_take_is_named_with_the_cure() -> None:
+    strange = {"camera": ConditionFacts("vector", {"camera": ArrayFacts((2,), "float32")})}
+    facts = Facts((1, 8, 8), Space.pixels(1), strange)
+    with pytest.raises(
+        ValueError, match=r"'camera', which model\.kind=dit .* conditions\.camera=null"
+    ):
+        refuse_unknown_conditions(kinds.find("model", "dit"), facts, "dit")
