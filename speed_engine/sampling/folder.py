@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from speed_engine.atomic_files import atomic, write_json
+from speed_engine.progress import progress
 from speed_engine.sampling.process import Model, Process, Recipe, check, kept_steps, sample
 
 SMALLEST_TILE = 64  # pixels of a picture's side in the grid: an 8x8 digit is enlarged 8 times
@@ -230,7 +230,8 @@ def sample_to_folder(
     missing = open_folder(
         out, _facts(process, recipe, num, conditions_N, source, upscale, dtype, decode is not None)
     )
-    with _progress(show_progress, len(missing) * recipe.steps) as advance:
+    total = len(missing) * recipe.steps  # sampler steps times samples
+    with progress("sampling", total, show=show_progress) as bar:
         for start in range(0, len(missing), batch_size):
             numbers = missing[start : start + batch_size]
             told = conditions_N and {name: each[numbers] for name, each in conditions_N.items()}
@@ -243,7 +244,7 @@ def sample_to_folder(
                 batch_size=batch_size,
                 device=device,
                 dtype=dtype,
-                progress=advance,
+                progress=bar.further,
             )
             pixels = to_uint8(decode(x) if decode else x)
             save_images(pixels, out, numbers, upscale)
@@ -295,31 +296,3 @@ def _snr(process: Process) -> np.ndarray:
     """alpha^2 / sigma^2 of every row, with a floor that a logarithm can take."""
     bar = process.alpha_bar
     return np.maximum(bar / (1 - bar), np.finfo(np.float64).tiny)
-
-
-@contextmanager
-def _progress(show: bool, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar with the time left, counting sampler steps times samples; silent if not `show`."""
-    if not show or total == 0:
-        yield lambda _: None
-        return
-    from rich.progress import (
-        BarColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (
-        TextColumn("sampling"),
-        BarColumn(),
-        TextColumn("{task.percentage:3.0f} %"),
-        TextColumn("elapsed"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns) as bar:
-        task = bar.add_task("sampling", total=total)
-        yield lambda amount: bar.advance(task, amount)
