@@ -8,7 +8,7 @@ losses of the clusters, which is its exact gradient.
 
 The authors' script differs in two places, which `official: true` follows: L_c is divided by the number of
 clusters (its gradient of s sees a fifth of the loss, so exp(s) settles at a fifth), and it is the squared error
-plus the variational term, not the squared error alone. The default is the paper's sum over tasks: with a learned
+plus the variational term (unscaled), not the squared error alone. The default is the paper's sum over tasks: with a learned
 variance the variational term is a regulariser of the variance alone and should not move the weight of the means.
 Then `weight_vb` stays as it is set, while `official` weighs both.
 """
