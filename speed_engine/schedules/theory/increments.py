@@ -46,7 +46,7 @@ def psi_rate(schedule: Schedule) -> Tensor:
         (rate,) = torch.gradient(schedule.sigma.square(), spacing=(schedule.coordinate,))
     else:
         at = schedule.coordinate
-        _, rate = torch.func.jvp(lambda t: curve(t)[1].square(), (at,), (torch.ones_like(at),))
+        rate = torch.func.jvp(lambda t: curve(t)[1].square(), (at,), (torch.ones_like(at),))[1]
     return 2 * rate
 
 
