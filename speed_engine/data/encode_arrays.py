@@ -19,8 +19,9 @@ from typing import Any
 import numpy as np
 
 from speed_engine.data import DataError
-from speed_engine.data.storage.index import Index, Scale
-from speed_engine.data.storage.scan import NAMED_DTYPES
+from speed_engine.data.storage.index import Index
+from speed_engine.data.storage.npy import NAMED_DTYPES
+from speed_engine.data.storage.scaling import Scale
 from speed_engine.data.storage.writer import SetWriter
 
 RESERVED = ("x", "label", "class_names")

@@ -26,7 +26,7 @@ from speed_engine.kinds import Section
 
 from . import ArrayFacts, ConditionFacts, DataError, Facts
 from .storage import index as index_file
-from .storage.scan import PREFIX
+from .storage.npy import PREFIX, misfit
 
 TORCH_DTYPES = {
     "uint8": torch.uint8,
@@ -95,7 +95,7 @@ class Shards:
         entries = np.concatenate(tables)
         self._shard = np.repeat(np.arange(len(tables)), [len(table) for table in tables])
         self._base = np.cumsum([0] + [len(table) for table in tables])
-        self._entries = entries
+        self._entries, self._columns = entries, index.columns
         self._offset = entries["offset"].copy()
         self._flipped = entries["flipped"].copy() if index.flipped else None
         self._label = np.maximum(entries["label"], 0).astype(np.int64)
@@ -124,10 +124,7 @@ class Shards:
 
         C' = 2C with a posterior. For a conversion on the device: move `stored` there and `decode`.
         """
-        chosen = np.asarray(indices, np.int64) if len(indices) else np.zeros(0, np.int64)
-        if chosen.ndim != 1 or (len(chosen) and not 0 <= chosen.min() <= chosen.max() < self.count):
-            raise DataError(f"sample indices must lie in [0, {self.count}) of {self.folder}")
-        chosen = chosen + self.first
+        chosen = self._chosen(indices)
         flipped = None if flips is None else np.asarray(flips, bool)
         if flipped is not None and flipped.shape != chosen.shape:
             raise DataError(f"{len(chosen)} samples need as many flips, not {flipped.shape}")
@@ -149,6 +146,21 @@ class Shards:
             rows = torch.from_numpy(flipped)
             stored[rows] = stored[rows].flip(-1)
         return stored, self._told(chosen)
+
+    def _chosen(self, indices: Sequence[int] | np.ndarray | Tensor) -> np.ndarray:
+        """The samples' numbers in the whole set. Raises DataError for what is not an index."""
+        chosen = np.asarray(indices) if len(indices) else np.zeros(0, np.int64)
+        if chosen.ndim != 1 or chosen.dtype.kind not in "iu":
+            raise DataError(
+                f"sample indices of {self.folder} must be integers in a row, not {chosen.tolist()}"
+            )
+        wrong = np.flatnonzero((chosen < 0) | (chosen >= self.count))
+        if len(wrong):
+            raise DataError(
+                f"sample indices must lie in [0, {self.count}) of {self.folder}, and "
+                f"{chosen[wrong[0]]} does not"
+            )
+        return chosen.astype(np.int64) + self.first
 
     def _told(self, chosen: np.ndarray) -> dict[str, Tensor]:
         """Label and named arrays of the samples, whose regions are checked already."""
@@ -203,14 +215,20 @@ class Shards:
             elif zlib.crc32(region) != entry["crc32"]:
                 reason = "damaged, its CRC32 does not fit"
             else:
+                if fault := misfit(self._columns, entry, region):
+                    cure = f"rebuild the index with `{index_file.REINDEX}`"
+                    raise DataError(f"{self._place(sample)}: {fault}; {cure}")
                 self._checked[sample] = True
                 return region
-        shard = int(self._shard[sample])
         raise DataError(
-            f"{self.folder / self.index.shards[shard].name}, sample {sample - self._base[shard]}: "
-            f"{reason}; restore the shard (`python -m speed_engine encode --verify DIR` lists "
-            "every fault)"
+            f"{self._place(sample)}: {reason}; restore the shard (`python -m speed_engine encode "
+            "--verify DIR` lists every fault)"
         )
+
+    def _place(self, sample: int) -> str:
+        shard = int(self._shard[sample])
+        name = self.folder / self.index.shards[shard].name
+        return f"{name}, sample {sample - self._base[shard]}"
 
 
 def facts_of(index: index_file.Index) -> Facts:

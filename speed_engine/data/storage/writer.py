@@ -25,7 +25,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from .. import DataError
 from . import index as index_file
-from .index import Index, Scale, compose, index_shard, write_file
+from .index import Index, compose, index_shard, write_file
+from .scaling import Scale
 from .scan import Scanned
 
 PLAN, PROGRESS, SKIPPED = "encode.json", "progress.json", "skipped.json"
