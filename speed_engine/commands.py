@@ -186,8 +186,10 @@ def sample(args: argparse.Namespace) -> int:
         one = [asked[name]] * args.num if name in asked else None
         told |= condition.default(range(args.num)) if one is None else condition.asked(one)
     if latents and args.vae is None:
+        by = run.facts.space.vae
         raise ValueError(
             "the run was trained on latents; give --vae, the folder of its AutoencoderKL"
+            f"{f' (its data were encoded by {by})' if by else ''}"
         )
     decode = None
     if args.vae is not None:

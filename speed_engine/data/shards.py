@@ -243,7 +243,7 @@ def facts_of(index: index_file.Index) -> Facts:
     for name, array in index.arrays.items():
         facts = {name: ArrayFacts(array.shape, array.dtype)}
         told[name] = ConditionFacts(array.kind, facts)
-    space = Space(index.kind, scale, shift, index.posterior)
+    space = Space(index.kind, scale, shift, index.posterior, index.vae)
     return Facts(index.shape, space, told, index.kind == "pixels" or index.flipped)
 
 

@@ -37,12 +37,12 @@ class Index(BaseModel):
     measured there, per channel.
 
     shape: (C, *space) in model space; stored arrays have twice the channels when `posterior` (mean,
-    standard deviation).
+    standard deviation). vae: which autoencoder made the latents, where somebody said.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     format: Literal["speed-engine shards"] = "speed-engine shards"
-    version: Literal[1, 2] = 1  # 2: named arrays, a scale of each channel, or other than (C, H, W)
+    version: Literal[1, 2] = 1  # 2: has what 1 does not know: see `compose`
     kind: Literal["pixels", "latents"]
     count: int
     shape: tuple[int, ...]
@@ -57,6 +57,7 @@ class Index(BaseModel):
     std: list[float]
     shards: list[Shard]
     arrays: dict[str, NamedArray] = {}
+    vae: str | None = None
     fingerprint: str = ""
 
     def sealed(self) -> Index:
@@ -65,9 +66,11 @@ class Index(BaseModel):
         return self.model_copy(update={"fingerprint": hashlib.sha256(text.encode()).hexdigest()})
 
     def content(self) -> dict[str, Any]:
-        """Everything but the fingerprint; the first version had no named arrays."""
-        absent = {"fingerprint"} if self.version > 1 else {"fingerprint", "arrays"}
-        return self.model_dump(mode="json", exclude=absent)
+        """Everything but the fingerprint; the first version had neither named arrays nor a VAE's name."""
+        absent = {"fingerprint"} | ({"arrays"} if self.version == 1 else set())
+        return self.model_dump(
+            mode="json", exclude=absent | ({"vae"} if self.vae is None else set())
+        )
 
     @property
     def stored_shape(self) -> tuple[int, ...]:
@@ -93,11 +96,13 @@ def compose(
     posterior: bool = False,
     num_classes: int | None = None,
     class_names: Sequence[str] = (),
+    vae: str | None = None,
 ) -> Index:
     """The index of the scanned shards, which must agree with each other. Raises DataError.
 
     num_classes: default is the largest label + 1, or the number of class names. scale and shift: of
-    latents, one number or one a channel; scale "auto": every channel to mean 0 and deviation 1.
+    latents, one number or one a channel; scale "auto": every channel to mean 0 and deviation 1. vae: which
+    autoencoder made them.
     """
     first = scanned[0]
     for other in scanned[1:]:
@@ -130,8 +135,10 @@ def compose(
     if class_names and len(class_names) != num_classes:
         raise DataError(f"there are {len(class_names)} class names for {num_classes} classes")
     pixels = first.dtype == "uint8"
-    if pixels and (scale is not None or shift is not None):
-        raise DataError("--scale and --shift belong to latents, but these shards hold uint8 pixels")
+    if pixels and (scale, shift, vae) != (None, None, None):
+        raise DataError(
+            "--scale, --shift and --vae belong to latents, but these shards hold uint8 pixels"
+        )
     channels, *space = first.stored_shape
     count = sum(s.shard.count for s in scanned)
     values = count * math.prod(space)
@@ -142,12 +149,13 @@ def compose(
     else:
         scale, shift = constants(scale, shift, mean, var)
     by_channel = isinstance(scale, tuple) or isinstance(shift, tuple)
-    new = first.arrays or by_channel or len(space) != 2
+    new = first.arrays or by_channel or len(space) != 2 or vae is not None
     return Index(
         kind="pixels" if pixels else "latents",
         count=count,
         version=2 if new else 1,
         arrays=first.arrays,
+        vae=vae,
         shape=(channels // 2 if posterior else channels, *space),
         dtype=first.dtype,  # pyright: ignore[reportArgumentType]  checked by pydantic
         posterior=posterior,
@@ -331,6 +339,7 @@ def reindex(
     shift: Scale | None = None,
     posterior: bool | None = None,
     num_classes: int | None = None,
+    vae: str | None = None,
 ) -> Index:
     """Write the index of all `*.tar` in `folder`, ours or any plain WebDataset shards. Raises
     DataError.
@@ -349,6 +358,7 @@ def reindex(
     if old and old.kind == "latents":
         scale = old.scale if scale is None else scale
         shift = old.shift if shift is None and scale != "auto" else shift
+        vae = old.vae if vae is None else vae
     class_names: list[str] = []
     if old and num_classes in (None, old.num_classes):
         num_classes, class_names = old.num_classes, old.class_names
@@ -360,6 +370,7 @@ def reindex(
         posterior=posterior,
         num_classes=num_classes,
         class_names=class_names,
+        vae=vae,
     )
     save(index, folder)
     return index
