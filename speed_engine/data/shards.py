@@ -59,8 +59,8 @@ def build(config: Config) -> Shards:
 class Shards:
     """Samples first to first + count - 1 of the set in `folder` (default: all); a data.Source.
 
-    Further attributes: index (all of index.json), kind, mean and std (measured, per channel, in
-    model space).
+    Further attributes: index (all of index.json), mean and std (measured, per channel, in model
+    space).
     """
 
     def __init__(
@@ -82,7 +82,6 @@ class Shards:
             raise DataError(
                 f"samples {first} to {first + self.count} do not exist: {folder} has {index.count}"
             )
-        self.shape, self.kind = index.shape, index.kind
         self.mean, self.std = index.mean, index.std
         self.facts = facts_of(index)
         odd = odd_channels(self.facts, self.mean, self.std)
@@ -129,7 +128,7 @@ class Shards:
         if flipped is not None and flipped.shape != chosen.shape:
             raise DataError(f"{len(chosen)} samples need as many flips, not {flipped.shape}")
         offset = self._offset[chosen]
-        if flipped is not None and self.kind == "latents":
+        if flipped is not None and self.index.kind == "latents":
             if self._flipped is None:
                 raise DataError(
                     f"{self.folder} holds no flipped latents; encode it again with --flip or turn "
@@ -142,7 +141,7 @@ class Shards:
             len(chosen), *self.index.stored_shape, dtype=TORCH_DTYPES[self.index.dtype]
         )
         self._fill(stored, chosen, offset, self.index.array_bytes)
-        if flipped is not None and self.kind == "pixels":
+        if flipped is not None and self.index.kind == "pixels":
             rows = torch.from_numpy(flipped)
             stored[rows] = stored[rows].flip(-1)
         return stored, self._told(chosen)

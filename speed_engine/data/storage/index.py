@@ -23,13 +23,13 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from .. import DataError
+from ..space import Space
 from .npy import PREFIX, NamedArray, misfit
 from .scaling import Numbers, Scale, constants
 from .scan import Scanned, Shard, entries_path, entry_dtype, scan
 
 INDEX = "index.json"
 REINDEX = "python -m speed_engine encode --reindex DIR"
-PIXEL_SCALE, PIXEL_SHIFT = 1 / 127.5, 127.5  # x = stored / 127.5 - 1
 
 
 class Index(BaseModel):
@@ -145,7 +145,8 @@ def compose(
     mean = np.sum([s.sums for s in scanned], 0) / values
     var = np.maximum(np.sum([s.square_sums for s in scanned], 0) / values - mean**2, 0)
     if pixels:
-        scale, shift = PIXEL_SCALE, PIXEL_SHIFT
+        one = Space.pixels(1)
+        scale, shift = one.scale[0], one.shift[0]
     else:
         scale, shift = constants(scale, shift, mean, var)
     by_channel = isinstance(scale, tuple) or isinstance(shift, tuple)

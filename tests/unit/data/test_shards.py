@@ -89,8 +89,8 @@ def test_what_is_written_comes_back_in_any_order(tmp_path: Path, name: str) -> N
     again, _ = source.read(torch.tensor(order))  # the second time without checksums
     assert torch.equal(again, raw)
     x, _ = decoded(source, np.array(order))
-    channels = source.shape[0]
-    assert x.shape == (6, *source.shape) and x.dtype == torch.float32 and x.is_contiguous()
+    channels = source.facts.shape[0]
+    assert x.shape == (6, *source.facts.shape) and x.dtype == torch.float32 and x.is_contiguous()
     if name == "pixels":
         assert torch.equal(x, torch.from_numpy(stored[order]).float() / 127.5 - 1)
     else:
@@ -120,7 +120,7 @@ def test_scale_and_shift(tmp_path: Path, dtype: Any) -> None:
 def test_posterior_draw_is_mean_plus_std_times_normals(tmp_path: Path) -> None:
     _, stored, _ = write(tmp_path / "set", **SETTINGS["posterior"], scale=2.0)
     source = shards.Shards(tmp_path / "set")
-    normals = torch.randn(7, *source.shape)
+    normals = torch.randn(7, *source.facts.shape)
     x, _ = decoded(source, range(7), normals=normals)
     mean, std = torch.from_numpy(stored).float().chunk(2, 1)
     torch.testing.assert_close(x, (mean + std * normals) * 2.0, rtol=1e-6, atol=1e-6)
@@ -304,7 +304,7 @@ def test_scale_far_off_is_refused(tmp_path: Path) -> None:
 def test_kinds_and_protocol(tmp_path: Path) -> None:
     assert names("data") == ["digits", "shards"]
     source: Source = digits.build(digits.Config(path=str(tmp_path / "digits")))
-    assert source.shape == (1, 8, 8)
+    assert source.facts.shape == (1, 8, 8)
 
 
 def test_digits(tmp_path: Path) -> None:
