@@ -12,11 +12,8 @@ from torch import Tensor
 
 from speed_engine.conditions import Condition
 from speed_engine.conditions import label as label_file
-from speed_engine.objectives import Objective
+from speed_engine.objectives import epsilon
 from speed_engine.sampling.folder import (
-    SEPARATOR,
-    SMALLEST_TILE,
-    grid_picture,
     image_path,
     read_recipe,
     read_samples,
@@ -24,6 +21,7 @@ from speed_engine.sampling.folder import (
     to_uint8,
     write_json,
 )
+from speed_engine.sampling.montage import SEPARATOR, SMALLEST_TILE, grid_picture
 from speed_engine.sampling.process import Process, Recipe
 from speed_engine.schedules import from_betas
 
@@ -34,14 +32,12 @@ def labelled(num: int, dropout: float = 0.1) -> dict[str, Condition]:
     return {"label": label_file.build(config, "label", label_file.described(num))}
 
 
-def process(shape=(1, 4, 4), learned_variance=False, num_steps=100, **classes) -> Process:
+def process(shape=(1, 4, 4), learned_variance=False, num_steps=100, classes=None) -> Process:
     schedule = from_betas("linear", torch.linspace(1e-4, 0.02, num_steps, dtype=torch.float64))
-    one = torch.ones_like(schedule.alpha)
-    objective = Objective("epsilon", torch.zeros_like(one), one, one)
-    return Process(schedule, objective, learned_variance, shape, **classes)
+    return Process.of(schedule, epsilon.Config(), learned_variance, shape, classes or {})
 
 
-PROCESS = process(conditions=labelled(3))
+PROCESS = process(classes=labelled(3))
 RECIPE = Recipe(sampler="ddim", steps=4)
 LABELS = torch.arange(10) % 3
 
@@ -131,7 +127,7 @@ def test_interrupted_sampling_resumes_without_duplicates(tmp_path) -> None:
         ({"conditions_N": {"label": torch.zeros(10, dtype=torch.int64)}}, "conditions_sha256"),
         ({"num": 9, "conditions_N": {"label": LABELS[:9]}}, "num=10 (now 9)"),
         ({"dtype": torch.float64}, "dtype="),
-        ({"process": process(num_steps=50, conditions=labelled(3))}, "process_sha256"),
+        ({"process": process(num_steps=50, classes=labelled(3))}, "process_sha256"),
         ({"upscale": 2}, "upscale=1 (now 2)"),
     ],
 )
