@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from speed_engine.objectives import Objective
-from speed_engine.schedules import Schedule, interpolate, on_curve
+from speed_engine.schedules import Schedule, on_curve
 
 Spacing = Literal["auto", "linspace", "leading", "trailing", "karras"]
 RHO = 7.0
@@ -185,18 +185,21 @@ def _coordinates(
 
 
 def _karras(plain: Schedule, bottom: Tensor, top: Tensor, share: Tensor) -> Tensor:
-    """Where sigma / alpha is spaced by rho between its ends; linear in ln(sigma / alpha) between the rows, so exact
-    where the coordinate is ln sigma.
-    """
-    inner = plain.coordinate[(plain.coordinate > bottom) & (plain.coordinate < top)]
-    known = torch.cat([bottom[None], inner, top[None]])
-    at = _points(plain, known)
-    ratio = at.sigma / at.alpha
-    kept = ratio <= (1 / SMALLEST_ALPHA_BAR - 1) ** 0.5
-    known, ratio = known[kept], ratio[kept]
-    low, high = float(ratio[0]) ** (1 / RHO), float(ratio[-1]) ** (1 / RHO)
-    wanted = (low * (1 - share) + high * share) ** RHO
-    return interpolate(wanted.log(), ratio.log(), known)
+    """Where sigma / alpha, which rises with the coordinate, is spaced by rho between its ends; found by bisection."""
+
+    def ratio(at: Tensor) -> Tensor:
+        level = _points(plain, at)
+        return level.sigma / level.alpha
+
+    largest = (1 / SMALLEST_ALPHA_BAR - 1) ** 0.5
+    low, high = (float(ratio(end[None])) ** (1 / RHO) for end in (bottom, top))
+    wanted = (low * (1 - share) + min(high, largest ** (1 / RHO)) * share) ** RHO
+    below, above = bottom.expand_as(share), top.expand_as(share)
+    for _ in range(64):
+        middle = (below + above) / 2
+        under = ratio(middle) < wanted
+        below, above = torch.where(under, middle, below), torch.where(under, above, middle)
+    return above
 
 
 # -------------------------------------------------------------------------------------------- for solvers
