@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 
 from speed_engine.atomic_files import atomic
-from speed_engine.reports.plots import BLUE, GREY, GRID, INK, STYLE, smooth
+from speed_engine.reports.plots import smooth
+from speed_engine.reports.style import GREY, GRID, INK, LINES, STYLE
 
-COLOURS = (INK, BLUE, "#c2571a", "#3b7d3c", "#8a4fa3")
+COLOURS = (INK, *LINES)
 WINDOW = 0.02  # of the smoothing, as a share of the steps
 
 

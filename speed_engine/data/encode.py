@@ -20,7 +20,6 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from speed_engine.data import DataError, digits
 from speed_engine.data.autoencoder import Vae
@@ -29,6 +28,7 @@ from speed_engine.data.storage import pictures
 from speed_engine.data.storage.index import Index, reindex, verify
 from speed_engine.data.storage.pictures import Picture, PictureError
 from speed_engine.data.storage.writer import SetWriter
+from speed_engine.progress import progress
 
 DECODE_AHEAD = 64  # images in decoding at a time
 
@@ -110,9 +110,9 @@ def encode(
                 f"the VAE needs {encoder.channels} channels and a size divisible by "
                 f"{encoder.factor}, not {channels} and {size}; correct --channels or --size"
             )
-        with _bar(console) as bar, warnings.catch_warnings():
+        done, total = writer.position, len(found)
+        with progress("encode", total, done, console) as bar, warnings.catch_warnings():
             warnings.filterwarnings("ignore", module="PIL")  # about odd files, which may be fine
-            task = bar.add_task("encode", total=len(found), completed=writer.position)
             batch: list[tuple[int, Picture, np.ndarray]] = []
             rest = found[writer.position :]
             for position, picture, array in _decoded(
@@ -127,7 +127,7 @@ def encode(
                 if len(batch) == min(batch_size, writer.room):
                     _write(writer, batch, encoder, posterior, flip)
                     batch = []
-                bar.update(task, completed=position)
+                bar.at(position)
             _write(writer, batch, encoder, posterior, flip)
         if encoder:
             index = writer.finish(class_names, scale=encoder.scale, shift=encoder.shift)
@@ -176,11 +176,6 @@ def _write(
     for i, (position, picture, _) in enumerate(batch):
         flipped = None if mirrored is None else mirrored[i]
         writer.write(position, arrays[i], picture.label, flipped)
-
-
-def _bar(console: Console) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    return Progress(*columns, TimeRemainingColumn(), console=console, transient=True)
 
 
 def _scale(text: str) -> Any:

@@ -25,16 +25,16 @@ class Config(Section):
 
 def build(config: Config, schedule: Schedule) -> Objective:
     """Raises ValueError on a schedule with a row of zero SNR."""
-    sigma, target_x0, target_eps = preconditioned_target(schedule)
+    sigma, target_x0, target_eps = preconditioned_target(schedule, config.kind)
     c_in = 1 / (sigma.square() + schedule.sigma_data**2).sqrt()
     return Objective("edm", target_x0, target_eps, input_scale=c_in / schedule.alpha)
 
 
-def preconditioned_target(schedule: Schedule) -> tuple[Tensor, Tensor, Tensor]:
-    """(s, C, D) of F's target C x0 + D eps; float64 [T] each."""
+def preconditioned_target(schedule: Schedule, kind: str) -> tuple[Tensor, Tensor, Tensor]:
+    """(s, C, D) of F's target C x0 + D eps; float64 [T] each. `kind` is the objective, for the error."""
     if (schedule.alpha == 0).any():
         raise ValueError(
-            "objective.kind=edm is not defined at zero SNR; use schedule.zero_terminal_snr=false"
+            f"objective.kind={kind} is not defined at zero SNR; use schedule.zero_terminal_snr=false"
         )
     sigma, data = schedule.sigma / schedule.alpha, schedule.sigma_data
     total = sigma.square() + data**2

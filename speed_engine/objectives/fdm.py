@@ -2,7 +2,8 @@
 and a weight warm-up.
 
 c_in is replaced by s = (1 + m B) exp(-m B), B = beta_min t' + beta_d t'^2 / 2, t' = (sigma -
-sigma_lo) / (sigma_hi - sigma_lo); everything else of EDM stays. The loss weight on the error of D
+sigma_lo) / (sigma_hi - sigma_lo) with the ends of the schedule as it was configured; everything else
+of EDM stays. The loss weight on the error of D
 is held below a ceiling growing from 5 to 500 over `clamp_steps`.
 
 Under EDM's own noise levels s differs from 1 by more than 5 % for 0.16 % of the samples (m = 2), so
@@ -18,6 +19,7 @@ from typing import Literal
 
 import torch
 from pydantic import Field
+from torch import Tensor
 
 from speed_engine.kinds import Section
 from speed_engine.objectives import Objective
@@ -39,20 +41,26 @@ class Config(Section):
 
 
 def build(config: Config, schedule: Schedule) -> Objective:
-    """Raises ValueError on a schedule that reaches zero SNR."""
-    sigma, target_x0, target_eps = preconditioned_target(schedule)
+    """Raises ValueError on a schedule with a row of zero SNR, and for `momentum` one that reaches it."""
+    sigma, target_x0, target_eps = preconditioned_target(schedule, config.kind)
+    if config.input_scale == "momentum":
+        scale = momentum(config, schedule, sigma)
+    elif config.input_scale == "unit":
+        scale = torch.ones_like(sigma)
+    else:
+        scale = 1 / (sigma.square() + schedule.sigma_data**2).sqrt()
+    return Objective("fdm", target_x0, target_eps, scale / schedule.alpha, config.clamp_steps)
+
+
+def momentum(config: Config, schedule: Schedule, sigma: Tensor) -> Tensor:
+    """s at each row's sigma / alpha; float64 [T]. Raises ValueError where that has no upper end."""
     # Of the schedule, not of its rows: a time-step method may have moved those.
     low, high = schedule.ratio_range
     if not math.isfinite(high):
         raise ValueError(
-            f"objective.kind=fdm is not defined at zero SNR, which schedule {schedule.kind} reaches; choose schedule "
-            "edm, ve or a discrete one"
+            f"objective.kind={config.kind} is not defined at zero SNR, which schedule {schedule.kind} reaches; "
+            "choose schedule edm, ve or a discrete one, or objective.input_scale=unit or edm"
         )
     time = (sigma - low) / (high - low)
     b = config.multiplier * (config.beta_min * time + config.beta_d * time.square() / 2)
-    scale = {
-        "momentum": (1 + b) * torch.exp(-b),
-        "unit": torch.ones_like(b),
-        "edm": 1 / (sigma.square() + schedule.sigma_data**2).sqrt(),
-    }[config.input_scale]
-    return Objective("fdm", target_x0, target_eps, scale / schedule.alpha, config.clamp_steps)
+    return (1 + b) * torch.exp(-b)

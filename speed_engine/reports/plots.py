@@ -16,20 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from speed_engine.atomic_files import atomic
+from speed_engine.reports.style import BLUE, GREY, GRID, STYLE, save
 from speed_engine.training import metrics_file, sealed
 
-INK, GREY, GRID, BLUE = "#222222", "#7a7a7a", "#e2e2e2", "#1f5fa8"
-STYLE: dict[Any, Any] = {
-    "font.size": 11,
-    "axes.edgecolor": "#888888",
-    "axes.labelcolor": INK,
-    "text.color": INK,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-}
 SMOOTHING = 0.02  # the smoothed curve's window, as a share of the lines
 FINAL_SHARE = 0.2  # the share of the lines behind each curve of loss_by_t.png
 
@@ -202,5 +191,4 @@ def _figure(title: str, subtitle: str, path: Path) -> Iterator[Any]:
         place = {"xytext": (0, 9), "textcoords": "offset points", "va": "bottom"}
         axes.annotate(subtitle, (0, 1), xycoords="axes fraction", fontsize=10, color=GREY, **place)
         yield axes
-        with atomic(path) as partial, partial.open("wb") as file:
-            figure.savefig(file, format="png", dpi=150)
+        save(figure, path)

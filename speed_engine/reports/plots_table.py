@@ -14,15 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from speed_engine.atomic_files import atomic
+from speed_engine.reports.style import INK, LINES, save
 from speed_engine.reports.table import table_areas
 from speed_engine.schedules import Schedule
 from speed_engine.schedules.theory import increments
 from speed_engine.step_table import StepTable
 
 AREA_COLORS = {"acceleration": "#f4d9c6", "deceleration": "#d5e3f0", "convergence": "#e6e6e6"}
-LINES = ("#1f5c99", "#c44e22", "#3a8a4f", "#7a4fa3", "#a8861a", "#3a9ea5", "#b03a6f", "#555555")
-INK = "#333333"
 
 
 def plot_table(table: StepTable, out: Path) -> list[Path]:
@@ -79,7 +77,7 @@ def plot_comparison(tables: Mapping[str, StepTable], path: Path) -> Path:
         frameon=False,
         fontsize=9,
     )
-    return _save(figure, path)
+    return save(figure, path, dpi=120)
 
 
 def _sampling_and_weight(table: StepTable, path: Path) -> Path:
@@ -98,7 +96,7 @@ def _sampling_and_weight(table: StepTable, path: Path) -> Path:
     axes[1][0].set_xlabel(_time_label(table))
     kind = getattr(table.timesteps, "kind", "")
     figure.suptitle(f"{kind} on the {table.schedule.kind} schedule", fontsize=11, color=INK)
-    return _save(figure, path)
+    return save(figure, path, dpi=120)
 
 
 def _increments(table: StepTable, path: Path) -> Path:
@@ -129,7 +127,7 @@ def _increments(table: StepTable, path: Path) -> Path:
         axis.set_ylim(0, 1.15 * float(y.max()))
     axes[-1][0].set_xlabel(_time_label(table))
     figure.suptitle(f"process increments of the {on.kind} schedule", fontsize=11, color=INK)
-    return _save(figure, path)
+    return save(figure, path, dpi=120)
 
 
 def _shade(axis: Any, table: StepTable, named: bool) -> None:
@@ -186,9 +184,3 @@ def _figure(rows: int, columns: int, size: tuple[float, float], sharex: bool = F
         axis.spines[["top", "right"]].set_visible(False)
         axis.tick_params(labelsize=8, colors=INK)
     return figure, axes
-
-
-def _save(figure: Any, path: Path) -> Path:
-    with atomic(path) as partial:
-        figure.savefig(partial, dpi=120, format=path.suffix[1:] or "png")
-    return path

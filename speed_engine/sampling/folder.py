@@ -19,8 +19,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,7 @@ from PIL import Image
 from torch import Tensor
 
 from speed_engine.atomic_files import atomic, write_json
+from speed_engine.progress import progress
 from speed_engine.sampling.guidance import Model
 from speed_engine.sampling.montage import as_picture, grid_picture
 from speed_engine.sampling.process import Process, Recipe, check, sample
@@ -214,7 +214,8 @@ def sample_to_folder(
     facts = _facts(process, recipe, num, conditions_N, source, dtype)
     facts |= {"saved_as": "arrays" if arrays else "pictures", "upscale": upscale}
     missing = open_folder(out, facts | {"decoded": decode is not None})
-    with _progress(show_progress, len(missing) * recipe.steps) as advance:
+    total = len(missing) * recipe.steps  # sampler steps times samples
+    with progress("sampling", total, show=show_progress) as bar:
         for start in range(0, len(missing), batch_size):
             numbers = missing[start : start + batch_size]
             told = conditions_N and {name: each[numbers] for name, each in conditions_N.items()}
@@ -227,7 +228,7 @@ def sample_to_folder(
                 batch_size=batch_size,
                 device=device,
                 dtype=dtype,
-                progress=advance,
+                progress=bar.further,
             )
             if arrays:
                 save_arrays((stored(x) if stored else x).cpu().numpy(), out, numbers)
@@ -279,31 +280,3 @@ def _facts(
         "source": dict(source or {}),
         "versions": {name: version(name) for name in ("torch", "diffusers", "numpy")},
     }
-
-
-@contextmanager
-def _progress(show: bool, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar with the time left, counting sampler steps times samples; silent if not `show`."""
-    if not show or total == 0:
-        yield lambda _: None
-        return
-    from rich.progress import (
-        BarColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (
-        TextColumn("sampling"),
-        BarColumn(),
-        TextColumn("{task.percentage:3.0f} %"),
-        TextColumn("elapsed"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns) as bar:
-        task = bar.add_task("sampling", total=total)
-        yield lambda amount: bar.advance(task, amount)

@@ -125,12 +125,14 @@ def cell_mass(level: Tensor, cdf: Callable[[Tensor], Tensor], kind: str) -> Tens
     return normalised(mass, kind)
 
 
-def minmax(values: Tensor) -> Tensor:
-    """`values` scaled linearly onto [0, 1]; zeros where they are all equal."""
-    low, high = values.min(), values.max()
+def minmax(values: Tensor, whole: Tensor) -> Tensor:
+    """`values` scaled by the map that takes `whole` linearly onto [0, 1], in [0, 1]; zeros where
+    `whole` is all equal.
+    """
+    low, high = whole.min(), whole.max()
     if high == low:
         return torch.zeros_like(values)
-    return (values - low) / (high - low)
+    return ((values - low) / (high - low)).clamp(0, 1)
 
 
 def integer_cdf(density_T: Tensor) -> Tensor:

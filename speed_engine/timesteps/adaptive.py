@@ -77,8 +77,8 @@ def bits_per_error(schedule: Schedule) -> Tensor:
 
     In discrete time q(x_{t-1}|x_t, x0) against the model's with the fixed large variance: (posterior's
     factor of x0)^2 / (2 variance ln 2), the variance being beta_t, and at t = 0 the posterior's of t = 1
-    (as in the code of improved diffusion, which the authors use). In continuous time half the step's
-    loss of SNR, the limit of the same.
+    (as in the authors' code, which takes the KL there too). In continuous time half the step's loss of
+    SNR, the limit of the same.
     """
     if schedule.betas is None:
         lost = -schedule.snr.diff(append=schedule.snr[-1:])

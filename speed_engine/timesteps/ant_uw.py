@@ -6,11 +6,12 @@ step of cluster c weighs exp(-s_c) / 2. Defaults: 5 clusters of equal length (ea
 the batch: uniform steps), learning rate 0.025 of s. s is trained by Adam on the observed mean
 losses of the clusters, which is its exact gradient.
 
-The authors' script differs in two places, which `official: true` follows: L_c is divided by the number of
-clusters (its gradient of s sees a fifth of the loss, so exp(s) settles at a fifth), and it is the squared error
-plus the variational term, not the squared error alone. The default is the paper's sum over tasks: with a learned
-variance the variational term is a regulariser of the variance alone and should not move the weight of the means.
-Then `weight_vb` stays as it is set, while `official` weighs both.
+The authors' script differs in two places, which `official: true` follows: L_c is divided by the number
+of clusters (so exp(s_c) settles at a fifth of the cluster's loss), and it is the squared error plus the
+variational term, unscaled, both weighed (`weight_vb`), not the squared error alone. The default is the
+paper's sum over tasks: with a learned variance the variational term trains the variance alone and
+should not move the weight of the means. As a part of `combine`, `official` needs weight_vb: false in the
+part and weight_vb: true beside the parts, where it is read.
 """
 
 from __future__ import annotations

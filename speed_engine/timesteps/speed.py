@@ -72,7 +72,8 @@ def build(config: Config, schedule: Schedule) -> Method:
 
 
 def threshold(schedule: Schedule, tau: int | None, r: float | None) -> int:
-    """The first suppressed row, in 1 .. T: `tau` itself, or where the true 1/alpha_bar reaches `r`.
+    """The first suppressed row, in 1 .. T: `tau` itself, or where the true 1/alpha_bar reaches `r` (0
+    only where another method's density left no row below).
 
     Default: 0.7 T on a discrete schedule (the paper's and the release's 700), r = 139 on a
     continuous one. Raises ValueError where `tau` is above T, or a row number is given for
@@ -94,10 +95,10 @@ def threshold(schedule: Schedule, tau: int | None, r: float | None) -> int:
                 f"1 to {schedule.num_rows}"
             )
         return tau
-    row = schedule.first_row(float(r or 0))
-    if row == 0:
+    if schedule.unmoved.first_row(float(r or 0)) == 0:
         raise ValueError(f"timesteps.r={r:g} suppresses every step of {schedule.kind}; raise it")
-    return row
+    # Rows that another method's density moved may all lie on one side.
+    return int((schedule.alpha_bar * float(r or 0) > 1).sum())
 
 
 def step_density(schedule: Schedule, tau: int, k: float) -> Tensor:
@@ -109,4 +110,5 @@ def step_density(schedule: Schedule, tau: int, k: float) -> Tensor:
 
 def change_aware(schedule: Schedule, lam: float) -> Tensor:
     """Section 2.6: (1 - lam) + (2 lam - 1) minmax(du/dt), in [1 - lam, lam]; float64 [T]."""
-    return (1 - lam) + (2 * lam - 1) * minmax(schedule.noise_rate)
+    # The ends are the schedule's: a density may have moved the rows away from them.
+    return (1 - lam) + (2 * lam - 1) * minmax(schedule.noise_rate, schedule.unmoved.noise_rate)

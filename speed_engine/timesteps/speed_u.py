@@ -47,8 +47,9 @@ def build(config: Config, schedule: Schedule) -> Method:
         density = step_density(schedule, tau, config.k)
     factor = change_aware(schedule, config.lam)
     if config.pure:
-        rate = schedule.noise_rate.clamp(min=0)
-        factor = rate / (schedule.uniform * rate).sum()
+        plain = schedule.unmoved  # the mean is over its rows, wherever a density moved ours
+        mean = (plain.uniform * plain.noise_rate.clamp(min=0)).sum()
+        factor = schedule.noise_rate.clamp(min=0) / mean
     weight = torch.ones_like(factor)
     if config.change_aware == "weight":
         weight = factor

@@ -171,6 +171,13 @@ def told(config: RunConfig, data: Facts) -> tuple[RunConfig, dict[str, Condition
                 f"the data name the outside module {facts.kind} for the condition {name}; "
                 f"if it is yours, say so: conditions.{name}.kind={facts.kind}"
             )
+    wanted = {
+        name: facts
+        for name, facts in data.conditions.items()
+        if name not in config.conditions or config.conditions[name] is not None
+    }
+    module = kinds.find("model", config.model.kind)
+    refuse_unknown_conditions(module, data.with_conditions(wanted), config.model.kind)
     settings = {
         name: config.conditions[name]
         if name in config.conditions
@@ -183,7 +190,6 @@ def told(config: RunConfig, data: Facts) -> tuple[RunConfig, dict[str, Condition
         if section is not None
     }
     facts = data.with_conditions({name: each.facts for name, each in conditions.items()})
-    refuse_unknown_conditions(kinds.find("model", config.model.kind), facts, config.model.kind)
     return config.model_copy(update={"conditions": settings}), conditions, facts
 
 

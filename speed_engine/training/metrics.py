@@ -5,6 +5,7 @@ Nothing here makes the device wait except `Meter.read`, once an interval.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from speed_kernels.contract import Choice
 
 from speed_engine.config import RunConfig
 from speed_engine.distributed import Processes
+from speed_engine.progress import progress
 from speed_engine.training.metrics_file import cut_off_after, finite, line_of
 
 BUCKETS = 16  # equal parts of the table's rows for the loss against t
@@ -123,15 +125,18 @@ class Journal:
             done = " nothing to do" if first_step >= self.num_steps else ""
             self.say(f"{run} is at step {first_step};{done or ' going on from there'}")
         self.started = time.monotonic()
-        self.bar = _bar(self.console, first_step, self.num_steps)
+        steps, watched = self.num_steps, self.console.is_terminal
+        self.watched = watched
+        self.open = contextlib.ExitStack()
+        bar = progress("train", steps, first_step, self.console, show=watched)
+        self.bar = self.open.enter_context(bar)
 
     def __enter__(self) -> Journal:
         return self
 
     def __exit__(self, *exception: object) -> None:
         if not self.silent:
-            if self.bar is not None:
-                self.bar.stop()
+            self.open.close()
             self.file.close()
             for _, close in self.boards:
                 close()
@@ -143,8 +148,8 @@ class Journal:
 
     def advance(self, step: int) -> None:
         """Move the progress bar: `step` steps are done."""
-        if not self.silent and self.bar is not None:
-            self.bar.update(self.bar.task_ids[0], completed=step)
+        if not self.silent:
+            self.bar.at(step)
 
     def write(self, line: dict[str, Any]) -> None:
         """One line of metrics; `line` holds at least step, loss and images_per_s."""
@@ -160,37 +165,12 @@ class Journal:
         text = f"loss {loss}  {line['images_per_s']:.0f} images/s"
         if line.get("mfu"):
             text += f"  MFU {100 * line['mfu']:.1f} %"
-        if self.bar is not None:
-            self.bar.update(self.bar.task_ids[0], status=text)
+        if self.watched:
+            self.bar.say(text)
             return
         per_step = (time.monotonic() - self.started) / max(1, line["step"] - self.first_step)
         minutes, seconds = divmod(int(per_step * (self.num_steps - line["step"])), 60)
         self.say(f"step {line['step']}/{self.num_steps}  {text}  {minutes}:{seconds:02d} left")
-
-
-def _bar(console: Any, first_step: int, num_steps: int) -> Any:
-    """A rich progress bar with time left, or None where nobody watches a terminal."""
-    if not console.is_terminal:
-        return None
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
-
-    bar = Progress(
-        TextColumn("train"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[status]}"),
-        console=console,
-    )
-    bar.add_task("train", total=num_steps, completed=first_step, status="")
-    bar.start()
-    return bar
 
 
 def _boards(run: Path, tensorboard: bool, wandb: bool) -> list[tuple[Any, Any]]:

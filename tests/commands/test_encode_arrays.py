@@ -124,7 +124,7 @@ def test_a_network_is_told_class_and_vector_from_shards_to_samples(
 def test_a_model_that_does_not_take_the_condition_is_refused_or_spared_it(
     tmp_path: Path, good, command
 ) -> None:
-    np.savez(tmp_path / "a.npz", x=X, camera=VECTOR)
+    np.savez(tmp_path / "a.npz", x=X, camera=VECTOR, tokens=np.arange(NUM))
     good("encode", "--arrays", tmp_path / "a.npz", "--out", tmp_path / "set")
     words = ["train", "--config", "digits_dit_tiny", "engine=torch", "data.kind=shards"]
     words += [f"data.path={tmp_path / 'set'}", f"run_dir={tmp_path / 'run'}", "train.steps=1"]
@@ -132,8 +132,11 @@ def test_a_model_that_does_not_take_the_condition_is_refused_or_spared_it(
     answer = command(*words)
     assert answer.code == 2 and "conditions.camera=null" in answer.err
     assert not (tmp_path / "run").exists()
-    good(*words, "conditions.camera=null", "train.global_batch=4")
-    answer = command(*words, "conditions.label.dropout=0.2", "conditions.camera=null")
+    answer = command(*words, "conditions.camera=null")
+    assert answer.code == 2 and "conditions.tokens=null" in answer.err
+    spared = ["conditions.camera=null", "conditions.tokens=null"]
+    good(*words, *spared, "train.global_batch=4")
+    answer = command(*words, "conditions.label.dropout=0.2", *spared)
     assert answer.code == 2 and "conditions.label" in answer.err
 
 

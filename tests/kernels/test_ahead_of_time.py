@@ -90,7 +90,7 @@ def noise_report(
 ) -> Report:
     signature = {
         "x0_ptr": f"*{x0}", "x_t_ptr": f"*{x_t}", "cdf_ptr": "*i64", "chosen_ptr": "*i64", "rows_ptr": "*fp32",
-        "time_ptr": "*fp32", "address_ptr": "*i64", "row_out_ptr": "*i64", "tau_out_ptr": "*fp32",
+        "time_ptr": "*fp32", "address_ptr": "*i64", "row_out_ptr": "*i64", "time_out_ptr": "*fp32",
         "num_elements": "i64" if wide else "i32", "num_rows": "i32", "key0": "i32", "key1": "i32",
         "num_slots": "i32", "stride": "i32", "num_chunks": "i32", "num_tiles": "i32",
     }  # fmt: skip

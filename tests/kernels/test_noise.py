@@ -67,8 +67,8 @@ def test_agrees_with_the_reference(backend: str, device: str, case: int) -> None
     x0, dtype, given = args[0], args[8], args[10:]  # with or without rows
     x_t, row_B, time_B = noise_op(*to(device, *args[:9], backend, *given))
     exact_args: list[Any] = [*args[:8], torch.float64, *given]
-    exact, exact_row_B, exact_tau_B = reference.noise(*exact_args)
-    assert torch.equal(row_B.cpu(), exact_row_B) and torch.equal(time_B.cpu(), exact_tau_B)
+    exact, exact_row_B, exact_time_B = reference.noise(*exact_args)
+    assert torch.equal(row_B.cpu(), exact_row_B) and torch.equal(time_B.cpu(), exact_time_B)
     assert x_t.dtype == dtype and x_t.shape == x0.shape and x_t.is_contiguous()
     eps = table_module.epsilon(x0.shape, args[4], args[5])
     a, b = (table_module.column(args[2], exact_row_B, index, x0) for index in (0, 1))

@@ -1,11 +1,13 @@
 """Objectives: the columns of the target, and the way back to x0."""
 
 import importlib
+import sys
 
 import pytest
 import torch
 
 from speed_engine import kinds
+from speed_engine.__main__ import main
 from speed_engine.schedules import cosine, linear
 from speed_engine.step_table import build_step_table
 
@@ -46,43 +48,77 @@ def test_names_are_the_files():
     assert {"epsilon", "x0", "v"} <= set(kinds.names("objective"))
 
 
-def moved(schedule: str, density: str):
-    """The table's schedule under a density, or None where the two do not go together."""
-    try:
-        config = kinds.config_of("schedule", schedule)
-        table = build_step_table(
-            config, kinds.config_of("objective", "fdm"), kinds.config_of("timesteps", density)
-        )
-    except ValueError:
-        return None
-    return table
+# Densities that exist for numbered steps only.
+DISCRETE_ONLY = {"speed_official", "log_normal_speed_release", "clts_speed_release"}
+PARTS = {"combine": ["log_normal", {"kind": "laplace", "b": 2}]}
+
+
+def fdm_table(schedule: str, density: str):
+    parts = {"parts": PARTS[density]} if density in PARTS else {}
+    return build_step_table(
+        kinds.config_of("schedule", schedule),
+        kinds.config_of("objective", "fdm"),
+        kinds.config_of("timesteps", {"kind": density, **parts}),
+    )
+
+
+def momentum(sigma: torch.Tensor, low: float, high: float) -> torch.Tensor:
+    """s = (1 + 2 B) exp(-2 B) of sigma's place between the schedule's own ends."""
+    place = (sigma - low) / (high - low)
+    b = 2 * (0.1 * place + 19.9 * place.square() / 2)
+    return (1 + b) * torch.exp(-b)
 
 
 @pytest.mark.parametrize(("schedule", "low", "high"), [("edm", 0.002, 80.0), ("ve", 0.02, 100.0)])
-def test_fdm_scales_its_input_by_sigma_whatever_the_density(schedule, low, high):
-    """s = (1 + 2 B) exp(-2 B) of sigma's place between the schedule's own ends."""
+@pytest.mark.parametrize("density", [k for k in kinds.names("timesteps") if k not in DISCRETE_ONLY])
+def test_fdm_scales_its_input_by_sigma_whatever_the_density(density, schedule, low, high):
+    table = fdm_table(schedule, density)
+    sigma, scale = table.schedule.sigma, table.objective.input_scale
+    torch.testing.assert_close(scale, momentum(sigma, low, high), rtol=1e-9, atol=1e-12)
+    # what the kernels multiply eps by
+    torch.testing.assert_close(table.rows_T8[:, 1].double(), sigma * scale, rtol=1e-6, atol=1e-12)
+
+
+def test_fdm_at_sigma_20_through_the_command_line(monkeypatch, capsys):
+    """s(20) is 0.629 under EDM's own density, whose outermost row lies far below sigma = 80."""
     seen = []
-    for density in kinds.names("timesteps"):
-        table = moved(schedule, density)
-        if table is None:
-            continue
-        seen.append(density)
-        sigma = table.schedule.sigma
-        place = (sigma - low) / (high - low)
-        b = 2 * (0.1 * place + 19.9 * place.square() / 2)
-        torch.testing.assert_close(
-            table.objective.input_scale, (1 + b) * torch.exp(-b), rtol=1e-9, atol=1e-12
-        )
-    assert {"uniform", "edm", "log_normal", "speed_u"} <= set(seen) or len(seen) > 5
-    plain = table_of("edm", "uniform")
-    near_20 = int((plain.schedule.sigma - 20).abs().argmin())
-    assert plain.objective.input_scale[near_20].item() == pytest.approx(0.629, abs=1e-3)
+
+    def shown(table, form):
+        seen.append(table)
+        return "{}"
+
+    monkeypatch.setattr("speed_engine.reports.table.report", shown)
+    words = ["schedule=edm", "objective=fdm", "timesteps=edm", "learned_variance=false"]
+    monkeypatch.setattr(sys, "argv", ["speed_engine", "table", *words, "--json"])
+    assert main() == 0, capsys.readouterr().err
+    (table,) = seen
+    sigma = table.schedule.sigma
+    assert sigma.max() < 50
+    row = int((sigma - 20).abs().argmin())
+    assert sigma[row].item() == pytest.approx(20, rel=0.05)
+    expected = momentum(sigma[row], 0.002, 80.0).item()
+    assert table.objective.input_scale[row].item() == pytest.approx(expected, rel=1e-9)
+    assert momentum(torch.tensor(20.0), 0.002, 80.0).item() == pytest.approx(0.629, abs=5e-4)
 
 
-def table_of(schedule: str, density: str):
-    table = moved(schedule, density)
-    assert table is not None
-    return table
+@pytest.mark.parametrize("scale", ["unit", "edm"])
+def test_fdm_without_momentum_needs_no_range(scale):
+    """Rectified flow has no largest sigma / alpha; the other two input scales do not ask for it."""
+    table = build_step_table(
+        kinds.config_of("schedule", "rectified_flow"),
+        kinds.config_of("objective", {"kind": "fdm", "input_scale": scale}),
+        kinds.config_of("timesteps", "uniform"),
+    )
+    on = table.schedule
+    sigma = on.sigma / on.alpha
+    expected = torch.ones_like(sigma) if scale == "unit" else 1 / (sigma.square() + 1).sqrt()
+    torch.testing.assert_close(table.objective.input_scale * on.alpha, expected)
+
+
+@pytest.mark.parametrize("kind", ["edm", "fdm"])
+def test_a_refusal_at_zero_snr_names_the_objective_asked_for(kind):
+    with pytest.raises(ValueError, match=rf"objective\.kind={kind} is not defined at zero SNR"):
+        make(kind, linear.build(linear.Config(zero_terminal_snr=True)))
 
 
 def test_fdm_is_refused_where_sigma_has_no_end():

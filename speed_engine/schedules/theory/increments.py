@@ -39,9 +39,14 @@ def psi(schedule: Schedule) -> Tensor:
 
 def psi_rate(schedule: Schedule) -> Tensor:
     """d Psi / d coordinate, in the limit of small steps 2 dv / d coordinate (section 2.3: m . n);
-    float64 [T].
+    float64 [T]. On a curve the derivative itself, since the rows at its ends can be far apart.
     """
-    (rate,) = torch.gradient(schedule.sigma.square(), spacing=(schedule.coordinate,))
+    curve = schedule.curve
+    if curve is None:
+        (rate,) = torch.gradient(schedule.sigma.square(), spacing=(schedule.coordinate,))
+    else:
+        at = schedule.coordinate
+        rate = torch.func.jvp(lambda t: curve(t)[1].square(), (at,), (torch.ones_like(at),))[1]
     return 2 * rate
 
 

@@ -306,3 +306,4 @@ def test_the_rate_of_rectified_flow_is_the_formula(density):
     assert plain.noise_rate[0] < 3e-4 and plain.noise_rate[-1] < 3e-4
     assert increments.psi(plain)[-1].item() == pytest.approx(2.0, abs=3e-4)
     assert on.ratio_range == plain.ratio_range
+    torch.testing.assert_close(increments.psi_rate(on), 4 * t, rtol=1e-12, atol=0)

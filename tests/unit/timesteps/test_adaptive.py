@@ -7,12 +7,14 @@ every time, so the noisier half is where training pays.
 
 import importlib
 import math
+import sys
 from typing import Any
 
 import pytest
 import torch
 from sklearn.feature_selection import f_regression
 
+from speed_engine.__main__ import main
 from speed_engine.diffusion_step import diffusion_loss, evaluator
 from speed_engine.step_table import StepTable, build_step_table
 from speed_engine.timesteps import adaptive, parse
@@ -284,6 +286,9 @@ def test_bits_per_error_is_the_kl_of_a_fixed_large_variance():
     assert posterior.item() == pytest.approx(5.46e-5, rel=1e-2)  # beta_0 is 1e-4
     first = 1 / (2 * posterior) / math.log(2)
     assert bits[0].item() == pytest.approx(first.item(), rel=1e-9)
+    posteriors = on.betas * on.alpha.roll(1) / (1 - on.alpha_bar)
+    others = posteriors.square() / (2 * on.betas) / math.log(2)
+    torch.testing.assert_close(bits[1:], others[1:], rtol=1e-9, atol=0)
     # in fine steps both forms agree: half the loss of SNR
     fine = linear.build(linear.Config(num_steps=4000))
     lost = (fine.snr[1999] - fine.snr[2000]) / (2 * math.log(2))
@@ -291,6 +296,26 @@ def test_bits_per_error_is_the_kl_of_a_fixed_large_variance():
     flow = adaptive.bits_per_error(rectified_flow.build(rectified_flow.Config(num_cells=512)))
     assert (flow >= 0).all()
     assert torch.isfinite(flow).all()
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_the_reward_at_t_0_through_the_command_line(monkeypatch, capsys, schedule):
+    """An error of x0 at t = 0 counts 1 / (2 posterior_variance[1] ln 2) bits."""
+    seen = []
+
+    def shown(table, form):
+        seen.append(table)
+        return "{}"
+
+    monkeypatch.setattr("speed_engine.reports.table.report", shown)
+    words = ["table", f"schedule={schedule}", "timesteps=adaptive", "--json"]
+    monkeypatch.setattr(sys, "argv", ["speed_engine", *words])
+    assert main() == 0, capsys.readouterr().err
+    table = seen[0]
+    bar = table.schedule.alpha_bar
+    variance = (1 - bar[1] / bar[0]) * (1 - bar[0]) / (1 - bar[1])
+    expected = 1 / (2 * variance * math.log(2))
+    assert policy_of(table).bits_T[0].item() == pytest.approx(expected.item(), rel=1e-9)
 
 
 def test_what_it_needs_is_asked_for():

@@ -138,6 +138,20 @@ def test_ant_uw_as_its_authors_run_it():
     torch.testing.assert_close(table.weight, 4 * 0.5 / loss_T, rtol=0.08, atol=0)
 
 
+@pytest.mark.parametrize("official", [False, True])
+def test_ant_uw_learns_from_the_variational_term_as_its_authors_do(official):
+    """One step of Adam on s from 0: up where half the gradient, (1 - L_c) / 2, is negative."""
+    table = make("ant_uw", num_clusters=2, official=official)
+    mse, vb = 0.9, 1.3  # alone below one; (mse + vb) / 2 is above
+    row_B = torch.arange(BATCH) % 40
+    losses_3B = torch.tensor([[7.0], [mse], [vb]]).expand(3, BATCH)
+    table.observe(torch.tensor([0, 0]), row_B, losses_3B)
+    table.refresh(1)
+    s = 0.025 if official else -0.025  # Adam's first step is its learning rate
+    expected = torch.full_like(table.weight, s).neg().exp() / 2
+    torch.testing.assert_close(table.weight, expected, rtol=1e-6, atol=0)
+
+
 def test_edm2_uncertainty_flattens_the_loss():
     """At u's optimum lambda exp(-u) error is one at every noise level."""
     table = make("edm2_uncertainty", "edm", "edm", num_features=32)
