@@ -237,8 +237,8 @@ def sample_to_folder(
     labels = (conditions_N or {}).get("label")
     labels_N = None if labels is None else labels.cpu().numpy()
     if not arrays:
-        names = process.conditions["label"].facts.names if labels is not None else ()
-        close_folder(out, labels_N, upscale, names)
+        classes = process.conditions.get("label")
+        close_folder(out, labels_N, upscale, classes.facts.names if classes else ())
     elif labels_N is not None:
         with atomic(out / "labels.npy") as partial, partial.open("wb") as file:
             np.save(file, labels_N)

@@ -60,3 +60,31 @@ def test_edm(timesteps: str, trained, good, tmp_path: Path) -> None:
     low, high = 0.002 ** (1 / 7), 80 ** (1 / 7)
     sigma = (high + np.arange(17, -1, -1) / 17 * (low - high)) ** 7
     assert found == pytest.approx(list(-2 * np.log(sigma)), abs=2e-6)
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm++", "dpmpp", "heun"])
+def test_zero_terminal_snr_takes_every_step_there_is(
+    sampler: str, trained, good, tmp_path: Path
+) -> None:
+    zero = ["schedule.zero_terminal_snr=true", "schedule.num_steps=24", "objective=v"]
+    run = trained("zero_snr", [*zero, "timesteps=uniform"])
+    found = draw(good, run, tmp_path / "a", "--sampler", sampler, "--steps", 24)
+    assert len(found) == 24 and found[-1] is None and None not in found[:-1]
+
+
+def test_a_sampler_from_outside(trained, good, command, tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "own_lab").mkdir()
+    (tmp_path / "own_lab" / "mine.py").write_text(
+        "from speed_engine.sampling.ddim import LARGEST_MAGNIFICATION, SPACING, Config, build\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    run = trained("flow_uniform", [*FLOW, "timesteps=uniform"])
+    pictures = []
+    for word in ("ddim", "own_lab.mine"):
+        draw(good, run, tmp_path / word, "--sampler", word, "--steps", 4)
+        pictures.append(np.load(tmp_path / word / "samples.npz")["arr_0"])
+    assert np.array_equal(*pictures)
+    answer = command(
+        "sample", "--run", run, "--out", tmp_path / "no", "--sampler", "own_lab.yours", "--steps", 4
+    )
+    assert answer.code == 2 and "own_lab.yours" in answer.err and not (tmp_path / "no").exists()
