@@ -9,9 +9,12 @@ import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from speed_engine.config import RunConfig, load
+
+if TYPE_CHECKING:
+    from speed_engine.data import Facts
 
 
 def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
@@ -128,6 +131,12 @@ def sample_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num", type=int, default=64, help="how many samples")
     parser.add_argument("--sampler", default="ddpm", help="ddpm, ddim, dpmpp, heun, or a module")
     parser.add_argument("--steps", type=int, default=250, help="noise levels that are visited")
+    parser.add_argument(
+        "--shift",
+        type=float,
+        default=1.0,
+        help="of rectified flow: above 1 takes more levels at high noise",
+    )
     parser.add_argument("--guidance", type=float, default=1.0, help="1 = off")
     parser.add_argument(
         "--guidance-channels",
@@ -153,7 +162,6 @@ def sample_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def sample(args: argparse.Namespace) -> int:
-    from speed_engine.data import autoencoder
     from speed_engine.reports.run_folder import device_of, open_run
     from speed_engine.sampling import folder, process
 
@@ -167,13 +175,13 @@ def sample(args: argparse.Namespace) -> int:
         run.facts.shape,
         run.conditions,
     )
-    latents = run.facts.space.kind == "latents"
     recipe = process.Recipe(
         sampler=args.sampler,
         steps=args.steps,
+        shift=args.shift,
         guidance=args.guidance,
         guidance_channels=args.guidance_channels,
-        clip_x0=not latents,
+        clip_x0=run.facts.space.kind == "pixels",
         seed=args.seed,
     )
     asked = dict(_asked(args))
@@ -185,15 +193,7 @@ def sample(args: argparse.Namespace) -> int:
     for name, condition in run.conditions.items():
         one = [asked[name]] * args.num if name in asked else None
         told |= condition.default(range(args.num)) if one is None else condition.asked(one)
-    if latents and args.vae is None:
-        by = run.facts.space.vae
-        raise ValueError(
-            "the run was trained on latents; give --vae, the folder of its AutoencoderKL"
-            f"{f' (its data were encoded by {by})' if by else ''}"
-        )
-    decode = None
-    if args.vae is not None:
-        decode = autoencoder.decoder(run.facts.space, args.vae, device)
+    decode, stored = _saved_as(run.facts, args.vae, device)
     started = time.monotonic()
     folder.sample_to_folder(
         model,
@@ -208,11 +208,39 @@ def sample(args: argparse.Namespace) -> int:
             "config": run.config.model_dump(mode="json"),
         },
         decode=decode,
+        stored=stored,
         batch_size=args.batch_size,
         device=device,
     )
     print(f"{args.num} samples in {args.out} ({time.monotonic() - started:.0f} s)")
     return 0
+
+
+def _saved_as(facts: Facts, vae: str | None, device: Any) -> tuple[Any, Any]:
+    """(the way from model space to pictures, or to the arrays that `encode --arrays` takes); None: pixels as they are.
+
+    Raises ValueError for latents of pictures without their VAE, and for a VAE with what is no latent of a picture.
+    """
+    from speed_engine.data import autoencoder
+    from speed_engine.sampling import folder
+
+    latents, flat = facts.space.kind == "latents", len(facts.shape) == 3
+    if vae is not None and flat and latents:
+        return autoencoder.decoder(facts.space, vae, device), None
+    if vae is not None:
+        raise ValueError(
+            f"--vae decodes latents of pictures, and the run's samples are {facts.space.kind} of the shape "
+            f"{list(facts.shape)}; leave it out"
+        )
+    if latents and flat:
+        by = facts.space.vae
+        raise ValueError(
+            "the run was trained on latents; give --vae, the folder of its AutoencoderKL"
+            f"{f' (its data were encoded by {by})' if by else ''}"
+        )
+    if flat and facts.shape[0] in (1, 3):
+        return None, None
+    return None, facts.space.to_stored if latents else folder.as_bytes
 
 
 def _asked(args: argparse.Namespace) -> Iterator[tuple[str, str]]:

@@ -1,4 +1,7 @@
-"""Sampler `ddim`: deterministic, first order (arXiv 2010.02502); diffusers' scheduler on the respaced process."""
+"""Sampler `ddim`: deterministic, first order (arXiv 2010.02502); diffusers' scheduler on the respaced process.
+
+It is Euler's method in sigma / alpha, for which there is no file of its own therefore.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,6 @@ SPACING = "trailing"  # starts at pure noise (arXiv 2305.08891, table 2)
 # at the end of the cosine schedule). An ODE solver must not start there; DPM-Solver's own cure is
 # to start at ln(alpha / sigma) = -5.1, which is this magnification.
 LARGEST_MAGNIFICATION = math.exp(5.1)
-EVALUATIONS = 1
 
 
 class Config(Section):

@@ -14,7 +14,6 @@ from speed_engine.sampling import Noise, Predict
 
 SPACING = "linspace"  # as in ADM and DiT: holds the first and the last step
 LARGEST_MAGNIFICATION = float(np.finfo(np.float64).max)  # only where x0 cannot be told at all
-EVALUATIONS = 1
 
 
 class Config(Section):

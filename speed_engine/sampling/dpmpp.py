@@ -16,7 +16,6 @@ from speed_engine.sampling.grid import strictly_falling
 
 SPACING = "trailing"
 LARGEST_MAGNIFICATION = math.exp(5.1)  # as ddim's
-EVALUATIONS = 1
 
 
 class Config(Section):

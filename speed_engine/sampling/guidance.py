@@ -35,6 +35,30 @@ def nulls(
     return found
 
 
+def completed(
+    conditions: Mapping[str, Condition],
+    given: Mapping[str, Tensor],
+    batch: int,
+    device: torch.device,
+) -> dict[str, Tensor]:
+    """`given` (keywords [batch, ...]), and "none" for what is not. Raises ValueError for what is not known, or has no
+    "none".
+    """
+    null = nulls(conditions, batch, device)
+    must = [name for name, each in conditions.items() if not each.facts.null]
+    missing = [name for name in must if name not in given]
+    # A condition's keywords may have names of their own, which only its "none" tells.
+    unknown = [name for name in given if name not in null and name not in must]
+    if unknown and not conditions:
+        raise ValueError(f"this model is unconditional; leave {unknown[0]} out")
+    if unknown and not missing:
+        there = ", ".join([*null, *must])
+        raise ValueError(f"this model is not told {unknown[0]}; it is told {there}")
+    if missing and not unknown:
+        raise ValueError(f"this model has no null {missing[0]}; say which {missing[0]} it is told")
+    return {**null, **given}
+
+
 def evaluate(
     model: Model,
     x: Tensor,

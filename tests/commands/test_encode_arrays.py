@@ -140,7 +140,9 @@ def test_a_model_that_does_not_take_the_condition_is_refused_or_spared_it(
     assert answer.code == 2 and "conditions.label" in answer.err
 
 
-def test_a_video_is_encoded_trained_on_and_sampled(tmp_path: Path, good, monkeypatch) -> None:
+def test_a_video_is_encoded_trained_on_and_sampled(
+    tmp_path: Path, good, command, monkeypatch
+) -> None:
     (tmp_path / "lab").mkdir()
     (tmp_path / "lab" / "film.py").write_text(VIDEO_MODEL)
     monkeypatch.syspath_prepend(tmp_path)
@@ -177,6 +179,35 @@ def test_a_video_is_encoded_trained_on_and_sampled(tmp_path: Path, good, monkeyp
     assert isinstance(model, nn.Module)
     drawn: Tensor = sample(model, process, Recipe("ddim", 3), numbers=range(2))
     assert drawn.shape == (2, 2, 3, 4, 4) and torch.isfinite(drawn).all()
+    words = ["sample", "--run", run, "--trust", "lab.film", "--num", 2, "--device", "cpu"]
+    words += ["--sampler", "ddim", "--steps", 3, "--out", tmp_path / "drawn"]
+    good(*words)
+    files = sorted((tmp_path / "drawn" / "arrays").iterdir())
+    assert [file.name for file in files] == ["000000.npy", "000001.npy"]
+    stored = np.stack([np.load(file) for file in files])  # as the set holds them: x / scale + shift
+    np.testing.assert_allclose(stored, drawn.numpy() / 2 + 0.5, rtol=1e-5, atol=1e-6)
+    before = [file.stat().st_mtime_ns for file in files]
+    good(*words)
+    assert [file.stat().st_mtime_ns for file in files] == before
+    answer = command("score", "--samples", tmp_path / "drawn", "--reference", "digits")
+    assert answer.code == 2 and "holds arrays and no pictures" in answer.err
+    answer = command(*words[:-1], tmp_path / "other", "--vae", tmp_path)
+    assert answer.code == 2 and "--vae" in answer.err and "[2, 3, 4, 4]" in answer.err
+
+
+def test_pixels_of_four_channels_are_drawn_as_bytes(tmp_path: Path, good) -> None:
+    pixels = GENERATOR.integers(0, 255, (NUM, 4, 8, 8), dtype=np.uint8)
+    np.savez(tmp_path / "a.npz", x=pixels, label=LABEL)
+    good("encode", "--arrays", tmp_path / "a.npz", "--out", tmp_path / "set")
+    words = ["train", "--config", "digits_dit_tiny", "engine=torch", "data.kind=shards"]
+    words += [f"data.path={tmp_path / 'set'}", f"run_dir={tmp_path / 'run'}", "train.steps=1"]
+    words += ["model.size=tiny/2", "model.depth=1", "model.hidden_size=16", "model.num_heads=1"]
+    good(*words, "train.global_batch=4")
+    drawn = tmp_path / "drawn"
+    good("sample", "--run", tmp_path / "run", "--out", drawn, "--num", 2, "--steps", 2)
+    one = np.load(drawn / "arrays" / "000001.npy")
+    assert one.shape == (4, 8, 8) and one.dtype == np.uint8 and one.std() > 1
+    assert np.load(drawn / "labels.npy").tolist() == [0, 1]
 
 
 def test_channels_that_are_not_of_unit_scale_are_named_and_mended(

@@ -17,10 +17,9 @@ from speed_engine.objectives import Objective
 from speed_engine.sampling.process import (
     Process,
     Recipe,
-    kept_steps,
     sample,
 )
-from speed_engine.schedules import from_alphas_cumprod
+from speed_engine.schedules import Schedule, from_alphas_cumprod
 
 LINEAR = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
 COSINE = np.cumprod(
@@ -33,7 +32,6 @@ COSINE = np.cumprod(
     )
 )
 SHAPE = (1, 2, 2)
-SHAPE = (1, 2, 2)
 
 
 def labelled(num: int, dropout: float = 0.1) -> dict[str, Condition]:
@@ -43,11 +41,23 @@ def labelled(num: int, dropout: float = 0.1) -> dict[str, Condition]:
 
 
 def process(objective="epsilon", alpha_bar=LINEAR, **changes) -> Process:
+    def on(schedule: Schedule) -> Objective:
+        zero, one = torch.zeros_like(schedule.alpha), torch.ones_like(schedule.alpha)
+        columns = {
+            "epsilon": (zero, one),
+            "x0": (one, zero),
+            "v": (-schedule.sigma, schedule.alpha),
+        }
+        return Objective(objective, *columns[objective], one)
+
     schedule = from_alphas_cumprod(torch.from_numpy(np.asarray(alpha_bar)))
-    zero, one = torch.zeros_like(schedule.alpha), torch.ones_like(schedule.alpha)
-    columns = {"epsilon": (zero, one), "x0": (one, zero), "v": (-schedule.sigma, schedule.alpha)}
     facts = {"learned_variance": False, "shape": SHAPE, **changes}
-    return Process(schedule, Objective(objective, *columns[objective], one), **facts)
+    return Process(schedule, on, **facts)
+
+
+def kept_steps(process: Process, recipe: Recipe) -> np.ndarray:
+    """The time steps that are visited; the network is told their numbers."""
+    return process.levels(recipe).time.astype(int)
 
 
 def constant(x: Tensor, tau: Tensor, label: Tensor | None = None) -> Tensor:

@@ -12,11 +12,9 @@ from torch import Tensor
 
 from speed_engine.conditions import Condition
 from speed_engine.conditions import label as label_file
-from speed_engine.objectives import Objective
+from speed_engine.objectives import epsilon
 from speed_engine.sampling.folder import (
-    SEPARATOR,
-    SMALLEST_TILE,
-    grid_picture,
+    array_path,
     image_path,
     read_recipe,
     read_samples,
@@ -24,7 +22,8 @@ from speed_engine.sampling.folder import (
     to_uint8,
     write_json,
 )
-from speed_engine.sampling.process import Process, Recipe
+from speed_engine.sampling.montage import SEPARATOR, SMALLEST_TILE, grid_picture
+from speed_engine.sampling.process import Process, Recipe, sample
 from speed_engine.schedules import from_betas
 
 
@@ -34,14 +33,12 @@ def labelled(num: int, dropout: float = 0.1) -> dict[str, Condition]:
     return {"label": label_file.build(config, "label", label_file.described(num))}
 
 
-def process(shape=(1, 4, 4), learned_variance=False, num_steps=100, **classes) -> Process:
+def process(shape=(1, 4, 4), learned_variance=False, num_steps=100, classes=None) -> Process:
     schedule = from_betas("linear", torch.linspace(1e-4, 0.02, num_steps, dtype=torch.float64))
-    one = torch.ones_like(schedule.alpha)
-    objective = Objective("epsilon", torch.zeros_like(one), one, one)
-    return Process(schedule, objective, learned_variance, shape, **classes)
+    return Process.of(schedule, epsilon.Config(), learned_variance, shape, classes or {})
 
 
-PROCESS = process(conditions=labelled(3))
+PROCESS = process(classes=labelled(3))
 RECIPE = Recipe(sampler="ddim", steps=4)
 LABELS = torch.arange(10) % 3
 
@@ -131,7 +128,7 @@ def test_interrupted_sampling_resumes_without_duplicates(tmp_path) -> None:
         ({"conditions_N": {"label": torch.zeros(10, dtype=torch.int64)}}, "conditions_sha256"),
         ({"num": 9, "conditions_N": {"label": LABELS[:9]}}, "num=10 (now 9)"),
         ({"dtype": torch.float64}, "dtype="),
-        ({"process": process(num_steps=50, conditions=labelled(3))}, "process_sha256"),
+        ({"process": process(num_steps=50, classes=labelled(3))}, "process_sha256"),
         ({"upscale": 2}, "upscale=1 (now 2)"),
     ],
 )
@@ -203,6 +200,56 @@ def test_decoded_latents_and_upscaled_pictures(tmp_path) -> None:
     with Image.open(image_path(out, 7)) as picture:
         assert picture.size == (6, 12) and picture.mode == "RGB"
         assert np.array_equal(np.asarray(picture)[::3, ::3], pixels[7])
+
+
+VIDEO = process((2, 3, 4, 4), classes=labelled(3))
+
+
+def test_samples_that_are_no_pictures_are_arrays(tmp_path) -> None:
+    whole = draw(tmp_path / "whole", process=VIDEO)
+    assert sorted(p.name for p in whole.iterdir()) == ["arrays", "labels.npy", "recipe.json"]
+    found = np.stack([np.load(array_path(whole, i)) for i in range(10)])
+    assert found.shape == (10, 2, 3, 4, 4) and found.dtype == np.float32
+    wanted = sample(Model(), VIDEO, RECIPE, conditions_N={"label": LABELS})
+    np.testing.assert_allclose(found, wanted.numpy(), rtol=1e-6)
+    assert np.load(whole / "labels.npy").tolist() == LABELS.tolist()
+    assert read_recipe(whole)["saved_as"] == "arrays"
+    with pytest.raises(ValueError, match="holds arrays and no pictures"):
+        read_samples(whole)
+
+    out = tmp_path / "pieces"
+    with pytest.raises(KeyboardInterrupt):
+        draw(out, Model(stop_after=9), process=VIDEO)
+    assert len(list((out / "arrays").iterdir())) == 6
+    array_path(out, 2).unlink()
+    model = Model()
+    draw(out, model, process=VIDEO)
+    assert model.num == 5 * RECIPE.steps
+    for i in range(10):
+        assert array_path(out, i).read_bytes() == array_path(whole, i).read_bytes()
+
+
+def test_arrays_are_saved_as_the_data_were(tmp_path) -> None:
+    out = draw(tmp_path, process=VIDEO, stored=lambda x: x / 2 + 100)
+    assert 90 < np.load(array_path(out, 0)).mean() < 110
+    other = tmp_path / "other"
+    with pytest.raises(ValueError, match="no pictures; leave upscale"):
+        draw(other, process=VIDEO, upscale=2)
+    foreign = tmp_path / "foreign"
+    (foreign / "arrays").mkdir(parents=True)
+    (foreign / "arrays" / "mine.npy").touch()
+    with pytest.raises(ValueError, match=r"holds arrays but no recipe\.json"):
+        draw(foreign, process=VIDEO)
+    assert not other.exists()
+
+
+def test_the_grid_has_the_names_of_classes(tmp_path) -> None:
+    pixels, labels = np.zeros((4, 8, 8, 1), dtype=np.uint8), np.array([0, 1, 0, 1])
+    numbers = grid_picture(pixels, labels)
+    named = grid_picture(pixels, labels, ["a long name of a class", "cat"])
+    assert named.width > numbers.width + 40 and named.height == numbers.height
+    shorter = grid_picture(pixels, labels, ["a long name of a", "cat"])
+    assert named.tobytes() == shorter.tobytes()  # names are cut at 16 letters
 
 
 def test_nan_is_refused(tmp_path) -> None:

@@ -16,8 +16,8 @@ from speed_engine.conditions import label as label_file
 from speed_engine.objectives import Objective
 from speed_engine.sampling.ddpm import ancestral_step
 from speed_engine.sampling.guidance import guided
-from speed_engine.sampling.process import Process, Recipe, kept_steps, sample
-from speed_engine.schedules import from_alphas_cumprod, on_curve
+from speed_engine.sampling.process import Process, Recipe, sample
+from speed_engine.schedules import Schedule, cells, from_alphas_cumprod, on_curve
 
 LINEAR = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
 COSINE = np.cumprod(
@@ -44,11 +44,23 @@ def labelled(num: int, dropout: float = 0.1) -> dict[str, Condition]:
 
 
 def process(objective="epsilon", alpha_bar=LINEAR, **changes) -> Process:
+    def on(schedule: Schedule) -> Objective:
+        zero, one = torch.zeros_like(schedule.alpha), torch.ones_like(schedule.alpha)
+        columns = {
+            "epsilon": (zero, one),
+            "x0": (one, zero),
+            "v": (-schedule.sigma, schedule.alpha),
+        }
+        return Objective(objective, *columns[objective], one)
+
     schedule = from_alphas_cumprod(torch.from_numpy(np.asarray(alpha_bar)))
-    zero, one = torch.zeros_like(schedule.alpha), torch.ones_like(schedule.alpha)
-    columns = {"epsilon": (zero, one), "x0": (one, zero), "v": (-schedule.sigma, schedule.alpha)}
     facts = {"learned_variance": False, "shape": SHAPE, **changes}
-    return Process(schedule, Objective(objective, *columns[objective], one), **facts)
+    return Process(schedule, on, **facts)
+
+
+def kept_steps(process: Process, recipe: Recipe) -> np.ndarray:
+    """The time steps that are visited; the network is told their numbers."""
+    return process.levels(recipe).time.astype(int)
 
 
 class GaussianDenoiser:
@@ -103,38 +115,48 @@ def test_cosine_schedule_with_an_epsilon_model(sampler: str) -> None:
     check_moments(x, MEAN, 0.035)
 
 
-def continuous(kind: str) -> Process:
-    """Rectified flow and an EDM-like variance-exploding process, with one output to predict."""
-    if kind == "flow":  # x_t = (1 - t) x0 + t eps, velocity eps - x0
-        t = (torch.arange(2000, dtype=torch.float64) + 0.5) / 2000
-        schedule = on_curve("flow", lambda t: (1 - t, t, 1000 * t), t, torch.full_like(t, 1 / 2000))
-        one = torch.ones_like(t)
-        return Process(schedule, Objective("flow", -one, one, one), False, SHAPE)
-    log_sigma = torch.linspace(math.log(0.002), math.log(80), 2000, dtype=torch.float64)
-    schedule = on_curve(
-        "ve", lambda c: (torch.ones_like(c), c.exp(), c / 4), log_sigma, torch.ones_like(log_sigma)
-    )
+def flow_on(schedule: Schedule) -> Objective:
+    """Velocity eps - x0."""
+    one = torch.ones_like(schedule.alpha)
+    return Objective("flow", -one, one, one)
+
+
+def edm_on(schedule: Schedule) -> Objective:
+    """EDM's preconditioning at sigma_data 0.5, c_out F + c_skip x."""
     s = schedule.sigma
-    root = (s.square() + 0.25).sqrt()  # EDM's preconditioning at sigma_data 0.5, c_out F + c_skip x
+    root = (s.square() + 0.25).sqrt()
     c = (1 - 0.25 / root.square()) / (0.5 * s / root)
     d = -(0.25 / root.square()) * s / (0.5 * s / root)
-    return Process(schedule, Objective("edm", c, d, 1 / root), False, SHAPE)
+    return Objective("edm", c, d, 1 / root)
+
+
+def continuous(kind: str) -> Process:
+    """Rectified flow and an EDM-like variance-exploding process, with one output to predict."""
+    if kind == "flow":  # x_t = (1 - t) x0 + t eps
+        flow = on_curve("flow", lambda t: (1 - t, t, 1000 * t), *cells(0.0, 1.0, 2000))
+        return Process(flow, flow_on, False, SHAPE)
+    ends = (math.log(0.002), math.log(80), 2000)
+    ve = on_curve("ve", lambda c: (torch.ones_like(c), c.exp(), c / 4), *cells(*ends))
+    return Process(ve, edm_on, False, SHAPE)
 
 
 @pytest.mark.parametrize("kind", ["flow", "edm"])
-@pytest.mark.parametrize(("sampler", "steps"), [("ddpm", 250), ("ddim", 150), ("dpm++", 40)])
+@pytest.mark.parametrize(
+    ("sampler", "steps"), [("ddpm", 250), ("ddim", 150), ("dpm++", 40), ("heun", 20)]
+)
 def test_any_schedule_and_objective(sampler: str, steps: int, kind: str) -> None:
     """Not variance preserving, input scaled, target mixed of x0 and eps: the same distribution."""
     facts = continuous(kind)
-    schedule, objective = facts.schedule, facts.objective
+    assert facts.schedule.curve is not None
 
     def model(inputs: Tensor, tau: Tensor, label: Tensor | None = None) -> Tensor:
-        row = int((schedule.time - tau[0].double()).abs().argmin())
-        a, s = schedule.alpha[row], schedule.sigma[row]
-        x = inputs.double().flatten(1) / objective.input_scale[row]
+        coordinate = tau[:1].double() / 1000 if kind == "flow" else 4 * tau[:1].double()
+        level = on_curve(kind, facts.schedule.curve, coordinate, torch.zeros(1))
+        objective, a, s = facts.objective_on(level), level.alpha, level.sigma
+        x = inputs.double().flatten(1) / objective.input_scale
         gain = a * COVARIANCE @ torch.linalg.inv(a * a * COVARIANCE + s * s * torch.eye(4))
         x0 = MEAN + (x - a * MEAN) @ gain.T
-        target = objective.target_x0[row] * x0 + objective.target_eps[row] * (x - a * x0) / s
+        target = objective.target_x0 * x0 + objective.target_eps * (x - a * x0) / s
         return target.reshape(inputs.shape).to(inputs.dtype)
 
     recipe = Recipe(sampler=sampler, steps=steps)
