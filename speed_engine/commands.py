@@ -233,8 +233,10 @@ def _saved_as(facts: Facts, vae: str | None, device: Any) -> tuple[Any, Any]:
             f"{list(facts.shape)}; leave it out"
         )
     if latents and flat:
+        by = facts.space.vae
         raise ValueError(
             "the run was trained on latents; give --vae, the folder of its AutoencoderKL"
+            f"{f' (its data were encoded by {by})' if by else ''}"
         )
     if flat and facts.shape[0] in (1, 3):
         return None, None

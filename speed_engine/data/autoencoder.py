@@ -17,13 +17,22 @@ from torch import Tensor
 
 from speed_engine.data import DataError
 from speed_engine.data.space import Space
+from speed_engine.data.storage.scaling import Numbers
+
+
+def _loaded(kind: Any, place: str, sub: str) -> tuple[Any, dict[str, Any]]:
+    """(autoencoder, what diffusers found missing)."""
+    settings = {"use_safetensors": True, "low_cpu_mem_usage": False, "output_loading_info": True}
+    return kind.from_pretrained(place, subfolder=sub, **settings)
 
 
 class Vae:
     """A diffusers AutoencoderKL, loaded from safetensors only.
 
     name: its folder, the folder of a pipeline that holds it, or its name on a hub. scale, shift: those of
-    its configuration. factor: pixels of a side over those of the latent. Raises DataError.
+    its configuration, one number or one a channel. identity: what the index says of it, its name on a hub or the
+    name of its folder (not the place, an index travels). factor: pixels of a side over those of the latent. Raises
+    DataError.
     """
 
     def __init__(self, name: str, device: torch.device | str) -> None:
@@ -35,19 +44,31 @@ class Vae:
         sub = "vae" if (folder / "vae" / "config.json").is_file() else ""
         place = str(folder) if folder.exists() else name
         try:
-            vae: Any = AutoencoderKL.from_pretrained(place, subfolder=sub, use_safetensors=True)
-        except (OSError, ValueError) as error:
-            reason = str(error).splitlines()[0]
+            vae, info = _loaded(AutoencoderKL, place, sub)
+            scaling = float(vae.config.scaling_factor)
+        except (OSError, ValueError, RuntimeError, TypeError) as error:
+            reason = str(error).splitlines()[0].rstrip(". :")
             raise DataError(
                 f"the VAE {name!r} cannot be loaded ({reason}); give --vae the folder of a diffusers AutoencoderKL"
             ) from None
+        if missing := sorted(info["missing_keys"]):  # diffusers goes on with random numbers
+            raise DataError(
+                f"the VAE {name!r} lacks {len(missing)} weights ({missing[0]} ...); give --vae the folder of a whole "
+                "diffusers AutoencoderKL"
+            )
         self.model = vae.to(device).eval().requires_grad_(False)
-        self.name, self.device = name, device
+        self.device = device
+        self.identity = folder.resolve().name if folder.exists() else name
         self.factor = 2 ** (len(vae.config.block_out_channels) - 1)
         self.channels = int(vae.config.in_channels)
         self.latent_channels = int(vae.config.latent_channels)
-        self.scale = float(vae.config.scaling_factor)
-        self.shift = float(getattr(vae.config, "shift_factor", None) or 0.0)
+        self.scale: Numbers = scaling
+        self.shift: Numbers = float(getattr(vae.config, "shift_factor", None) or 0.0)
+        mean, std = (getattr(vae.config, f"latents_{what}", None) for what in ("mean", "std"))
+        if mean is not None and std is not None:
+            # As diffusers' pipelines do: (latent - mean) * scaling / std.
+            self.scale = tuple(scaling / float(each) for each in std)
+            self.shift = tuple(map(float, mean))
 
     @torch.no_grad()
     def encode(self, pixels_BCHW: np.ndarray, posterior: bool) -> np.ndarray:

@@ -24,9 +24,10 @@ from rich.console import Console
 from speed_engine.data import DataError, digits
 from speed_engine.data.autoencoder import Vae
 from speed_engine.data.encode_arrays import encode_arrays
-from speed_engine.data.storage import pictures
+from speed_engine.data.storage import pictures, scaling
 from speed_engine.data.storage.index import Index, reindex, verify
 from speed_engine.data.storage.pictures import Picture, PictureError
+from speed_engine.data.storage.scaling import Scale
 from speed_engine.data.storage.writer import SetWriter
 from speed_engine.progress import progress
 
@@ -46,6 +47,8 @@ def encode(
     vae: str | None = None,
     mean_only: bool = False,
     flip: bool = False,
+    scale: Scale | None = None,
+    shift: Scale | None = None,
     batch_size: int = 32,
     device: str = "cpu",
     console: Console | None = None,
@@ -55,13 +58,23 @@ def encode(
     size: pixels of a side (default 32). channels: 3 (default) or 1. shard_size: default 10,000.
     min_side: smaller images are skipped (default: a quarter of `size`). strict: the first bad image
     is an error. vae, mean_only (store no standard deviation), flip (store the latent of the
-    mirrored image too), batch_size, device: for latents. Raises DataError. A set that is there
-    already is left alone.
+    mirrored image too), scale, shift (default: those of the VAE), batch_size, device: for latents.
+    Raises DataError. A set that is there already is left alone.
     """
     console = console or Console(quiet=True)
+    if mode == "pixels" and (scale is not None or shift is not None):
+        raise DataError("--scale and --shift belong to latents; leave them out for pixels")
     if str(images) == "digits":
         unused = (size, channels, min_side, vae)
-        if mode != "pixels" or strict or mean_only or flip or unused != (None,) * len(unused):
+        if (
+            mode != "pixels"
+            or strict
+            or mean_only
+            or flip
+            or scale
+            or shift
+            or unused != (None,) * len(unused)
+        ):
             raise DataError("the digits are 8 x 8 grey pixels; leave out the other settings")
         index = digits.write(Path(out), shard_size=shard_size or digits.SHARD_SIZE)
         console.print(f"{index.count} scanned digits in {len(index.shards)} shards in {out}")
@@ -94,6 +107,8 @@ def encode(
         "posterior": posterior,
         "flip": flip,
         "batch_size": batch_size if latents else None,
+        **({} if scale is None else {"scale": scale}),
+        **({} if shift is None else {"shift": shift}),
     }
     with SetWriter(out, plan, shard_size=shard_size, posterior=posterior) as writer:
         if writer.finished is not None:
@@ -110,6 +125,10 @@ def encode(
                 f"the VAE needs {encoder.channels} channels and a size divisible by "
                 f"{encoder.factor}, not {channels} and {size}; correct --channels or --size"
             )
+        if encoder:
+            scale = encoder.scale if scale is None else scale
+            shift = encoder.shift if shift is None and scale != "auto" else shift
+            scaling.check(scale, shift, encoder.latent_channels)
         done, total = writer.position, len(found)
         with progress("encode", total, done, console) as bar, warnings.catch_warnings():
             warnings.filterwarnings("ignore", module="PIL")  # about odd files, which may be fine
@@ -129,10 +148,7 @@ def encode(
                     batch = []
                 bar.at(position)
             _write(writer, batch, encoder, posterior, flip)
-        if encoder:
-            index = writer.finish(class_names, scale=encoder.scale, shift=encoder.shift)
-        else:
-            index = writer.finish(class_names)
+        index = writer.finish(class_names, scale, shift, encoder.identity if encoder else None)
         console.print(f"{index.count} samples in {len(index.shards)} shards in {out}")
         if writer.skipped:
             console.print(f"{len(writer.skipped)} files skipped, listed in {out}/skipped.json")
@@ -178,9 +194,28 @@ def _write(
         writer.write(position, arrays[i], picture.label, flipped)
 
 
-def _scale(text: str) -> Any:
+# What may be said beside each of the four things that the command does.
+BELONGS = {
+    "images": {
+        *("out", "size", "mode", "channels", "shard_size", "min_side", "strict", "vae"),
+        *("mean_only", "flip", "scale", "shift", "batch_size", "device"),
+    },
+    "arrays": {"out", "shard_size", "scale", "shift", "posterior", "vae"},
+    "reindex": {"scale", "shift", "posterior", "num_classes", "vae"},
+    "verify": set[str](),
+}
+
+
+def _scale(text: str) -> Scale:
     """`0.18215`, `0.2,0.3,0.25,0.2` or `auto`."""
-    numbers = text if text == "auto" else tuple(float(word) for word in text.split(","))
+    if text == "auto":
+        return "auto"
+    try:
+        numbers = tuple(float(word) for word in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a number, numbers with commas between them, or auto"
+        ) from None
     return numbers[0] if len(numbers) == 1 else numbers
 
 
@@ -196,79 +231,66 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--out", type=Path, help="new folder for the shards")
     add("--size", type=int, help="pixels of a side (default 32)")
-    add("--mode", choices=("pixels", "latents"), default="pixels", help="what to store")
+    add("--mode", choices=("pixels", "latents"), help="what to store (default pixels)")
     add("--channels", type=int, help="3 = colour (default), 1 = grey")
     add("--shard-size", type=int, help="samples in a shard (default 10000)")
     add("--min-side", type=int, help="skip smaller images (default: a quarter of --size)")
     add("--strict", action="store_true", help="stop at the first image that is no good")
-    add("--vae", help="latents: folder or Hugging Face name of a diffusers AutoencoderKL")
+    add(
+        "--vae",
+        help="latents: folder or Hugging Face name of a diffusers AutoencoderKL; arrays, reindex: "
+        "a note of which one made the latents",
+    )
     add("--mean-only", action="store_true", help="latents: store no standard deviation")
     add("--flip", action="store_true", help="latents: store those of mirrored images too")
-    add("--batch-size", type=int, default=32, help="latents: images at a time (default 32)")
+    add("--batch-size", type=int, help="latents: images at a time (default 32)")
     add("--device", help="latents: cpu, cuda, cuda:1 (default: cuda where there is one)")
     add("--verify", type=Path, metavar="DIR", help="read every byte of a set and list all faults")
     add("--reindex", type=Path, metavar="DIR", help="write the index of any WebDataset tars")
-    scaling = (
-        "reindex, arrays: x = (latent - shift) * scale; one number, or one a channel with commas"
+    add(
+        "--scale",
+        type=_scale,
+        help="latents: x = (latent - shift) * scale; one number, one a channel with commas, or auto: "
+        "each channel to mean 0, deviation 1 (default: the VAE's)",
     )
-    add("--scale", type=_scale, help=f"{scaling}; auto: each channel to mean 0, deviation 1")
-    add("--shift", type=_scale, help="reindex, arrays: see --scale (default 0)")
-    add("--posterior", action="store_true", help="reindex: mean and deviation are stacked")
+    add(
+        "--shift",
+        type=_scale,
+        help="latents: see --scale (default: the VAE's, or 0); below zero: --shift=-1,2",
+    )
+    add("--posterior", action="store_true", help="arrays, reindex: mean and deviation are stacked")
     add("--num-classes", type=int, help="reindex: default is the largest label + 1")
 
 
 def run(args: argparse.Namespace) -> int:
     """Do what the arguments say: 0, or 1 for a set with faults. Raises DataError and OSError."""
     console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
-    actions = [
-        name
-        for name in ("images", "arrays", "verify", "reindex")
-        if getattr(args, name) is not None
-    ]
+    actions = [name for name in BELONGS if getattr(args, name) is not None]
     if len(actions) != 1:
         raise DataError("give one of --images DIR, --arrays FILE, --verify DIR and --reindex DIR")
-    if args.verify is not None:
+    (action,) = actions
+    names = set[str]().union(*BELONGS.values())
+    told: dict[str, Any] = {name: getattr(args, name) for name in names}
+    told = {name: each for name, each in told.items() if each is not None and each is not False}
+    for name in sorted(told.keys() - BELONGS[action]):
+        where = " or ".join(f"--{each}" for each, its in BELONGS.items() if name in its)
+        option = f"--{name.replace('_', '-')}"
+        raise DataError(f"{option} belongs to {where}, not to --{action}; leave it out")
+    if action == "verify":
         problems = verify(args.verify)
         for problem in problems:
             print(problem)
         print(f"{args.verify}: " + (f"{len(problems)} faults" if problems else "no fault"))
         return 1 if problems else 0
-    scaled = args.scale is not None or args.shift is not None
-    extra = args.posterior or args.num_classes is not None or (scaled and args.arrays is None)
-    if extra and args.reindex is None:
-        raise DataError("--scale, --shift, --posterior and --num-classes belong to --reindex")
-    if args.reindex is not None:
-        index = reindex(
-            args.reindex,
-            scale=args.scale,
-            shift=args.shift,
-            posterior=True if args.posterior else None,
-            num_classes=args.num_classes,
-        )
+    if action == "reindex":
+        index = reindex(args.reindex, **told)
         console.print(f"{args.reindex}: {index.count} samples, fingerprint {index.fingerprint}")
         return 0
     if args.out is None:
         raise DataError("give --out DIR, a new folder for the shards")
-    if args.arrays is not None:
-        sizes = {"scale": args.scale, "shift": args.shift, "shard_size": args.shard_size}
-        index = encode_arrays(args.arrays, args.out, **sizes)
-        console.print(f"{index.count} samples in {len(index.shards)} shards in {args.out}")
+    if action == "arrays":
+        encode_arrays(args.arrays, console=console, **told)
         return 0
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    encode(
-        args.images,
-        args.out,
-        size=args.size,
-        mode=args.mode,
-        channels=args.channels,
-        shard_size=args.shard_size,
-        min_side=args.min_side,
-        strict=args.strict,
-        vae=args.vae,
-        mean_only=args.mean_only,
-        flip=args.flip,
-        batch_size=args.batch_size,
-        device=device,
-        console=console,
-    )
+    told.setdefault("device", "cuda" if torch.cuda.is_available() else "cpu")
+    encode(args.images, console=console, **told)
     return 0

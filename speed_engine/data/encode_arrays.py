@@ -1,30 +1,37 @@
 """`encode --arrays`: latents, videos or pixels that are arrays already, with what belongs to each sample, to shards.
 
     x           [N, C, *space]   uint8: pixels; float16 or float32: latents, stored as they are
-    label       [N] integers     optional; class_names [classes] of texts beside it in an .npz
+    label       [N] integers     optional; class_names [classes] of texts beside it
     any other   [N, ...]         a named array a sample, a condition of that name
 
-One .npz file, or a folder of .npy files with these names, which are read piece by piece.
+One .npz file, or a folder of .npy files with these names, which are read piece by piece. Everything is checked before
+the first sample is written.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import re
+import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.console import Console
 
 from speed_engine.data import DataError
-from speed_engine.data.storage.index import Index, Scale
-from speed_engine.data.storage.scan import NAMED_DTYPES
+from speed_engine.data.storage import scaling
+from speed_engine.data.storage.index import Index
+from speed_engine.data.storage.npy import DTYPES, NAMED_DTYPES, name_fault
+from speed_engine.data.storage.scaling import Scale
+from speed_engine.data.storage.scan import MAX_LABEL
 from speed_engine.data.storage.writer import SetWriter
+from speed_engine.progress import progress
 
-RESERVED = ("x", "label", "class_names")
-NAME = re.compile(r"[a-z][a-z0-9_]{0,30}")
+OWN = ("x", "label", "class_names")  # what is not a named array
+AT_A_TIME = 1 << 24  # bytes that are checked
 
 
 def open_arrays(place: Path) -> dict[str, np.ndarray]:
@@ -32,19 +39,22 @@ def open_arrays(place: Path) -> dict[str, np.ndarray]:
     try:
         if place.is_dir():
             files = sorted(place.glob("*.npy"))
-            found = {file.stem: np.load(file, mmap_mode="r", allow_pickle=False) for file in files}
-        else:
-            with np.load(place, allow_pickle=False) as file:
-                if not isinstance(file, np.lib.npyio.NpzFile):
-                    raise DataError(f"{place} is one array; put it into a folder as x.npy")
-                found = {name: file[name] for name in file.files}
+            return {file.stem: np.load(file, mmap_mode="r", allow_pickle=False) for file in files}
+        archive = np.load(place, allow_pickle=False)
+        if not isinstance(archive, np.lib.npyio.NpzFile):
+            raise DataError(f"{place} is one array; put it into a folder as x.npy, and give that")
+        with archive:
+            found = {name: archive[name] for name in archive.files}
     except DataError:
         raise
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         reason = str(error).splitlines()[0]
         raise DataError(
             f"{place} cannot be read as arrays ({reason}); give an .npz file or a folder of .npy files"
         ) from None
+    for name, array in found.items():
+        if not isinstance(array, np.ndarray):  # any zip archive opens
+            raise DataError(f"{place} is no .npz file: {name} in it is no array")
     return found
 
 
@@ -54,78 +64,127 @@ def encode_arrays(
     *,
     scale: Scale | None = None,
     shift: Scale | None = None,
-    shard_size: int | None = None,
+    posterior: bool = False,
+    vae: str | None = None,
+    shard_size: int = 10_000,
+    console: Console | None = None,
 ) -> Index:
     """Write the arrays as a set of shards into `out`; its index. A set that is there already is left alone.
 
-    scale, shift: x = (stored - shift) * scale is model space; of latents, which need a scale. Raises DataError.
+    scale, shift: x = (stored - shift) * scale is model space; of latents, which need a scale. posterior: x
+    [N, 2C, *space] holds mean and standard deviation. vae: which autoencoder made the latents, a note.
+    Raises DataError.
     """
+    console = console or Console(quiet=True)
     arrays = open_arrays(place)
-    names = check(arrays, place)
-    pixels = arrays["x"].dtype == np.uint8
-    if pixels and (scale is not None or shift is not None):
-        raise DataError("--scale and --shift belong to latents, and x is uint8; leave them out")
-    if not pixels and scale is None:
-        raise DataError(
-            "the scale of latents is needed: give --scale (0.18215 for Stable Diffusion's VAE, 1 for "
-            "latents that are scaled already, auto to measure it)"
-        )
+    x, label, class_names = check(arrays, place)
+    if x.dtype == np.uint8:
+        if posterior or (scale, shift, vae) != (None, None, None):
+            raise DataError(
+                "--scale, --shift, --posterior and --vae belong to latents, and x is uint8; leave them out"
+            )
+    else:
+        channels = x.shape[1] // (1 + posterior)
+        if posterior and x.shape[1] % 2:
+            raise DataError(f"{place}: x has {x.shape[1]} channels, which are not two halves")
+        scaling.check(scale, shift, channels)
+    named = {name: array for name, array in sorted(arrays.items()) if name not in OWN}
     plan: dict[str, Any] = {
-        "arrays": {name: digest(array) for name, array in sorted(arrays.items())},
+        "arrays": {name: digest(place, name, array) for name, array in sorted(arrays.items())},
         "scale": scale,
         "shift": shift,
+        "posterior": posterior,
+        "vae": vae,
         "shard_size": shard_size,
     }
-    label, classes = arrays.get("label"), arrays.get("class_names", np.empty(0, str))
-    with SetWriter(out, plan, shard_size=shard_size or 10_000) as writer:
+    with SetWriter(out, plan, shard_size=shard_size, posterior=posterior) as writer:
         if writer.finished is not None:
+            console.print(f"already there: {writer.finished.count} samples in {out}")
             return writer.finished
-        for number in range(writer.position, len(arrays["x"])):
-            writer.write(
-                number + 1,
-                np.asarray(arrays["x"][number]),
-                None if label is None else int(label[number]),
-                arrays={name: np.asarray(arrays[name][number]) for name in names},
-            )
-        texts = [str(text) for text in classes]
-        return writer.finish(texts, scale, shift) if not pixels else writer.finish(texts)
+        if writer.position:
+            console.print(f"continuing after {writer.position} of {len(x)} samples")
+        with progress("encode", len(x), writer.position, console) as bar:
+            for number in range(writer.position, len(x)):
+                told = {name: np.asarray(array[number]) for name, array in named.items()}
+                one = None if label is None else int(label[number])
+                writer.write(number + 1, np.asarray(x[number]), one, arrays=told)
+                bar.at(number + 1)
+        index = writer.finish(class_names, scale, shift, vae)
+    console.print(f"{index.count} samples in {len(index.shards)} shards in {out}")
+    return index
 
 
-def check(arrays: Mapping[str, np.ndarray], place: Path) -> list[str]:
-    """The names of the arrays beside x and label. Raises DataError for what cannot be stored."""
+def check(
+    arrays: Mapping[str, np.ndarray], place: Path
+) -> tuple[np.ndarray, np.ndarray | None, list[str]]:
+    """(x, label, class names). Raises DataError for what cannot be stored."""
     x = arrays.get("x")
     if x is None:
         there = ", ".join(arrays) or "nothing"
         raise DataError(f"{place} has no array x, the samples; it holds {there}")
-    if x.ndim < 3 or str(x.dtype) not in ("uint8", "float16", "float32") or not x.size:
+    if x.ndim < 3 or x.dtype.str not in DTYPES or not x.size:
         raise DataError(
             f"{place}: x is {x.dtype} {x.shape}; it must be uint8, float16 or float32 of the shape (N, C, ...)"
         )
-    label = arrays.get("label")
-    if label is not None and (label.ndim != 1 or label.dtype.kind not in "iu"):
-        raise DataError(f"{place}: label is {label.dtype} {label.shape}; it must be N integers")
-    names = [name for name in arrays if name not in RESERVED]
-    for name in [*names, *(["label"] if label is not None else [])]:
-        array = arrays[name]
+    for name, array in arrays.items():
+        if name in ("x", "class_names"):
+            continue
         if not array.ndim or len(array) != len(x):
             raise DataError(
                 f"{place}: {name} has the shape {array.shape}, and x has {len(x)} samples; give one for each"
             )
-    for name in names:
-        if not NAME.fullmatch(name) or name in ("npy", "cls", "flipped"):
+        if name == "label":
+            continue
+        if fault := name_fault(name):
+            raise DataError(f"{place}: no array can be called so: {fault}")
+        if array.dtype.str not in NAMED_DTYPES or not array.size:
             raise DataError(
-                f"{place}: {name!r} cannot be an array's name; use small letters, digits and _"
+                f"{place}: {name} is {array.dtype} {array.shape}; it must be one of "
+                f"{', '.join(NAMED_DTYPES.values())} and not empty"
             )
-        if arrays[name].dtype.str not in NAMED_DTYPES:
-            raise DataError(
-                f"{place}: {name} is {arrays[name].dtype}; it must be one of {', '.join(NAMED_DTYPES.values())}"
-            )
-    return names
+    names = _class_names(arrays, place)
+    return x, _label(arrays.get("label"), names, place), names
 
 
-def digest(array: np.ndarray) -> str:
-    """SHA-256 of shape, dtype and values: what an interrupted run is told again by."""
+def _class_names(arrays: Mapping[str, np.ndarray], place: Path) -> list[str]:
+    given = arrays.get("class_names")
+    if given is None:
+        return []
+    if given.ndim != 1 or given.dtype.kind != "U" or not given.size or "label" not in arrays:
+        raise DataError(
+            f"{place}: class_names must be a row of texts, one a class, with a label beside it"
+        )
+    return [str(text) for text in given]
+
+
+def _label(label: np.ndarray | None, names: list[str], place: Path) -> np.ndarray | None:
+    if label is None:
+        return None
+    if label.ndim != 1 or label.dtype.kind not in "iu":
+        raise DataError(f"{place}: label is {label.dtype} {label.shape}; it must be N integers")
+    last = len(names) - 1 if names else MAX_LABEL
+    wrong = np.flatnonzero((label < 0) | (label > last))
+    if len(wrong):
+        raise DataError(
+            f"{place}, sample {wrong[0]}: the label {label[wrong[0]]} is not from 0 to {last}; correct "
+            f"it{' or class_names' if names else ''}"
+        )
+    return label
+
+
+def digest(place: Path, name: str, array: np.ndarray) -> str:
+    """SHA-256 of shape, dtype and values: what an interrupted run is told again by.
+
+    Raises DataError, naming the sample, for NaN and infinity.
+    """
     found = hashlib.sha256(json.dumps([array.dtype.str, array.shape]).encode())
-    for begin in range(0, len(array) if array.ndim else 0, 4096):
-        found.update(np.ascontiguousarray(array[begin : begin + 4096]).tobytes())
+    rows = max(1, AT_A_TIME * len(array) // max(array.nbytes, 1))
+    for begin in range(0, len(array), rows):
+        part = np.ascontiguousarray(array[begin : begin + rows])
+        if part.dtype.kind == "f" and not np.isfinite(part).all():
+            bad = int(np.argmin(np.isfinite(part).reshape(len(part), -1).all(1)))
+            raise DataError(
+                f"{place}, sample {begin + bad}: {name} holds NaN or infinity; correct it"
+            )
+        found.update(part.tobytes())
     return found.hexdigest()

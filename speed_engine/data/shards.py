@@ -26,7 +26,7 @@ from speed_engine.kinds import Section
 
 from . import ArrayFacts, ConditionFacts, DataError, Facts
 from .storage import index as index_file
-from .storage.scan import PREFIX
+from .storage.npy import PREFIX, misfit
 
 TORCH_DTYPES = {
     "uint8": torch.uint8,
@@ -59,8 +59,8 @@ def build(config: Config) -> Shards:
 class Shards:
     """Samples first to first + count - 1 of the set in `folder` (default: all); a data.Source.
 
-    Further attributes: index (all of index.json), kind, mean and std (measured, per channel, in
-    model space).
+    Further attributes: index (all of index.json), mean and std (measured, per channel, in model
+    space).
     """
 
     def __init__(
@@ -82,7 +82,6 @@ class Shards:
             raise DataError(
                 f"samples {first} to {first + self.count} do not exist: {folder} has {index.count}"
             )
-        self.shape, self.kind = index.shape, index.kind
         self.mean, self.std = index.mean, index.std
         self.facts = facts_of(index)
         odd = odd_channels(self.facts, self.mean, self.std)
@@ -95,7 +94,7 @@ class Shards:
         entries = np.concatenate(tables)
         self._shard = np.repeat(np.arange(len(tables)), [len(table) for table in tables])
         self._base = np.cumsum([0] + [len(table) for table in tables])
-        self._entries = entries
+        self._entries, self._columns = entries, index.columns
         self._offset = entries["offset"].copy()
         self._flipped = entries["flipped"].copy() if index.flipped else None
         self._label = np.maximum(entries["label"], 0).astype(np.int64)
@@ -124,15 +123,12 @@ class Shards:
 
         C' = 2C with a posterior. For a conversion on the device: move `stored` there and `decode`.
         """
-        chosen = np.asarray(indices, np.int64) if len(indices) else np.zeros(0, np.int64)
-        if chosen.ndim != 1 or (len(chosen) and not 0 <= chosen.min() <= chosen.max() < self.count):
-            raise DataError(f"sample indices must lie in [0, {self.count}) of {self.folder}")
-        chosen = chosen + self.first
+        chosen = self._chosen(indices)
         flipped = None if flips is None else np.asarray(flips, bool)
         if flipped is not None and flipped.shape != chosen.shape:
             raise DataError(f"{len(chosen)} samples need as many flips, not {flipped.shape}")
         offset = self._offset[chosen]
-        if flipped is not None and self.kind == "latents":
+        if flipped is not None and self.index.kind == "latents":
             if self._flipped is None:
                 raise DataError(
                     f"{self.folder} holds no flipped latents; encode it again with --flip or turn "
@@ -145,10 +141,25 @@ class Shards:
             len(chosen), *self.index.stored_shape, dtype=TORCH_DTYPES[self.index.dtype]
         )
         self._fill(stored, chosen, offset, self.index.array_bytes)
-        if flipped is not None and self.kind == "pixels":
+        if flipped is not None and self.index.kind == "pixels":
             rows = torch.from_numpy(flipped)
             stored[rows] = stored[rows].flip(-1)
         return stored, self._told(chosen)
+
+    def _chosen(self, indices: Sequence[int] | np.ndarray | Tensor) -> np.ndarray:
+        """The samples' numbers in the whole set. Raises DataError for what is not an index."""
+        chosen = np.asarray(indices) if len(indices) else np.zeros(0, np.int64)
+        if chosen.ndim != 1 or chosen.dtype.kind not in "iu":
+            raise DataError(
+                f"sample indices of {self.folder} must be integers in a row, not {chosen.tolist()}"
+            )
+        wrong = np.flatnonzero((chosen < 0) | (chosen >= self.count))
+        if len(wrong):
+            raise DataError(
+                f"sample indices must lie in [0, {self.count}) of {self.folder}, and "
+                f"{chosen[wrong[0]]} does not"
+            )
+        return chosen.astype(np.int64) + self.first
 
     def _told(self, chosen: np.ndarray) -> dict[str, Tensor]:
         """Label and named arrays of the samples, whose regions are checked already."""
@@ -203,14 +214,20 @@ class Shards:
             elif zlib.crc32(region) != entry["crc32"]:
                 reason = "damaged, its CRC32 does not fit"
             else:
+                if fault := misfit(self._columns, entry, region):
+                    cure = f"rebuild the index with `{index_file.REINDEX}`"
+                    raise DataError(f"{self._place(sample)}: {fault}; {cure}")
                 self._checked[sample] = True
                 return region
-        shard = int(self._shard[sample])
         raise DataError(
-            f"{self.folder / self.index.shards[shard].name}, sample {sample - self._base[shard]}: "
-            f"{reason}; restore the shard (`python -m speed_engine encode --verify DIR` lists "
-            "every fault)"
+            f"{self._place(sample)}: {reason}; restore the shard (`python -m speed_engine encode "
+            "--verify DIR` lists every fault)"
         )
+
+    def _place(self, sample: int) -> str:
+        shard = int(self._shard[sample])
+        name = self.folder / self.index.shards[shard].name
+        return f"{name}, sample {sample - self._base[shard]}"
 
 
 def facts_of(index: index_file.Index) -> Facts:
@@ -225,7 +242,7 @@ def facts_of(index: index_file.Index) -> Facts:
     for name, array in index.arrays.items():
         facts = {name: ArrayFacts(array.shape, array.dtype)}
         told[name] = ConditionFacts(array.kind, facts)
-    space = Space(index.kind, scale, shift, index.posterior)
+    space = Space(index.kind, scale, shift, index.posterior, index.vae)
     return Facts(index.shape, space, told, index.kind == "pixels" or index.flipped)
 
 

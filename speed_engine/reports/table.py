@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from speed_engine.schedules import Schedule
 from speed_engine.schedules.theory.increments import Areas, areas
 from speed_engine.step_table import StepTable
 
@@ -54,13 +55,25 @@ def table_areas(table: StepTable) -> Areas:
     """The areas with the method's own threshold, or with r = 139, or without convergence where
     neither exists.
     """
-    schedule = table.schedule
     if table.method.tau is not None:
-        return areas(schedule, tau=table.method.tau)
+        return areas(table.schedule, tau=table.method.tau)
+    return _plain_areas(table.schedule)
+
+
+def _plain_areas(schedule: Schedule) -> Areas:
+    """The areas of a schedule with r = 139."""
     try:
         return areas(schedule, r=DEFAULT_R)
     except ValueError:  # the schedule ends before: it has no convergence area
         return areas(schedule, tau=schedule.num_rows)
+
+
+def _area_shares(table: StepTable) -> dict[str, float]:
+    """Share of the time in each area: of the schedule, wherever a method has moved the rows."""
+    if table.method.tau is not None:
+        return table_areas(table).shares(table.schedule.share_edges)
+    plain = table.schedule.unmoved
+    return _plain_areas(plain).shares(plain.share_edges)
 
 
 def summary(table: StepTable) -> dict[str, Any]:
@@ -81,10 +94,10 @@ def summary(table: StepTable) -> dict[str, Any]:
             "kind": schedule.kind,
             "num_rows": schedule.num_rows,
             "continuous": schedule.continuous,
-            "alpha_bar_first": float(schedule.alpha_bar[0]),
-            "alpha_bar_last": float(schedule.alpha_bar[-1]),
+            "alpha_bar_first": float(schedule.unmoved.alpha_bar[0]),
+            "alpha_bar_last": float(schedule.unmoved.alpha_bar[-1]),
             "gradient_peak": division.peak,
-            "area_shares": division.shares(),
+            "area_shares": _area_shares(table),
         },
         "objective": {"kind": table.objective.kind, "learned_variance": table.learned_variance},
         "timesteps": table.timesteps.model_dump(mode="json")

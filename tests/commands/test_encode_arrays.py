@@ -252,7 +252,7 @@ def test_channels_that_are_not_of_unit_scale_are_named_and_mended(
         ({"x": X, "vector": VECTOR.astype(np.complex64)}, "vector is complex64"),
         ({"x": X, "Camera": VECTOR}, "cannot be an array's name"),
         ({"x": X.astype(np.float32)}, "--scale"),
-        ({"x": X, "label": LABEL - 1}, "out of range"),
+        ({"x": X, "label": LABEL - 1}, "sample 0: the label -1 is not from 0"),
         ({"x": X, "vector": np.full((NUM, 2), np.nan, np.float32)}, "NaN"),
         ({"x": X, "vector": np.array([None] * NUM)}, "allow_pickle"),
     ],

@@ -25,7 +25,7 @@ MISTAKES = {
     "encode --images digits --out {file}": ["{file}", "--out"],
     "encode --images {data} --out {new} --mode latents": ["--vae"],
     "encode --reindex {run}": ["{run}", "*.tar"],
-    "encode --images digits --out {new} --scale 2": ["--scale", "--reindex"],
+    "encode --images digits --out {new} --scale 2": ["--scale", "latents"],
     "train": ["--config"],
     "train --config digits_dit_tyni": ["did you mean 'digits_dit_tiny'"],
     "train --config digits_dit_tiny train.step=3": ["train.step", "did you mean 'steps'"],

@@ -38,7 +38,10 @@ class Waves:
         return self.num
     def read(self, indices, flips=None):
         chosen = torch.as_tensor(indices)
-        if len(chosen) and not 0 <= int(chosen.min()) <= int(chosen.max()) < self.num:
+        if len(chosen) == 0:
+            chosen = chosen.long()
+        whole = chosen.dim() == 1 and chosen.dtype in (torch.int32, torch.int64)
+        if not whole or len(chosen) and not 0 <= int(chosen.min()) <= int(chosen.max()) < self.num:
             raise DataError(f"there are {self.num} waves, and {chosen.tolist()} was asked for")
         x = torch.sin(torch.arange(64.0) * (1 + chosen[:, None])).view(-1, 1, 8, 8)
         if flips is not None:
@@ -58,7 +61,7 @@ SETS: dict[str, dict[str, Any]] = {
     "flipped": {"flipped": True},
     "unlabelled": {"labelled": False},
     "vector": {"vector": 5},
-    "video": {"shape": (2, 3, 4, 4)},
+    "video": {"shape": (2, 3, 4, 4), "vector": 2},
     "audio": {"shape": (2, 16)},
 }
 
@@ -142,9 +145,12 @@ def test_the_contract(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     for form in (np.array(order), torch.tensor(order), tuple(order)):
         again, told = source.read(form)
         assert torch.equal(again, stored) and all(torch.equal(told[k], arrays[k]) for k in arrays)
-    for wrong in ([len(source)], [-1]):
-        with pytest.raises(DataError):
+    for wrong in ([0, len(source)], [-1]):
+        with pytest.raises(DataError, match=rf"(^|\D){wrong[-1]}\D"):
             source.read(wrong)
+    for odd in ([0.5], np.array([True, False]), torch.tensor([[1]])):
+        with pytest.raises(DataError):
+            source.read(odd)  # pyright: ignore[reportArgumentType]
     empty, nothing = source.read([])
     assert len(empty) == 0 and all(len(value) == 0 for value in nothing.values())
 

@@ -18,14 +18,18 @@ def pytest_itemcollected(item: pytest.Item) -> None:
     item.add_marker(pytest.mark.slow)
 
 
+def free_port() -> str:
+    """A port that nobody holds at this moment."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
 def start_ranks(
     command: list[str], world: int, cwd: Path | None = None, **environment: str
 ) -> list[subprocess.Popen]:
     """`command` in `world` processes that find each other, one thread each."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world)}
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": str(world)}
     place |= {"OMP_NUM_THREADS": "1", **environment}
     return [
         subprocess.Popen(
@@ -70,6 +74,12 @@ class Launcher:
         }
         small |= dict(override.split("=", 1) for override in overrides)
         return ["--config=digits_dit_tiny", *(f"{key}={value}" for key, value in small.items())]
+
+    def deepspeed(self, world: int) -> list[str]:
+        """DeepSpeed's own launcher and `train.py`; its default port may be another run's."""
+        starter = str(Path(sys.executable).with_name("deepspeed"))
+        here = ["--num_accelerators", str(world), "--master_port", free_port()]
+        return [starter, *here, str(TRAIN)]
 
     def start(self, world: int, arguments: list[str], cwd: Path | None = None) -> list:
         return start_ranks([sys.executable, str(TRAIN), *arguments], world, cwd or self.folder)

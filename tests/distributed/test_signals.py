@@ -3,7 +3,6 @@
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -17,11 +16,9 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_a_signal_to_the_launchers_group_saves(launcher, world, number):
     """DeepSpeed's launcher hands SIGTERM on to processes that have had the signal already."""
     run = launcher.folder / "run"
-    deepspeed = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", str(world)]
-    port = ["--master_port", str(29600 + os.getpid() % 1000)]
     words = launcher.arguments("run", "train.steps=100000", "log.every=2", "model.depth=1")
     process = subprocess.Popen(
-        [*deepspeed, *port, str(ROOT / "speed_engine" / "train.py"), *words],
+        [*launcher.deepspeed(world), *words],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
         stdout=subprocess.PIPE,

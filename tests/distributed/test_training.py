@@ -4,7 +4,6 @@ import json
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -125,9 +124,7 @@ def test_all_engines_and_stages_train_the_same(whole, launcher):
 
 def test_the_launcher_and_another_folder(launcher):
     """`deepspeed --num_accelerators 2 .../train.py` from elsewhere, as a user types it."""
-    command = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", "2"]
-    command += [str(ROOT / "speed_engine" / "train.py")]
-    command += launcher.arguments("run", "train.steps=4", "engine.zero=1")
+    command = launcher.deepspeed(2) + launcher.arguments("run", "train.steps=4", "engine.zero=1")
     answer = subprocess.run(
         command, cwd=launcher.folder, capture_output=True, text=True, timeout=240
     )

@@ -22,6 +22,7 @@ def npy(array: np.ndarray) -> bytes:
 
 
 GOOD = npy(np.zeros((1, 4, 4), np.uint8))
+VECTOR = npy(np.ones(3, np.float32))
 LATENT = np.zeros((4, 2, 2), np.float16)
 
 
@@ -57,6 +58,13 @@ WRONG: dict[str, tuple[list[tuple[tarfile.TarInfo, bytes]], str]] = {
     "pyd": ([member("1.npy"), member("1.pyd")], "not allowed"),
     "pth": ([member("1.pth")], "not allowed"),
     "pipe": ([member("pipe:touch.npy")], "not allowed"),
+    "array twice": ([member("1.npy"), *[member("1.vector.npy", VECTOR)] * 2], "comes twice"),
+    "array taken": ([member("1.npy"), member("1.label.npy", VECTOR)], "'label' is taken"),
+    "array x": ([member("1.npy"), member("1.x.npy", VECTOR)], "'x' is taken"),
+    "array keyword": ([member("1.npy"), member("1.class.npy", VECTOR)], "'class' cannot be"),
+    "array name": ([member("1.npy"), member("1.Vec.npy", VECTOR)], "'Vec' cannot be"),
+    "array below": ([member("1.npy"), member("1.vector.x.npy", VECTOR)], "not allowed"),
+    "array on some": ([member("1.npy"), member("1.vector.npy", VECTOR)], "some do not"),
     "duplicate member": ([member("0.npy")], "'0.npy' comes twice"),
     "apart": ([member("1.cls", b"1"), member("1.npy"), member("0.npy")], "'0' comes twice"),
     "symbolic link": ([member("1.npy", b"", type=b"2", linkname="/etc/passwd")], "symbolic link"),

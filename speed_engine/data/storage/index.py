@@ -17,45 +17,47 @@ import re
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from .. import DataError
-from .scan import PREFIX, NamedArray, Scanned, Shard, entries_path, entry_dtype, scan
+from ..space import Space
+from .npy import PREFIX, NamedArray, misfit
+from .scaling import Numbers, Scale, constants
+from .scan import Scanned, Shard, entries_path, entry_dtype, scan
 
 INDEX = "index.json"
-Scale: TypeAlias = float | tuple[float, ...] | Literal["auto"]
 REINDEX = "python -m speed_engine encode --reindex DIR"
-PIXEL_SCALE, PIXEL_SHIFT = 1 / 127.5, 127.5  # x = stored / 127.5 - 1
 
 
 class Index(BaseModel):
     """The whole `index.json`. x = (stored - shift) * scale is model space; mean and std are
     measured there, per channel.
 
-    shape: (C, H, W) in model space; stored arrays have twice the channels when `posterior` (mean,
-    standard deviation).
+    shape: (C, *space) in model space; stored arrays have twice the channels when `posterior` (mean,
+    standard deviation). vae: which autoencoder made the latents, where somebody said.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     format: Literal["speed-engine shards"] = "speed-engine shards"
-    version: Literal[1, 2] = 1  # 2: with named arrays, or a scale of each channel
+    version: Literal[1, 2] = 1  # 2: has what 1 does not know: see `compose`
     kind: Literal["pixels", "latents"]
     count: int
     shape: tuple[int, ...]
     dtype: Literal["uint8", "float16", "float32"]
     posterior: bool
     flipped: bool
-    scale: float | tuple[float, ...]
-    shift: float | tuple[float, ...]
+    scale: Numbers
+    shift: Numbers
     num_classes: int
     class_names: list[str]
     mean: list[float]
     std: list[float]
     shards: list[Shard]
     arrays: dict[str, NamedArray] = {}
+    vae: str | None = None
     fingerprint: str = ""
 
     def sealed(self) -> Index:
@@ -64,9 +66,11 @@ class Index(BaseModel):
         return self.model_copy(update={"fingerprint": hashlib.sha256(text.encode()).hexdigest()})
 
     def content(self) -> dict[str, Any]:
-        """Everything but the fingerprint; the first version had no named arrays."""
-        absent = {"fingerprint"} if self.version > 1 else {"fingerprint", "arrays"}
-        return self.model_dump(mode="json", exclude=absent)
+        """Everything but the fingerprint; the first version had neither named arrays nor a VAE's name."""
+        absent = {"fingerprint"} | ({"arrays"} if self.version == 1 else set())
+        return self.model_dump(
+            mode="json", exclude=absent | ({"vae"} if self.vae is None else set())
+        )
 
     @property
     def stored_shape(self) -> tuple[int, ...]:
@@ -75,6 +79,13 @@ class Index(BaseModel):
     @property
     def array_bytes(self) -> int:
         return math.prod(self.stored_shape) * np.dtype(self.dtype).itemsize
+
+    @property
+    def columns(self) -> list[tuple[str, str, tuple[int, ...]]]:
+        """(column, dtype, shape) of every array of a sample that the entries point at."""
+        own = ["offset", "flipped"] if self.flipped else ["offset"]
+        named = [(PREFIX + name, each.dtype, each.shape) for name, each in self.arrays.items()]
+        return [*((column, self.dtype, self.stored_shape) for column in own), *named]
 
 
 def compose(
@@ -85,11 +96,13 @@ def compose(
     posterior: bool = False,
     num_classes: int | None = None,
     class_names: Sequence[str] = (),
+    vae: str | None = None,
 ) -> Index:
     """The index of the scanned shards, which must agree with each other. Raises DataError.
 
     num_classes: default is the largest label + 1, or the number of class names. scale and shift: of
-    latents, one number or one a channel; scale "auto": every channel to mean 0 and deviation 1.
+    latents, one number or one a channel; scale "auto": every channel to mean 0 and deviation 1. vae: which
+    autoencoder made them.
     """
     first = scanned[0]
     for other in scanned[1:]:
@@ -122,31 +135,28 @@ def compose(
     if class_names and len(class_names) != num_classes:
         raise DataError(f"there are {len(class_names)} class names for {num_classes} classes")
     pixels = first.dtype == "uint8"
-    if pixels:
-        if scale is not None or shift is not None:
-            raise DataError(
-                "--scale and --shift belong to latents, but these shards hold uint8 pixels"
-            )
-        scale, shift = PIXEL_SCALE, PIXEL_SHIFT
+    if pixels and (scale, shift, vae) != (None, None, None):
+        raise DataError(
+            "--scale, --shift and --vae belong to latents, but these shards hold uint8 pixels"
+        )
     channels, *space = first.stored_shape
     count = sum(s.shard.count for s in scanned)
     values = count * math.prod(space)
     mean = np.sum([s.sums for s in scanned], 0) / values
     var = np.maximum(np.sum([s.square_sums for s in scanned], 0) / values - mean**2, 0)
-    if scale == "auto":
-        if shift is not None or not (var > 0).all():
-            raise DataError(
-                "--scale auto measures scale and shift of every channel: leave out --shift, and give numbers where a "
-                "channel is constant"
-            )
-        scale, shift = tuple((1 / np.sqrt(var)).tolist()), tuple(mean.tolist())
-    scale, shift = _numbers("scale", scale, len(mean)), _numbers("shift", shift or 0.0, len(mean))
+    if pixels:
+        one = Space.pixels(1)
+        scale, shift = one.scale[0], one.shift[0]
+    else:
+        scale, shift = constants(scale, shift, mean, var)
     by_channel = isinstance(scale, tuple) or isinstance(shift, tuple)
+    new = first.arrays or by_channel or len(space) != 2 or vae is not None
     return Index(
         kind="pixels" if pixels else "latents",
         count=count,
-        version=2 if first.arrays or by_channel else 1,
+        version=2 if new else 1,
         arrays=first.arrays,
+        vae=vae,
         shape=(channels // 2 if posterior else channels, *space),
         dtype=first.dtype,  # pyright: ignore[reportArgumentType]  checked by pydantic
         posterior=posterior,
@@ -159,25 +169,6 @@ def compose(
         std=(np.sqrt(var) * np.array(scale)).tolist(),
         shards=[s.shard for s in scanned],
     ).sealed()
-
-
-def _numbers(name: str, given: Scale | None, channels: int) -> float | tuple[float, ...]:
-    """One number, or one a channel. Raises DataError for what is neither, or no scale."""
-    numbers = (given,) if isinstance(given, (int, float)) else given
-    if numbers is None or isinstance(numbers, str):
-        raise DataError(
-            "the scale of these latents is unknown; give --scale (0.18215 for Stable Diffusion's "
-            "VAE, 1 for latents that are scaled already, auto to measure it)"
-        )
-    if len(numbers) not in (1, channels):
-        raise DataError(
-            f"--{name} has {len(numbers)} numbers for {channels} channels; give one or all"
-        )
-    if not all(map(math.isfinite, numbers)) or (name == "scale" and min(numbers) <= 0):
-        raise DataError(
-            f"--{name} {given} must be finite{' and above 0' if name == 'scale' else ''}"
-        )
-    return numbers[0] if len(numbers) == 1 else tuple(numbers)
 
 
 def write_file(path: Path, content: bytes) -> None:
@@ -290,14 +281,10 @@ def load_entries(folder: Path, index: Index, shard: Shard) -> np.ndarray:
             f"{path} has {size} bytes instead of {shard.bytes} ({which}); restore it, or, if it "
             f"was changed on purpose, rebuild the index with `{REINDEX}`"
         )
-    columns = [entries["offset"]] + ([entries["flipped"]] if index.flipped else [])
     inside = (entries["start"] >= 0) & (stop <= size)
-    sizes = [index.array_bytes] * len(columns)
-    for name, array in index.arrays.items():
-        columns.append(entries[PREFIX + name])
-        sizes.append(array.bytes)
-    for column, size_of in zip(columns, sizes, strict=True):
-        inside &= (column >= entries["start"]) & (column + size_of <= stop)
+    for column, dtype, shape in index.columns:
+        end = entries[column] + math.prod(shape) * np.dtype(dtype).itemsize
+        inside &= (entries[column] >= entries["start"]) & (end <= stop)
     low = 0 if index.num_classes else -1
     inside &= (entries["label"] >= low) & (entries["label"] < max(index.num_classes, low + 1))
     if not inside.all():
@@ -335,6 +322,10 @@ def verify(folder: Path) -> list[str]:
                         f"{shard.name}, sample {sample}: damaged (its CRC32 does not fit); "
                         "restore the shard"
                     )
+                elif fault := misfit(index.columns, entry, region):
+                    faults.append(
+                        f"{shard.name}, sample {sample}: {fault}; rebuild the index with `{REINDEX}`"
+                    )
             digest.update(file.read())
         if not faults and digest.hexdigest() != shard.sha256:
             faults.append(f"{shard.name}: damaged outside of its samples; restore the shard")
@@ -349,6 +340,7 @@ def reindex(
     shift: Scale | None = None,
     posterior: bool | None = None,
     num_classes: int | None = None,
+    vae: str | None = None,
 ) -> Index:
     """Write the index of all `*.tar` in `folder`, ours or any plain WebDataset shards. Raises
     DataError.
@@ -367,6 +359,7 @@ def reindex(
     if old and old.kind == "latents":
         scale = old.scale if scale is None else scale
         shift = old.shift if shift is None and scale != "auto" else shift
+        vae = old.vae if vae is None else vae
     class_names: list[str] = []
     if old and num_classes in (None, old.num_classes):
         num_classes, class_names = old.num_classes, old.class_names
@@ -378,6 +371,7 @@ def reindex(
         posterior=posterior,
         num_classes=num_classes,
         class_names=class_names,
+        vae=vae,
     )
     save(index, folder)
     return index

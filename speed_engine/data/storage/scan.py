@@ -14,15 +14,15 @@ import math
 import mmap
 import re
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from .. import DataError
+from .npy import DTYPES, NAMED_DTYPES, PREFIX, NamedArray, array_of, layout, name_fault
 from .tar import Member, MemberError, members
 
 # offset, flipped: bytes of the arrays behind their npy headers (flipped = -1 without one). start,
@@ -38,15 +38,8 @@ ENTRY = np.dtype(
         ("label", "<i4"),
     ]
 )
-DTYPES = {"|u1": "uint8", "<f2": "float16", "<f4": "float32"}
-NAMED_DTYPES = DTYPES | {"<i4": "int32", "<i8": "int64"}  # of what lies beside x
-NPY_HEADER = re.compile(
-    rb"\{'descr': '([|<>=]?[A-Za-z0-9]+)', 'fortran_order': (True|False), "
-    rb"'shape': \(((?:\d{1,6}, ?)*\d{0,6})\), \} *\n"
-)
-NAMED = re.compile(r"([a-z][a-z0-9_]{0,30})\.npy")  # `vector.npy`, a named array beside x
-PREFIX = "array "  # of a named array's column in the entries
 MAX_LABEL = 2**31 - 2
+MAX_SAMPLE_BYTES = 2**31 - 1  # `length` has 32 bits
 
 
 class Shard(BaseModel):
@@ -58,20 +51,6 @@ class Shard(BaseModel):
     bytes: int
     sha256: str
     entries_sha256: str
-
-
-class NamedArray(BaseModel):
-    """An array that every sample of a set holds beside x; kind: the file of `conditions` it belongs to."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-    shape: tuple[int, ...]
-    dtype: Literal["uint8", "int32", "int64", "float16", "float32"]
-    kind: str
-
-    @property
-    def bytes(self) -> int:
-        """Of one sample, without its header."""
-        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
 
 
 def entry_dtype(names: Iterable[str]) -> np.dtype:
@@ -146,11 +125,14 @@ class _Scanner:
                 self._add(sample)
                 sample = None
             self.number = len(self.rows)
-            if part not in ("npy", "cls", "flipped.npy") and not NAMED.fullmatch(part):
-                raise MemberError(
-                    f"the member {member.name!r} is not allowed; a shard holds .npy, .cls, "
-                    ".flipped.npy and named arrays as .NAME.npy only"
-                )
+            if part not in ("npy", "cls", "flipped.npy"):
+                name, _, ending = part.partition(".")
+                fault = name_fault(name) if ending == "npy" else ""
+                if fault or ending != "npy":
+                    raise MemberError(
+                        f"the member {member.name!r} is not allowed; a shard holds .npy, .cls, "
+                        f".flipped.npy and named arrays as .NAME.npy only{fault and f' ({fault})'}"
+                    )
             if sample is None:
                 if key in seen:
                     raise MemberError(f"the key {key!r} comes twice")
@@ -202,6 +184,8 @@ class _Scanner:
         named = self._named(sample)
         start = min(member.start for member in sample.parts.values())
         stop = max(member.stop for member in sample.parts.values())
+        if stop - start > MAX_SAMPLE_BYTES:
+            raise MemberError(f"it has {stop - start} bytes, more than {MAX_SAMPLE_BYTES}")
         crc = zlib.crc32(self.view[start:stop])
         self.rows.append((offset, flipped, start, stop - start, crc, label, *named))
 
@@ -227,7 +211,7 @@ class _Scanner:
         offsets = []
         for name in sorted(found):
             member = found[name]
-            dtype, shape, header = npy_layout(self._head(member), NAMED_DTYPES)
+            dtype, shape, header = layout(self._head(member), NAMED_DTYPES)
             one = array_of(name, shape, dtype)
             if self.arrays.setdefault(name, one) != one:
                 wanted = self.arrays[name]
@@ -252,9 +236,7 @@ class _Scanner:
 
     def _array(self, member: Member, measure: bool = False) -> int:
         """Check the array of one member; the position of its first byte."""
-        dtype, shape, header = npy_layout(self._head(member), DTYPES)
-        if not all(shape):
-            raise MemberError(f"its array has the empty shape {shape}")
+        dtype, shape, header = layout(self._head(member), DTYPES)
         if len(shape) < 2:
             raise MemberError(f"its array is not of the form (C, ...): it has the shape {shape}")
         if self.layout is None:
@@ -288,32 +270,3 @@ class _Scanner:
             self.sums += means.sum(space)
             self.square_sums += (means**2 + stds**2).sum(space)
         return offset
-
-
-def array_of(name: str, shape: tuple[int, ...], dtype: str) -> NamedArray:
-    """What the index says of a named array: numbers in a row are a `vector`, others are their name's."""
-    vector = len(shape) == 1 and dtype.startswith("float")
-    return NamedArray(shape=shape, dtype=dtype, kind="vector" if vector else name)  # pyright: ignore[reportArgumentType]  checked by pydantic
-
-
-def npy_layout(head: bytes, dtypes: Mapping[str, str]) -> tuple[str, tuple[int, ...], int]:
-    """(dtype, shape, header length) of a npy file that begins with `head`. Raises MemberError;
-    never evaluates it.
-    """
-    if head[:6] != b"\x93NUMPY" or head[6:8] not in (b"\1\0", b"\2\0", b"\3\0"):
-        raise MemberError("its .npy member is not a npy file")
-    width = 2 if head[6] == 1 else 4
-    length = 8 + width + int.from_bytes(head[8 : 8 + width], "little")
-    match = NPY_HEADER.fullmatch(head[8 + width : length]) if length <= len(head) else None
-    if match is None:
-        raise MemberError("its array has a damaged header")
-    descr, fortran, sides = match.groups()
-    if descr.decode() not in dtypes:
-        raise MemberError(
-            f"its array has dtype {descr.decode()!r}; only {', '.join(dtypes.values())} "
-            "(little-endian) may be"
-        )
-    if fortran == b"True":
-        raise MemberError("its array is in Fortran order")
-    shape = tuple(int(side) for side in sides.replace(b" ", b"").split(b",") if side)
-    return dtypes[descr.decode()], shape, length

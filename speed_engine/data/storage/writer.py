@@ -25,7 +25,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from .. import DataError
 from . import index as index_file
-from .index import Index, Scale, compose, index_shard, write_file
+from .index import Index, compose, index_shard, write_file
+from .scaling import Scale
 from .scan import Scanned
 
 PLAN, PROGRESS, SKIPPED = "encode.json", "progress.json", "skipped.json"
@@ -166,8 +167,9 @@ class SetWriter:
         class_names: Sequence[str] = (),
         scale: Scale | None = None,
         shift: Scale | None = None,
+        vae: str | None = None,
     ) -> Index:
-        """Write the index and give the set its name. Raises DataError when there is no sample."""
+        """Write the index (see `compose`) and give the set its name. Raises DataError when there is no sample."""
         if self._tar is not None:
             self._end_shard()
         if not self.shards:
@@ -178,7 +180,12 @@ class SetWriter:
             shutil.rmtree(self.partial)
             raise DataError(f"there is no image to write{reasons}")
         index = compose(
-            self.shards, scale=scale, shift=shift, posterior=self.posterior, class_names=class_names
+            self.shards,
+            scale=scale,
+            shift=shift,
+            posterior=self.posterior,
+            class_names=class_names,
+            vae=vae,
         )
         skipped = [item.model_dump() for item in self.skipped]
         write_file(self.partial / SKIPPED, (json.dumps(skipped, indent=1) + "\n").encode())

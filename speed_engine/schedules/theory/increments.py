@@ -86,11 +86,11 @@ class Areas:
             return "convergence"
         return "acceleration" if row < self.peak else "deceleration"
 
-    def shares(self) -> dict[str, float]:
-        """Share of the rows in each area; sums to one."""
-        first, second = min(self.peak, self.tau), self.tau
-        sizes = (first, second - first, self.num_rows - second)
-        return {area: size / self.num_rows for area, size in zip(AREAS, sizes, strict=True)}
+    def shares(self, share_edges: Tensor) -> dict[str, float]:
+        """Share of the time in each area; sums to one. share_edges: the schedule's, [T+1]."""
+        first, second = (float(share_edges[row]) for row in (min(self.peak, self.tau), self.tau))
+        sizes = (first, second - first, 1 - second)
+        return dict(zip(AREAS, sizes, strict=True))
 
 
 def areas(schedule: Schedule, tau: int | None = None, r: float | None = None) -> Areas:

@@ -89,8 +89,8 @@ def test_what_is_written_comes_back_in_any_order(tmp_path: Path, name: str) -> N
     again, _ = source.read(torch.tensor(order))  # the second time without checksums
     assert torch.equal(again, raw)
     x, _ = decoded(source, np.array(order))
-    channels = source.shape[0]
-    assert x.shape == (6, *source.shape) and x.dtype == torch.float32 and x.is_contiguous()
+    channels = source.facts.shape[0]
+    assert x.shape == (6, *source.facts.shape) and x.dtype == torch.float32 and x.is_contiguous()
     if name == "pixels":
         assert torch.equal(x, torch.from_numpy(stored[order]).float() / 127.5 - 1)
     else:
@@ -120,7 +120,7 @@ def test_scale_and_shift(tmp_path: Path, dtype: Any) -> None:
 def test_posterior_draw_is_mean_plus_std_times_normals(tmp_path: Path) -> None:
     _, stored, _ = write(tmp_path / "set", **SETTINGS["posterior"], scale=2.0)
     source = shards.Shards(tmp_path / "set")
-    normals = torch.randn(7, *source.shape)
+    normals = torch.randn(7, *source.facts.shape)
     x, _ = decoded(source, range(7), normals=normals)
     mean, std = torch.from_numpy(stored).float().chunk(2, 1)
     torch.testing.assert_close(x, (mean + std * normals) * 2.0, rtol=1e-6, atol=1e-6)
@@ -184,6 +184,37 @@ def test_writing_is_bit_identical_and_the_fingerprint_follows_the_content(tmp_pa
         assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes(), path.name
     assert first.fingerprint == second.fingerprint != other.fingerprint
     assert shards.Shards(tmp_path / "a").fingerprint == first.fingerprint
+
+
+FIRST_VERSION = {
+    "pixels": "231cf376c8e04eedd4cf53eae64367a8dad3f21b10dd7769318b714f4a624b71",
+    "posterior": "21c4e752e5043d85fe5d16882a92cf642e7cdda08da06e9624f681f901854d3c",
+}
+
+
+@pytest.mark.parametrize("name", FIRST_VERSION)
+def test_a_set_that_the_first_version_knew_keeps_its_fingerprint(tmp_path: Path, name: str) -> None:
+    """Runs that began with it go on. The sums were written by that version."""
+    posterior = name == "posterior"
+    with SetWriter(tmp_path / name, {}, shard_size=3, posterior=posterior) as writer:
+        for i in range(5):
+            array = np.arange(32).reshape(2, 4, 4) + i
+            array = array.astype(np.float16 if posterior else np.uint8)
+            writer.write(i + 1, array, i % 3, array[..., ::-1] if posterior else None)
+        latent = {"scale": 0.18215, "shift": 0.5} if posterior else {}
+        assert writer.finish(**latent).fingerprint == FIRST_VERSION[name]
+    assert shards.Shards(tmp_path / name, check_scale=False).fingerprint == FIRST_VERSION[name]
+    content = json.loads((tmp_path / name / index_file.INDEX).read_text())
+    assert content["version"] == 1 and "arrays" not in content
+
+
+@pytest.mark.parametrize("shape", [(2, 16), (2, 3, 4, 4)])
+def test_a_set_that_the_first_version_did_not_know_has_another(
+    tmp_path: Path, shape: tuple[int, ...]
+) -> None:
+    index, stored, _ = write(tmp_path / "set", dtype=np.float32, shape=shape)
+    assert index.version == 2 and index.shape == shape
+    assert np.array_equal(shards.Shards(tmp_path / "set").read([3, 1])[0].numpy(), stored[[3, 1]])
 
 
 def test_no_labels_and_one_class(tmp_path: Path) -> None:
@@ -273,7 +304,7 @@ def test_scale_far_off_is_refused(tmp_path: Path) -> None:
 def test_kinds_and_protocol(tmp_path: Path) -> None:
     assert names("data") == ["digits", "shards"]
     source: Source = digits.build(digits.Config(path=str(tmp_path / "digits")))
-    assert source.shape == (1, 8, 8)
+    assert source.facts.shape == (1, 8, 8)
 
 
 def test_digits(tmp_path: Path) -> None:

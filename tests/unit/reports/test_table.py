@@ -47,6 +47,16 @@ def test_json():
     assert sum(row["density"] for row in rows) == pytest.approx(1)
 
 
+@pytest.mark.parametrize("timesteps", ["uniform", "logit_normal", "laplace"])
+def test_the_schedule_is_described_whatever_the_density(timesteps):
+    """1 / alpha_bar of rectified flow reaches 139 at t = 0.922."""
+    table = make("rectified_flow", "flow", timesteps)
+    told = json.loads(report(table, "json"))["schedule"]
+    assert told["area_shares"]["convergence"] == pytest.approx(0.078, abs=1e-3)
+    assert sum(told["area_shares"].values()) == pytest.approx(1)
+    assert told["alpha_bar_first"] == pytest.approx(1) and told["alpha_bar_last"] < 1e-8
+
+
 def test_the_resolved_threshold_is_printed():
     parsed = json.loads(report(make("cosine", r=139), "json"))
     assert parsed["timesteps"]["tau"] == 945

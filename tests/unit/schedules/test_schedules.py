@@ -276,11 +276,13 @@ def test_areas():
         "convergence",
         "convergence",
     ]
-    assert division.shares() == pytest.approx(
+    assert division.shares(make("linear").share_edges) == pytest.approx(
         {"acceleration": 0.219, "deceleration": 0.481, "convergence": 0.3}
     )
+    plain = {kind: make(kind) for kind in DISCRETE}
     shares = {
-        kind: increments.areas(make(kind), r=138.6).shares()["convergence"] for kind in DISCRETE
+        kind: increments.areas(one, r=138.6).shares(one.share_edges)["convergence"]
+        for kind, one in plain.items()
     }
     assert shares == pytest.approx(
         {"linear": 0.303, "quadratic": 0.128, "cosine": 0.055, "scaled_linear": 0.038}
