@@ -62,14 +62,15 @@ def test_edm(timesteps: str, trained, good, tmp_path: Path) -> None:
     assert found == pytest.approx(list(-2 * np.log(sigma)), abs=2e-6)
 
 
-@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm++", "dpmpp", "heun"])
+@pytest.mark.parametrize("sampler", ["dpm++", "heun"])
 def test_zero_terminal_snr_takes_every_step_there_is(
     sampler: str, trained, good, tmp_path: Path
 ) -> None:
-    zero = ["schedule.zero_terminal_snr=true", "schedule.num_steps=24", "objective=v"]
-    run = trained("zero_snr", [*zero, "timesteps=uniform"])
-    found = draw(good, run, tmp_path / "a", "--sampler", sampler, "--steps", 24)
-    assert len(found) == 24 and found[-1] is None and None not in found[:-1]
+    """The last rows are 0 or nearly so, and a solver divides by the difference of their log-SNR."""
+    zero = ["schedule.zero_terminal_snr=true", "objective=v", "timesteps=uniform"]
+    run = trained("zero_snr", zero)
+    found = draw(good, run, tmp_path / "a", "--sampler", sampler, "--steps", 1000)
+    assert len(found) == 1000 and found[-1] is None and None not in found[:-1]
 
 
 def test_a_sampler_from_outside(trained, good, command, tmp_path: Path, monkeypatch) -> None:

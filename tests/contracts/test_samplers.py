@@ -140,6 +140,20 @@ def test_every_number_of_steps_is_finite_and_its_levels_fall(sampler: str, sched
             assert x.isfinite().all() and x.abs().max() < 2, (settings, steps)
 
 
+@pytest.mark.parametrize(
+    "schedule", [each for each in SCHEDULES if "zero_terminal_snr" in variants(each)[-1]]
+)
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_zero_terminal_snr_takes_every_step_of_a_thousand(sampler: str, schedule: str) -> None:
+    """The last rows have an alpha_bar that a solver cannot divide by: several of them on the linear schedule."""
+    one = process(schedule, zero_terminal_snr=True)
+    low = (one.levels(Recipe(sampler, 1000)).alpha_bar < 2.0**-24).sum()
+    assert low >= (2 if schedule == "linear" else 1)
+    for steps in (500, 1000):
+        x = sample(ideal(one), one, Recipe(sampler, steps), numbers=range(8))
+        assert x.isfinite().all() and x.abs().max() < 1
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_a_single_point_is_met_in_any_number_of_steps(sampler: str, schedule: str) -> None:

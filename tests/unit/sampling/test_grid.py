@@ -94,6 +94,14 @@ def test_an_objective_with_a_range_keeps_it_between_the_rows(input_scale: str) -
         np.testing.assert_allclose(few.input_scale / np.sqrt(1 + sigma**2), wanted, rtol=1e-9)
 
 
+def test_an_objective_with_a_range_keeps_it_on_few_of_the_rows() -> None:
+    one = process({"kind": "linear"}, "fdm")
+    few, every = one.levels(Recipe("ddim", 10)), one.levels(Recipe("ddim", 1000))
+    at = few.time.astype(int)
+    for name, column in vars(few).items():
+        np.testing.assert_array_equal(column, vars(every)[name][at], err_msg=name)
+
+
 def test_epsilon_starts_where_x0_can_be_told() -> None:
     levels = process(FLOW, "epsilon").levels(Recipe("ddim", 10))
     assert levels.time[-1] < 1000 and np.abs(levels.of_out).max() <= math.exp(5.1) * 1.001
