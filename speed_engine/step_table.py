@@ -25,7 +25,7 @@ from speed_engine.kinds import config_of, home
 from speed_engine.objectives import Objective, W, pack, weight_ceiling
 from speed_engine.schedules import Schedule, from_alphas_cumprod, from_flow, from_sigmas
 from speed_engine.timesteps import Method, MethodConfig, integer_cdf, parse
-from speed_engine.timesteps.online import Facts
+from speed_engine.timesteps.online import Columns
 from speed_engine.timesteps.online.buffer import AllReduce
 from speed_engine.timesteps.online.policy import ALONE, Evaluate, Policy, Reach
 from speed_engine.timesteps.online.session import Session
@@ -239,13 +239,13 @@ class StepTable:
             eps_gain = self.schedule.alpha / self.schedule.sigma
             owns = [part.own_weight(gain, eps_gain) for part in self.method.factors]
             fixed = (self.weight, gain, eps_gain, self.schedule.log_snr, self.schedule.measure)
-            facts = []
-            for part, own in zip(self.method.factors, owns, strict=True):
-                columns = (part.density, own, *fixed)
-                facts.append(Facts(*(column.to(self.device) for column in columns)))
+            columns = [
+                Columns(*(each.to(self.device) for each in (part.density, own, *fixed)))
+                for part, own in zip(self.method.factors, owns, strict=True)
+            ]
             kind = getattr(self.timesteps, "kind", "?")
             parts = [part.online for part in self.method.factors]
-            self.session = Session(kind, parts, facts, num_slots, shape)
+            self.session = Session(kind, parts, columns, num_slots, shape)
         self._install(step=0)
 
     def observe(self, address_2: Tensor, row_B: Tensor, losses_3B: Tensor) -> None:

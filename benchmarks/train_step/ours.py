@@ -12,7 +12,7 @@ import logging
 import math
 import os
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ from speed_engine import config as configuration
 from speed_engine.config import RunConfig
 from speed_engine.data import Batch
 from speed_engine.distributed import Processes
-from speed_engine.models.dit import position_embedding
+from speed_engine.models.dit import DiT, position_embedding
 from speed_engine.training import assembly
 from speed_engine.training.step import DiffusionStep
 
@@ -75,7 +75,7 @@ def open_step(
         )
     )
     told, _, facts = assembly.told(config, source.facts)
-    model = assembly.build_model(told, facts, "meta", backends)
+    model = cast("DiT", assembly.build_model(told, facts, "meta", backends))
     model.to_empty(device=device)
     seed_weights(model.named_parameters())
     with torch.no_grad():  # the only buffer

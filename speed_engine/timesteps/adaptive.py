@@ -31,7 +31,7 @@ from torch import Tensor
 
 from speed_engine.schedules import Schedule
 from speed_engine.timesteps import Method, MethodConfig
-from speed_engine.timesteps.online import Facts, Observations
+from speed_engine.timesteps.online import Columns, Observations
 from speed_engine.timesteps.online.adam import Adam
 from speed_engine.timesteps.online.beta_policy import BetaPolicy
 from speed_engine.timesteps.online.feature_selection import FeatureSelection
@@ -129,15 +129,16 @@ class Sampler(Policy):
         self.config, self.every, self.bits_T = config, config.every, bits_T
         self.lesson: Lesson | None = None
 
-    def start(self, facts: Facts, shape: tuple[int, ...]) -> None:
+    def start(self, columns: Columns, shape: tuple[int, ...]) -> None:
         if not shape:
             raise ValueError(
                 "timesteps.kind=adaptive needs the shape of a sample; call table.start(num_slots, shape)"
             )
-        config, device = self.config, facts.density_T.device
-        num_rows = facts.density_T.numel()
-        self.bits_T = self.bits_T.to(device) / facts.gain_T.square()  # per error of the own target
-        self.uniform_T = facts.measure_T / facts.measure_T.sum()
+        config, device = self.config, columns.density_T.device
+        num_rows = columns.density_T.numel()
+        # Per error of the objective's own target.
+        self.bits_T = self.bits_T.to(device) / columns.gain_T.square()
+        self.uniform_T = columns.measure_T / columns.measure_T.sum()
         self.network = BetaPolicy(shape, num_rows).to(device)
         self.parameters = list(self.network.parameters())
         flat = torch.cat([parameter.detach().flatten() for parameter in self.parameters])
@@ -150,7 +151,7 @@ class Sampler(Policy):
         self.selection = FeatureSelection(num_swept, config.num_selected, config.num_sweeps, device)
         # Running mean and mean square of the reward, and how many lessons they have seen.
         self.reward_3 = torch.zeros(3, dtype=torch.float64, device=device)
-        self.mean_density_T = facts.density_T.clone()
+        self.mean_density_T = columns.density_T.clone()
 
     def draw(self, x0: Tensor, word_B: Tensor) -> Tensor:
         with torch.no_grad():

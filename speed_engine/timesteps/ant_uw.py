@@ -24,7 +24,7 @@ from torch import Tensor
 
 from speed_engine.schedules import Schedule
 from speed_engine.timesteps import Method, MethodConfig
-from speed_engine.timesteps.online import Facts, Observations, Online, bins
+from speed_engine.timesteps.online import Columns, Observations, Online, bins
 from speed_engine.timesteps.online.adam import Adam
 
 
@@ -64,9 +64,9 @@ class Uncertainty(Online):
     def __init__(self, config: Config) -> None:
         self.config, self.every = config, config.every
 
-    def start(self, facts: Facts, shape: tuple[int, ...]) -> None:
-        device = facts.density_T.device
-        self.cluster_T = bins(facts.density_T.numel(), self.config.num_clusters, device)
+    def start(self, columns: Columns, shape: tuple[int, ...]) -> None:
+        device = columns.density_T.device
+        self.cluster_T = bins(columns.density_T.numel(), self.config.num_clusters, device)
         zeros = torch.zeros(self.config.num_clusters, dtype=torch.float64, device=device)
         self.adam = Adam(zeros, self.config.lr)
 

@@ -23,7 +23,7 @@ from speed_engine.schedules import Schedule
 from speed_engine.timesteps import Method, MethodConfig
 from speed_engine.timesteps.edm import denoiser_weight
 from speed_engine.timesteps.log_normal import level_density
-from speed_engine.timesteps.online import Facts, Observations, Online
+from speed_engine.timesteps.online import Columns, Observations, Online
 from speed_engine.timesteps.online.adam import Adam
 
 
@@ -51,9 +51,9 @@ class LogVariance(Online):
     def __init__(self, config: Config) -> None:
         self.config, self.every = config, config.every
 
-    def start(self, facts: Facts, shape: tuple[int, ...]) -> None:
-        device, num = facts.density_T.device, self.config.num_features
-        noise_T = (-facts.log_snr_T / 2 + math.log(self.config.sigma_data)) / 4
+    def start(self, columns: Columns, shape: tuple[int, ...]) -> None:
+        device, num = columns.density_T.device, self.config.num_features
+        noise_T = (-columns.log_snr_T / 2 + math.log(self.config.sigma_data)) / 4
         noise_T = noise_T.nan_to_num(posinf=float(noise_T[noise_T.isfinite()].max()))
         generator = torch.Generator().manual_seed(0)  # the same features on every rank
         frequency = torch.randn(num, generator=generator, dtype=torch.float64).to(device)
@@ -61,7 +61,7 @@ class LogVariance(Online):
         angle = 2 * math.pi * (noise_T[:, None] * frequency + phase)
         constant = torch.ones_like(noise_T)[:, None]
         self.features_TP = torch.cat([angle.cos() * math.sqrt(2 / num), constant], dim=1)
-        self.lambda_T = facts.weight_T
+        self.lambda_T = columns.weight_T
         self.adam = Adam(torch.zeros(num + 1, dtype=torch.float64, device=device), self.config.lr)
 
     def refresh(self, step: int, seen: Observations) -> tuple[Tensor | None, Tensor | None]:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from speed_engine.schedules import Schedule
 from speed_engine.timesteps import Method, MethodConfig
-from speed_engine.timesteps.online import Facts, Observations, Online
+from speed_engine.timesteps.online import Columns, Observations, Online
 
 
 class Config(MethodConfig):
@@ -59,10 +59,10 @@ class Information(Online):
     def __init__(self, config: Config, sigma_data: float) -> None:
         self.config, self.every, self.sigma_data = config, config.every, sigma_data
 
-    def start(self, facts: Facts, shape: tuple[int, ...]) -> None:
+    def start(self, columns: Columns, shape: tuple[int, ...]) -> None:
         config = self.config
         # In the units in which the gate is stated: sigma / alpha scaled to sigma_data.
-        level_T = (-facts.log_snr_T / 2).exp() * config.sigma_data
+        level_T = (-columns.log_snr_T / 2).exp() * config.sigma_data
         log_T = level_T.log()
         known_T = torch.isfinite(log_T)
         low, high = log_T[known_T].min(), log_T[known_T].max()
@@ -75,12 +75,12 @@ class Information(Online):
         edges = torch.linspace(0, 1, config.num_bins + 1, dtype=torch.float64, device=low.device)
         middles = (edges[1:] + edges[:-1]) / 2
         self.sigma_bins = (low + middles * (high - low)).exp()
-        self.uniform_T = facts.measure_T / facts.measure_T.sum()
+        self.uniform_T = columns.measure_T / columns.measure_T.sum()
         # The rate is per ln sigma; a row's share of ln sigma turns it into the row's mass.
         (slope_T,) = torch.gradient(torch.where(known_T, log_T, high), edge_order=1)
         self.log_width_T = slope_T.clamp(min=0) * known_T
-        self.to_eps_T = torch.where(known_T, (facts.eps_gain_T / facts.gain_T).square(), 0.0)
-        weight_T = facts.total_weight_T * facts.gain_T.square()  # on x0
+        self.to_eps_T = torch.where(known_T, (columns.eps_gain_T / columns.gain_T).square(), 0.0)
+        weight_T = columns.total_weight_T * columns.gain_T.square()  # on x0
         self.inverse_weight_T = torch.where(weight_T > 0, 1 / weight_T, 0.0)
         zeros = torch.zeros(config.num_bins, dtype=torch.float64, device=low.device)
         self.mean, self.mass = zeros, zeros.clone()

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from speed_engine.schedules import Schedule
 from speed_engine.timesteps import Method, MethodConfig
-from speed_engine.timesteps.online import Facts, Observations, Online, bins
+from speed_engine.timesteps.online import Columns, Observations, Online, bins
 
 MAX_BINS = 1024
 
@@ -44,11 +44,11 @@ class SecondMoment(Online):
     def __init__(self, config: Config) -> None:
         self.config, self.every = config, config.every
 
-    def start(self, facts: Facts, shape: tuple[int, ...]) -> None:
-        num_rows = facts.density_T.numel()
-        device = facts.density_T.device
+    def start(self, columns: Columns, shape: tuple[int, ...]) -> None:
+        num_rows = columns.density_T.numel()
+        device = columns.density_T.device
         num_bins = min(num_rows, MAX_BINS)
-        self.uniform_T = facts.measure_T / facts.measure_T.sum()
+        self.uniform_T = columns.measure_T / columns.measure_T.sum()
         self.bin_T = bins(num_rows, num_bins, device)
         self.ring = torch.zeros(num_bins, self.config.history, dtype=torch.float64, device=device)
         self.count = torch.zeros(num_bins, dtype=torch.int64, device=device)

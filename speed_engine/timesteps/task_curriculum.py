@@ -18,7 +18,7 @@ from torch import Tensor
 
 from speed_engine.schedules import Schedule
 from speed_engine.timesteps import Method, MethodConfig
-from speed_engine.timesteps.online import Facts, Observations, Online
+from speed_engine.timesteps.online import Columns, Observations, Online
 
 
 class Config(MethodConfig):
@@ -54,10 +54,10 @@ class Curriculum(Online):
     def __init__(self, config: Config, age: Tensor) -> None:
         self.config, self.every, self.age_T = config, config.every, age
 
-    def start(self, facts: Facts, shape: tuple[int, ...]) -> None:
-        device = facts.density_T.device
+    def start(self, columns: Columns, shape: tuple[int, ...]) -> None:
+        device = columns.density_T.device
         self.age_T = self.age_T.to(device)
-        self.uniform_T = facts.measure_T / facts.measure_T.sum()
+        self.uniform_T = columns.measure_T / columns.measure_T.sum()
         self.added = torch.zeros((), dtype=torch.int64, device=device)
         self.waited = torch.zeros((), dtype=torch.int64, device=device)
         self.mean = torch.full((), math.nan, dtype=torch.float64, device=device)

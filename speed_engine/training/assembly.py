@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from speed_kernels.contract import Choice, choose
@@ -220,7 +219,7 @@ def build_model(
     facts: Facts,
     device: torch.device | str = "cpu",
     backends: Mapping[str, str] | None = None,
-) -> Any:
+) -> nn.Module:
     """The freshly initialised network; on the device `meta` it takes no memory.
 
     facts: as `told` gives them. backends: op -> backend for the network's fused kernels; None:

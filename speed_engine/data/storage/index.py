@@ -12,7 +12,6 @@ import hashlib
 import io
 import json
 import math
-import os
 import re
 import zlib
 from collections.abc import Sequence
@@ -21,6 +20,8 @@ from typing import Any, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
+
+from speed_engine.atomic_files import write_bytes, write_json
 
 from .. import DataError
 from ..space import Space
@@ -171,20 +172,10 @@ def compose(
     ).sealed()
 
 
-def write_file(path: Path, content: bytes) -> None:
-    """Write and fsync a temporary file, then rename it to `path`."""
-    scratch = path.with_name(path.name + ".tmp")
-    with open(scratch, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(scratch, path)
-
-
 def save(index: Index, folder: Path) -> None:
     """Write `index.json`."""
     content = {**index.content(), "fingerprint": index.fingerprint}
-    write_file(folder / INDEX, (json.dumps(content, indent=1) + "\n").encode())
+    write_json(folder / INDEX, content)
 
 
 def index_shard(path: Path, posterior: bool = False) -> Scanned:
@@ -192,7 +183,7 @@ def index_shard(path: Path, posterior: bool = False) -> Scanned:
     scanned, entries = scan(path, posterior)
     content = io.BytesIO()
     np.save(content, entries, allow_pickle=False)
-    write_file(entries_path(path), content.getvalue())
+    write_bytes(entries_path(path), content.getvalue())
     digest = hashlib.sha256(content.getvalue()).hexdigest()
     return scanned.model_copy(
         update={"shard": scanned.shard.model_copy(update={"entries_sha256": digest})}

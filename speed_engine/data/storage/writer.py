@@ -23,9 +23,11 @@ from typing import IO, Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from speed_engine.atomic_files import sync, write_json, write_text
+
 from .. import DataError
 from . import index as index_file
-from .index import Index, compose, index_shard, write_file
+from .index import Index, compose, index_shard
 from .scaling import Scale
 from .scan import Scanned
 
@@ -188,7 +190,7 @@ class SetWriter:
             vae=vae,
         )
         skipped = [item.model_dump() for item in self.skipped]
-        write_file(self.partial / SKIPPED, (json.dumps(skipped, indent=1) + "\n").encode())
+        write_json(self.partial / SKIPPED, skipped)
         index_file.save(index, self.partial)
         self._publish()
         return index
@@ -206,7 +208,7 @@ class SetWriter:
             # Never begun, or stopped before the first shard was whole: nothing is lost.
             shutil.rmtree(self.partial, ignore_errors=True)
             self.partial.mkdir()
-            write_file(self.partial / PLAN, (json.dumps(self.plan, indent=1) + "\n").encode())
+            write_json(self.partial / PLAN, self.plan)
         elif not self._same_plan(self.partial):
             raise DataError(
                 f"{self.partial} holds an interrupted run with other images or settings; repeat "
@@ -265,18 +267,10 @@ class SetWriter:
         os.replace(self.partial / "shard.tar.tmp", path)
         self.shards.append(index_shard(path, self.posterior))
         progress = _Progress(position=self.position, shards=self.shards, skipped=self.skipped)
-        write_file(self.partial / PROGRESS, progress.model_dump_json().encode())
+        write_text(self.partial / PROGRESS, progress.model_dump_json())
 
     def _publish(self) -> None:
         (self.partial / PROGRESS).unlink(missing_ok=True)
-        _sync_folder(self.partial)
+        sync(self.partial)
         os.rename(self.partial, self.out)  # an empty folder may be in the way, nothing else
-        _sync_folder(self.out.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        sync(self.out.parent)

@@ -45,7 +45,7 @@ class Observations(NamedTuple):
 
 
 @dataclass
-class Facts:
+class Columns:
     """What a part may know about the table it belongs to; float64 [T] on the device."""
 
     density_T: Tensor  # the part's density at the start
@@ -65,8 +65,8 @@ class Online:
     every: int = 1
     needs_losses: bool = True
 
-    def start(self, facts: Facts, shape: tuple[int, ...]) -> None:
-        """Allocate the state on the device of `facts`; `shape` is a sample's. Called once."""
+    def start(self, columns: Columns, shape: tuple[int, ...]) -> None:
+        """Allocate the state on the device of `columns`; `shape` is a sample's. Called once."""
         raise NotImplementedError
 
     def refresh(self, step: int, seen: Observations) -> tuple[Tensor | None, Tensor | None]:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from speed_engine.timesteps.online import Facts, Observations, Online
+from speed_engine.timesteps.online import Columns, Observations, Online
 
 
 class Mixture(Online):
@@ -18,8 +18,8 @@ class Mixture(Online):
         """`target` is float64 [T]; it need not be normalised against the start's mass of one."""
         self.target, self.total_steps, self.every = target, total_steps, every
 
-    def start(self, facts: Facts, shape: tuple[int, ...]) -> None:
-        self.initial = facts.density_T.clone()
+    def start(self, columns: Columns, shape: tuple[int, ...]) -> None:
+        self.initial = columns.density_T.clone()
         self.target = self.target.to(self.initial.device)
 
     def refresh(self, step: int, seen: Observations) -> tuple[Tensor | None, Tensor | None]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from speed_engine.timesteps.online import Facts, Online
+from speed_engine.timesteps.online import Columns, Online
 from speed_engine.timesteps.online.buffer import AllReduce, Buffer, nothing
 
 
@@ -20,22 +20,22 @@ class Session:
         self,
         kind: str,
         parts: list[Online | None],
-        facts: list[Facts],
+        columns: list[Columns],
         num_slots: int,
         shape: tuple[int, ...],
     ) -> None:
         self.kind, self.parts = kind, parts
         self.online = [part for part in parts if part is not None]
-        self.measure = facts[0].measure_T / facts[0].measure_T.sum()
-        self.densities = [fact.density_T.clone() for fact in facts]
-        self.weights = [fact.weight_T.clone() for fact in facts]
+        self.measure = columns[0].measure_T / columns[0].measure_T.sum()
+        self.densities = [each.density_T.clone() for each in columns]
+        self.weights = [each.weight_T.clone() for each in columns]
         self.every = min(part.every for part in self.online)
         learns = any(part.needs_losses for part in self.online)
         device = self.densities[0].device
         self.buffer = Buffer(self.every, num_slots, device) if learns else None
-        for part, fact in zip(parts, facts, strict=True):
+        for part, each in zip(parts, columns, strict=True):
             if part is not None:
-                part.start(fact, shape)
+                part.start(each, shape)
 
     def columns(self) -> tuple[Tensor, Tensor]:
         """The present density (sums to one) and own-target weight; float64 [T]."""
