@@ -32,8 +32,9 @@ demo: install
 	$(BIN)/python -m speed_engine plot --run $(RUN)
 	$(BIN)/python -m speed_engine summary --run $(RUN) --started $$(cat $(RUN)/started)
 
+# Two processes of pytest, each with the files that it took: many tests wait for processes or compilers of one thread.
 test: install
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest tests -n 2 --dist loadfile
 
 lint: install
 	$(BIN)/ruff check .

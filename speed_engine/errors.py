@@ -12,9 +12,6 @@ BAD_INPUT, INTERRUPTED = 2, 130  # exit codes
 def told_in_one_sentence(action: Callable[[], int]) -> int:
     """Run `action`; ValueError and OSError are what a user can mend, everything else is our bug and
     keeps its traceback. Of many processes the first one speaks plainly."""
-    from speed_kernels.build import BuildError
-    from speed_kernels.contract import BackendError
-
     try:
         return action()
     except KeyboardInterrupt:
@@ -23,9 +20,14 @@ def told_in_one_sentence(action: Callable[[], int]) -> int:
     except BrokenPipeError:  # the reader of our output has seen enough (`| head`)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (ValueError, OSError, BackendError, BuildError) as error:
+    except (ValueError, OSError) as error:
         return _say(str(error))
     except (MemoryError, RuntimeError) as error:
+        from speed_kernels.build import BuildError  # here, for it takes torch's seconds
+        from speed_kernels.contract import BackendError
+
+        if isinstance(error, (BackendError, BuildError)):
+            return _say(str(error))
         if not _is_out_of_memory(error):
             raise
         first = (str(error).splitlines() or [""])[0][:200]

@@ -117,8 +117,10 @@ class Log(Section):
     """What is written while training."""
 
     every: int = Field(default=50, ge=1, description="steps between two lines of metrics.jsonl")
-    tensorboard: bool = False
-    wandb: bool = False
+    tensorboard: bool = Field(
+        default=False, description="the same numbers for TensorBoard, in the run folder"
+    )
+    wandb: bool = Field(default=False, description="the same numbers for Weights & Biases")
 
 
 class RunConfig(Section):

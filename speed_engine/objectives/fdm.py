@@ -32,8 +32,8 @@ class Config(Section):
 
     kind: Literal["fdm"] = "fdm"
     multiplier: float = Field(2.0, gt=0, description="m, the strength of the momentum")
-    beta_min: float = Field(0.1, ge=0)
-    beta_d: float = Field(19.9, ge=0)
+    beta_min: float = Field(0.1, ge=0, description="of the time that the momentum decays with")
+    beta_d: float = Field(19.9, ge=0, description="beta_max - beta_min of it")
     input_scale: Literal["momentum", "unit", "edm"] = Field(
         "momentum", description="momentum: FDM's s; unit: 1; edm: EDM's c_in"
     )

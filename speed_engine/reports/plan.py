@@ -44,8 +44,9 @@ def run(config: RunConfig) -> int:
     data, source, remarks = _data(config)
     config, conditions, facts = told(config, data)
     model = build_model(config, facts, "meta")
-    # The fixed position embedding is a tensor of the public checkpoints, and counted there.
+    # A fixed position embedding is a tensor of the public checkpoints, and counted there.
     parameters = sum(t.numel() for t in model.state_dict().values())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     macs = macs_per_sample(config, facts)
     table = build_table(config)
     print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False).rstrip())
@@ -60,11 +61,11 @@ def run(config: RunConfig) -> int:
         ]
         dropped = f"dropped at {getattr(config.conditions[name], 'dropout', 0):g}"
         print(f"condition       {name}: {', '.join(filter(None, [values, *arrays, dropped]))}")
-    print(f"parameters      {parameters:,} ({parameters / 1e6:.0f} M)")
+    print(f"parameters      {parameters:,} ({parameters / 1e6:.0f} M), {trained:,} of them trained")
     print(f"forward pass    {macs / 1e9:.3g} GMAC = {2 * macs / 1e9:.3g} GFLOP a sample")
     batch, steps = config.train.global_batch, config.train.steps
     print(f"training        {steps:,} steps of {batch}: {6.0 * macs * batch * steps:.2e} FLOP")
-    _print_memory(config, facts, parameters)
+    _print_memory(config, facts, trained)
     expected = float((table.density * table.weight).sum())
     print(
         f"time steps      {config.timesteps.kind} on {config.schedule.kind}, {table.num_rows} rows; "

@@ -25,7 +25,9 @@ class Config(MethodConfig):
 
     kind: Literal["clts_speed_release"] = "clts_speed_release"
     mu: int = Field(300, ge=0, description="the step of the spike")
-    total_steps: int = Field(50_000, ge=1)
+    total_steps: int = Field(
+        50_000, ge=1, description="training steps until the density has arrived"
+    )
     every: int = Field(100, ge=1, description="training steps between two updates of the table")
 
 

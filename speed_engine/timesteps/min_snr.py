@@ -21,7 +21,7 @@ class Config(MethodConfig):
     """`timesteps.kind: min_snr`."""
 
     kind: Literal["min_snr"] = "min_snr"
-    gamma: float = Field(5.0, gt=0)
+    gamma: float = Field(5.0, gt=0, description="SNR above which the weight stops growing")
 
 
 def build(config: Config, schedule: Schedule) -> Method:

@@ -20,7 +20,7 @@ class Config(MethodConfig):
     """`timesteps.kind: min_snr_speed_release`."""
 
     kind: Literal["min_snr_speed_release"] = "min_snr_speed_release"
-    gamma: float = Field(5.0, gt=0)
+    gamma: float = Field(5.0, gt=0, description="SNR above which the weight stops growing")
 
 
 def build(config: Config, schedule: Schedule) -> Method:

@@ -19,7 +19,7 @@ class Config(MethodConfig):
     """`timesteps.kind: p2`."""
 
     kind: Literal["p2"] = "p2"
-    k: float = Field(1.0, gt=0)
+    k: float = Field(1.0, gt=0, description="added to SNR, so that the weight stays finite")
     gamma: float = Field(1.0, ge=0, description="0 = no weighting")
 
 

@@ -30,8 +30,10 @@ class Config(MethodConfig):
     """`timesteps.kind: speed_official`."""
 
     kind: Literal["speed_official"] = "speed_official"
-    k: float = Field(5.0, ge=1)
-    lam: float = Field(0.6, ge=0.5, le=1)
+    k: float = Field(5.0, ge=1, description="how much more often the kept steps are drawn")
+    lam: float = Field(
+        0.6, ge=0.5, le=1, description="lambda, the ends of the weights are 1 - lambda and lambda"
+    )
     tau: int | None = Field(None, ge=1, description="default 0.7 T, the release's 700")
     mirror: bool = Field(True, description="the mirrored half; off is the release's `no_dual`")
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from speed_engine.__main__ import COMMANDS
+from speed_engine.__main__ import COMMANDS, module
 
 ROOT = Path(__file__).resolve().parents[2]
 SAMPLE = "sample --run {run} --out {new} --steps 2"
@@ -34,6 +34,10 @@ MISTAKES = {
     "train --config digits_dit_tiny --steps 3": ["--steps"],
     "train --config digits_dit_tiny seed=1 seed=2": ["seed", "twice"],
     "train --config {file} run_dir={new}": ["{file}"],
+    "keys timestep": ["did you mean 'timesteps'"],
+    "keys timesteps speeed": ["did you mean 'speed'"],
+    "keys train speed": ["train has no kinds"],
+    "keys train --markdown": ["--markdown"],
     "plan": ["--config"],
     "plan --config {new}.yaml": ["{new}.yaml", "presets are"],
     "plan --config digits_dit_tiny model.kind=dot": ["model.kind", "'dot'", "dit"],
@@ -118,11 +122,10 @@ def test_every_command_has_mistakes():
 def test_help_tells_every_argument(command, name):
     answer = command(name, "--help")
     assert answer.code == 0 and not answer.err
-    text, add_arguments, _ = COMMANDS[name]
     words = " ".join(answer.out.split())
-    assert text in words
+    assert COMMANDS[name] in words
     parser = argparse.ArgumentParser()
-    add_arguments(parser)
+    module(name).add_arguments(parser)
     for action in parser._actions:
         if action.help != argparse.SUPPRESS:
             assert all(option in words for option in action.option_strings)
@@ -133,6 +136,27 @@ def test_help_lists_the_commands(command):
     assert answer.code == 0
     listed = re.findall(r"^    (\w+) ", answer.out, re.MULTILINE)
     assert set(COMMANDS) <= set(listed)
+
+
+def test_keys_are_told_for_one_kind_or_all(command):
+    one, everything = command("keys", "timesteps", "speed"), command("keys")
+    assert one.code == everything.code == 0
+    assert "timesteps.k = number >= 1 (default 5)" in one.out and one.out.strip() in everything.out
+    assert "optim.lr" not in one.out and "optim.lr = number >= 0 (default 0.0001)" in everything.out
+
+
+def test_help_imports_nothing_heavy():
+    """It answers in tenths of a second, which torch alone would take ten of."""
+    code = (
+        "import sys; from speed_engine.__main__ import main\n"
+        "try: main()\n"
+        "except SystemExit: print({'torch', 'numpy', 'pydantic', 'matplotlib'} & set(sys.modules))"
+    )
+    for words in (["--help"], ["sample", "--help"], ["table", "--help"], ["export", "--help"]):
+        done = subprocess.run(
+            [sys.executable, "-c", code, *words], cwd=ROOT, capture_output=True, text=True
+        )
+        assert done.stdout.splitlines()[-1] == "set()", words
 
 
 def test_no_command_and_an_unknown_one(command):

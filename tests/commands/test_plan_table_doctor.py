@@ -60,6 +60,8 @@ def test_plan_of_data_that_are_there(good, run, overrides, read_json):
     with safe_open(run / "checkpoints" / "step-00000020" / "ema.safetensors", "pt") as file:
         held = sum(int(np.prod(file.get_slice(key).get_shape())) for key in file.keys())  # noqa: SIM118
     assert number(r"^parameters +([\d,]+)", answer.out) == held
+    trained = number(r"^parameters .* ([\d,]+) of them trained", answer.out)
+    assert trained == read_json(run / "manifest.json")["parameters"]
 
 
 def test_plan_writes_nothing(good, tmp_path):

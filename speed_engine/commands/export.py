@@ -1,0 +1,37 @@
+"""`export`: weights as safetensors or as a diffusers folder."""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+from pathlib import Path
+from typing import Any
+
+from speed_engine.commands import run_arguments
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    run_arguments(parser)
+    parser.add_argument("--out", type=Path, required=True, help="the file or folder to write")
+    parser.add_argument("--format", choices=("safetensors", "diffusers"), default="safetensors")
+    parser.add_argument("--weights", choices=("ema", "model"), default="ema")
+
+
+def run(args: argparse.Namespace) -> int:
+    from speed_engine.reports.run_folder import open_run
+    from speed_engine.weights import file as weights_file
+
+    run = open_run(args.run, args.trust)
+    model: Any = run.model(args.weights)
+    if args.format == "diffusers":
+        from speed_engine.weights.dit_diffusers import export_diffusers
+
+        with warnings.catch_warnings(action="ignore"):  # the same cautions, told here once
+            cautions = export_diffusers(args.out, model)
+        for caution in cautions:
+            print(f"note: {caution}")
+    else:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        weights_file.save(args.out, model, notes={"step": run.step, "weights": args.weights})
+    print(args.out)
+    return 0
