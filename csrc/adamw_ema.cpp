@@ -169,10 +169,14 @@ double squares(int64_t num_tensors, const int64_t* sizes, const int64_t* table) 
   return sum;
 }
 
+// Of the kind half_life: it is at most this share of the updates made so far (layout.py).
+constexpr double RAMP_UP = 0.05;
+
 // 1 - decay of one EMA at step t = 1, 2, ...
 double ema_weight(double kind, double value, double t) {
   if (kind == 1.0) return std::max(value, 9.0 / (9.0 + t));
   if (kind == 2.0) return -std::expm1((value + 1.0) * std::log1p(-1.0 / t));
+  if (kind == 3.0) return -std::expm1(-std::max(value, std::log(2.0) / RAMP_UP / (t - 1.0)));
   return value;
 }
 

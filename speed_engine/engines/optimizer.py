@@ -8,12 +8,13 @@ a foreach lerp after the step, and they apply a gradient that is not finite, whi
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from speed_kernels.adamw_ema.layout import Ema
 from speed_kernels.adamw_ema.optimizer import EMA_KEYS, AdamWEMA
 from torch import Tensor
@@ -32,14 +33,36 @@ class Config(Section):
         "adamw_ema", description="adamw_ema: our one-pass kernel; the others are for comparison"
     )
     lr: float = Field(1e-4, ge=0.0, description="learning rate after the warm-up")
+    lr_shape: Literal["constant", "cosine", "linear", "inverse_sqrt"] = Field(
+        "constant",
+        description="after the warm-up: constant; cosine or linear down to lr_end over decay_steps; "
+        "inverse_sqrt: lr sqrt(decay_start / step) from decay_start on",
+    )
+    lr_end: float = Field(
+        0.0, ge=0.0, description="learning rate after a cosine or linear decay, at most lr"
+    )
+    decay_start: int | None = Field(
+        None, ge=0, description="first update of the decay; default: the end of the warm-up"
+    )
+    decay_steps: int | None = Field(
+        None, ge=1, description="length of a cosine or linear decay, in updates"
+    )
     betas: tuple[Share, Share] = Field((0.9, 0.999), description="decay of the two moments")
     eps: float = Field(1e-8, gt=0.0, description="added to the root of the second moment")
     weight_decay: float = Field(0.0, ge=0.0, description="decoupled weight decay")
     warmup_steps: int = Field(0, ge=0, description="updates of linear learning-rate warm-up")
+    warmup_images: int | None = Field(
+        None, ge=0, description="the warm-up in images instead: warmup_steps = this / global_batch"
+    )
     clip: float = Field(0.0, ge=0.0, description="largest norm of the whole gradient; 0 = off")
-    ema_kind: Literal["constant", "warmup", "power"] = Field(
+    ema_kind: Literal["constant", "warmup", "power", "half_life"] = Field(
         "constant",
-        description="constant: ema_decay; warmup: at most (1+n)/(10+n); power: EDM2's (1-1/t)^(g+1)",
+        description="constant: ema_decay; warmup: at most (1+n)/(10+n); power: EDM2's (1-1/t)^(g+1); "
+        "half_life: EDM's, at most 5 % of the updates made so far",
+    )
+    ema_half_life: float = Field(1000.0, gt=0.0, description="of the kind half_life, in updates")
+    ema_half_life_images: float | None = Field(
+        None, gt=0.0, description="the same in images: ema_half_life = this / global_batch"
     )
     ema_decay: Share = Field(0.9999, description="decay of the kinds constant and warmup")
     ema_sigma_rel: tuple[Width, ...] = Field(
@@ -49,16 +72,67 @@ class Config(Section):
         description="relative widths of the kind power, one EMA each",
     )
 
+    @model_validator(mode="after")
+    def _one_of_each(self) -> Self:
+        """What contradicts itself is refused."""
+        given = self.model_fields_set
+        for steps, images in (
+            ("warmup_steps", "warmup_images"),
+            ("ema_half_life", "ema_half_life_images"),
+        ):
+            if steps in given and getattr(self, images) is not None:
+                raise ValueError(f"optim.{steps} and optim.{images} say the same; give one of them")
+        arrives = self.lr_shape in ("cosine", "linear")
+        if arrives and self.decay_steps is None:
+            raise ValueError(
+                f"optim.lr_shape={self.lr_shape} needs optim.decay_steps, the updates it takes"
+            )
+        if self.decay_steps is not None and not arrives:
+            raise ValueError(
+                f"optim.decay_steps is for optim.lr_shape=cosine or linear, not {self.lr_shape}"
+            )
+        if self.lr_end > self.lr:
+            raise ValueError(f"optim.lr_end={self.lr_end:g} is above optim.lr={self.lr:g}")
+        if self.lr_shape == "inverse_sqrt" and not (self.decay_start or self.warmup_steps):
+            raise ValueError(
+                "optim.lr_shape=inverse_sqrt needs optim.decay_start, the update from which lr falls"
+            )
+        return self
+
+    def in_updates(self, global_batch: int) -> Self:
+        """The same with everything that was given in images counted in updates of `global_batch` samples."""
+        changed: dict[str, Any] = {}
+        if self.warmup_images is not None:
+            steps = round(self.warmup_images / global_batch)
+            changed |= {"warmup_steps": steps, "warmup_images": None}
+        if self.ema_half_life_images is not None:
+            updates = self.ema_half_life_images / global_batch
+            changed |= {"ema_half_life": updates, "ema_half_life_images": None}
+        return self.model_copy(update=changed) if changed else self
+
     def emas(self) -> list[Ema]:
         """The one or two EMAs that these settings describe."""
         if self.ema_kind == "power":
             return [Ema("power", sigma_rel=width) for width in self.ema_sigma_rel]
-        return [Ema(self.ema_kind, decay=self.ema_decay)]
+        return [Ema(self.ema_kind, decay=self.ema_decay, half_life=self.ema_half_life)]
 
 
 def learning_rate(config: Config, step: int) -> float:
-    """Learning rate of the update after `step` earlier ones: linear up to `warmup_steps`, then constant."""
-    return config.lr * min(1.0, (step + 1) / max(1, config.warmup_steps))
+    """Learning rate of the update after `step` earlier ones: linear up to `warmup_steps`, then as `lr_shape` says.
+
+    With s = decay_start (default: warmup_steps) and p = (step - s) / decay_steps in [0, 1]: cosine is lr_end +
+    (lr - lr_end) (1 + cos pi p) / 2, linear lr_end + (lr - lr_end) (1 - p), inverse_sqrt lr sqrt(s / step) from
+    s on (Karras et al. 2024, section 2.3).
+    """
+    rate = config.lr
+    start = config.warmup_steps if config.decay_start is None else config.decay_start
+    if config.lr_shape == "inverse_sqrt":
+        rate *= math.sqrt(start / max(start, step))
+    elif config.decay_steps is not None:
+        done = min(1.0, max(0.0, (step - start) / config.decay_steps))
+        left = 1.0 - done if config.lr_shape == "linear" else 0.5 + 0.5 * math.cos(math.pi * done)
+        rate = config.lr_end + (rate - config.lr_end) * left
+    return rate * min(1.0, (step + 1) / max(1, config.warmup_steps))
 
 
 def build(

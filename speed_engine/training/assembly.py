@@ -60,6 +60,8 @@ def build(
     source, model: instead of those that the configuration names.
     """
     micro_batch, _ = split_batch(config, processes.world)
+    optim = config.optim.in_updates(config.train.global_batch)
+    config = config.model_copy(update={"optim": optim})
     choices = choose_kernels(config, processes.device)
     backends = {choice.op: choice.backend for choice in choices}
     source = build_source(config) if source is None else source

@@ -157,6 +157,7 @@ def resume(parts: Parts, run: Path, engine: Engine, manifest: dict[str, Any]) ->
             "choose another run_dir or remove the folder"
         )
     before = manifests.upgraded(found.manifest, found.folder)
+    before = manifests.with_new_keys(before, config)
     changed = checkpoint.differences(manifests.comparable(before), manifests.comparable(manifest))
     if changed:
         raise checkpoint.CheckpointError(

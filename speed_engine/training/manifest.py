@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from speed_engine.conditions import label
-from speed_engine.config import RunConfig
+from speed_engine.config import KINDS, ConfigError, RunConfig, build
 from speed_engine.data import Facts
 from speed_engine.data.space import Space
 from speed_engine.engines.deepspeed_json import read, users_part
@@ -108,6 +108,21 @@ def _upgraded(manifest: dict[str, Any]) -> dict[str, Any]:
     data |= Facts(tuple(data["shape"]), space, conditions).to_json()
     config["conditions"] = {"label": {"kind": "label", "dropout": dropout}} if classes else {}
     return manifest
+
+
+def with_new_keys(manifest: dict[str, Any], config: RunConfig) -> dict[str, Any]:
+    """`manifest` with what it does not say yet: keys newer than it, whose defaults are what was done before.
+
+    config: the continuation's; the outside modules that it names may be imported for the manifest's own settings.
+    A manifest whose settings are none of this version's is given back as it is.
+    """
+    named = [getattr(config, section).kind for section in KINDS]
+    named += [each.kind for each in config.conditions.values() if each is not None]
+    try:
+        filled = build(manifest["config"], [kind for kind in named if "." in kind])
+    except ConfigError:
+        return manifest
+    return {**manifest, "config": filled.model_dump(mode="json")}
 
 
 def run_folder(config: RunConfig, fingerprint: str, world: int) -> Path:

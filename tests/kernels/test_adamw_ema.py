@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -127,6 +128,10 @@ def test_scalars(backend: str, device: str) -> None:
         }
         for index, value in want.items():
             assert scalars[index].item() == pytest.approx(value, rel=1e-6), index
+        values = hyper(EMA_KIND=3.0, EMA_VALUE=math.log(2) / 200).to(device)
+        half_life = op.prepare(step.clone() - 1, None, values, None, None, backend)
+        want_weight = 1 - 0.5 ** (1 / max(min(200, 0.05 * (t - 1)), 1e-8))
+        assert half_life[layout.EMA_WEIGHT].item() == pytest.approx(want_weight, rel=1e-6)
         constant = op.prepare(step, None, hyper().to(device), None, None, backend)
         assert constant[layout.EMA_WEIGHT].item() == pytest.approx(0.01)
         assert step.item() == t + 1
@@ -248,7 +253,13 @@ for grad_dtype, sizes in (
     square_sum = triton_gpu.grad_square_sum(grads)
     torch.testing.assert_close(square_sum, cpp_cpu.grad_square_sum(grads))
     hyper = torch.tensor([1e-2, 0.1, 1e-3, 1e-8, 0.1, 1.0, 1.0, 1e-4, 2.0, 6.94])
+    half_life = torch.tensor([1e-2, 0.1, 1e-3, 1e-8, 0.1, 1.0, 3.0, 0.7, 3.0, 1e-3])
     for start in (0.0, 41.0):
+        pair = [
+            module.prepare(torch.tensor(start), None, half_life, None, None)
+            for module in (triton_gpu, cpp_cpu)
+        ]
+        torch.testing.assert_close(*pair, rtol=1e-6, atol=0.0)
         step, other, skipped = torch.tensor(start), torch.tensor(start), torch.zeros(())
         scalars = triton_gpu.prepare(step, skipped, hyper, square_sum, torch.tensor(0.5))
         expected = cpp_cpu.prepare(other, None, hyper, square_sum, torch.tensor(0.5))

@@ -20,7 +20,7 @@ EPS = 3
 WEIGHT_DECAY = 4
 CLIP_NORM = 5  # largest norm of the whole gradient; 0 = no clipping
 EMA_KIND = 6  # code of the first EMA's decay (KINDS)
-EMA_VALUE = 7  # 1 - decay (constant, warmup) or gamma (power)
+EMA_VALUE = 7  # 1 - decay (constant, warmup), gamma (power), ln 2 over the half-life in updates
 SECOND_EMA_KIND = 8
 SECOND_EMA_VALUE = 9
 HYPER_SIZE = 10
@@ -40,7 +40,10 @@ SECOND_EMA_WEIGHT = 10
 GRAD_NORM = 11  # norm of the scaled, unclipped gradient; 0 if no sum of squares was given
 SCALARS_SIZE = 12
 
-KINDS = {"constant": 0, "warmup": 1, "power": 2}
+KINDS = {"constant": 0, "warmup": 1, "power": 2, "half_life": 3}
+RAMP_UP = (
+    0.05  # of the kind half_life: the half-life is at most this share of the updates made so far
+)
 
 
 @dataclass(frozen=True)
@@ -50,23 +53,33 @@ class Ema:
     constant: `decay`. warmup: min(decay, t / (9 + t)), that is (1 + n) / (10 + n) after n = t - 1 earlier updates.
     power: (1 - 1/t)^(gamma + 1), whose averaging profile has the relative width `sigma_rel`, a number in (0, 0.28)
     (Karras et al. 2024, "Analyzing and Improving the Training Dynamics of Diffusion Models", section 3.1, appendix C).
+    half_life: 0.5^(1 / min(half_life, 0.05 (t - 1))), in updates (Karras et al. 2022, appendix F.3: half a million
+    images, with that ramp-up).
     """
 
-    kind: Literal["constant", "warmup", "power"] = "constant"
+    kind: Literal["constant", "warmup", "power", "half_life"] = "constant"
     decay: float = 0.9999
     sigma_rel: float = 0.05
+    half_life: float = 1000.0
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ValueError(f"ema kind {self.kind!r} does not exist; choose {', '.join(KINDS)}")
         if not 0.0 <= self.decay < 1.0:
             raise ValueError(f"ema decay {self.decay} is outside [0, 1); 0.9999 is usual")
+        if not 0.0 < self.half_life < math.inf:
+            raise ValueError(f"ema half_life {self.half_life} is no positive number of updates")
         if self.kind == "power":
             power_gamma(self.sigma_rel)
 
     def code(self) -> tuple[float, float]:
         """(EMA_KIND, EMA_VALUE) as they stand in `hyper`."""
-        value = power_gamma(self.sigma_rel) if self.kind == "power" else 1.0 - self.decay
+        if self.kind == "power":
+            value = power_gamma(self.sigma_rel)
+        elif self.kind == "half_life":
+            value = math.log(2.0) / self.half_life
+        else:
+            value = 1.0 - self.decay
         return float(KINDS[self.kind]), value
 
     def weight(self, t: int) -> float:
@@ -76,6 +89,9 @@ class Ema:
             return max(value, 9.0 / (9.0 + t))
         if self.kind == "power":
             return 1.0 if t == 1 else -math.expm1((value + 1.0) * math.log1p(-1.0 / t))
+        if self.kind == "half_life":
+            ramp_up = math.inf if t == 1 else math.log(2.0) / RAMP_UP / (t - 1)
+            return -math.expm1(-max(value, ramp_up))
         return value
 
 

@@ -5,6 +5,7 @@ In float64 all arithmetic is double; the per-step scalars stay the float32 numbe
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -72,7 +73,12 @@ def _ema_weight(kind: Tensor, value: Tensor, t: Tensor) -> Tensor:
     """1 - decay at step t = 1, 2, ..."""
     warmup = torch.maximum(value, 9.0 / (9.0 + t))
     power = -torch.expm1((value + 1.0) * torch.log1p(-1.0 / t))
-    return torch.where(kind == 1.0, warmup, torch.where(kind == 2.0, power, value))
+    ramp_up = (
+        math.log(2.0) / layout.RAMP_UP / (t - 1.0)
+    )  # infinite at t = 1: the EMA is the weights
+    half_life = -torch.expm1(-torch.maximum(value, ramp_up))
+    weight = torch.where(kind == 3.0, half_life, value)
+    return torch.where(kind == 1.0, warmup, torch.where(kind == 2.0, power, weight))
 
 
 def adamw_ema(

@@ -12,6 +12,7 @@ device as a table; inside a CUDA graph, which would keep the table of the captur
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 
 import torch
@@ -21,6 +22,8 @@ from torch import Tensor
 
 from speed_kernels import launch
 from speed_kernels.adamw_ema import layout
+
+RAMP_UP_RATE = tl.constexpr(math.log(2.0) / layout.RAMP_UP)
 
 BLOCK = 1024  # elements per program: 8 per thread, two 128-bit loads of float32
 NUM_WARPS = 4
@@ -176,7 +179,12 @@ def square_total_kernel(partial_ptr, total_ptr, P, BLOCK: tl.constexpr):
 def _ema_weight(kind, value, t):
     warmup = tl.maximum(value, 9.0 / (9.0 + t))
     power = 1.0 - tl.exp((value + 1.0) * tl.log(tl.maximum(1.0 - 1.0 / t, 1e-300)))
-    return tl.where(kind == 1.0, warmup, tl.where(kind == 2.0, power, value))
+    ramp_up = RAMP_UP_RATE / tl.maximum(
+        t - 1.0, 1e-3
+    )  # at t = 1: 1 - e^-10^4, the weights themselves
+    half_life = 1.0 - tl.exp(-tl.maximum(value, ramp_up))
+    weight = tl.where(kind == 3.0, half_life, value)
+    return tl.where(kind == 1.0, warmup, tl.where(kind == 2.0, power, weight))
 
 
 @triton.jit

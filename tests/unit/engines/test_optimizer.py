@@ -72,6 +72,10 @@ def test_equals_torch_adamw_and_a_lerp(backend: str) -> None:
         ([Ema("constant", 0.9)], [lambda t: 0.1]),
         ([Ema("warmup", 0.9)], [lambda t: 1 - min(0.9, t / (9 + t))]),
         (
+            [Ema("half_life", half_life=0.8)],  # the ramp-up of 5 % ends after 16 updates
+            [lambda t: 1 - 0.5 ** (1 / max(min(0.8, 0.05 * (t - 1)), 1e-8))],
+        ),
+        (
             [Ema("power", sigma_rel=0.05), Ema("power", sigma_rel=0.10)],
             [lambda t: 1 - (1 - 1 / t) ** 17.97219860, lambda t: 1 - (1 - 1 / t) ** 7.93720390],
         ),
