@@ -37,9 +37,9 @@ def config_arguments(parser: argparse.ArgumentParser, default: str | None = None
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
 
 
-def run_arguments(parser: argparse.ArgumentParser) -> None:
+def run_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:
     """--run, and the modules that the run may name."""
-    parser.add_argument("--run", type=Path, required=True, help="the run folder")
+    parser.add_argument("--run", type=Path, required=required, help="the run folder")
     parser.add_argument(
         "--trust",
         action="append",

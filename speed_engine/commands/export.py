@@ -31,7 +31,9 @@ def run(args: argparse.Namespace) -> int:
         for caution in cautions:
             print(f"note: {caution}")
     else:
+        config = run.config.model_dump(mode="json")
+        notes = {"step": run.step, "weights": args.weights, "run": config}
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        weights_file.save(args.out, model, notes={"step": run.step, "weights": args.weights})
+        weights_file.save(args.out, model, notes=notes)
     print(args.out)
     return 0

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from speed_engine.commands import run_arguments
+from speed_engine.commands.import_weights import foreign_arguments
 
 if TYPE_CHECKING:
     from speed_engine.data import Facts
@@ -25,7 +26,17 @@ def _channels(text: str) -> int | Literal["all"]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    run_arguments(parser)
+    run_arguments(parser, required=False)
+    parser.add_argument(
+        "--weights",
+        default="ema",
+        help="of the run: ema (default) or model; without --run: a safetensors file of ours, a public .pt, or a "
+        "diffusers folder",
+    )
+    parser.add_argument(
+        "overrides", nargs="*", metavar="schedule.key=value", help="of weights that do not say it"
+    )
+    foreign_arguments(parser)
     parser.add_argument("--out", type=Path, required=True, help="where the pictures go")
     parser.add_argument("--num", type=int, default=64, help="how many samples")
     parser.add_argument("--sampler", default="ddpm", help="ddpm, ddim, dpmpp, heun, or a module")
@@ -52,7 +63,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=REQUEST",
         help="what the network is told by this name, for all samples",
     )
-    parser.add_argument("--weights", choices=("ema", "model"), default="ema")
     parser.add_argument(
         "--vae", help="folder or hub name of the AutoencoderKL that decodes latents"
     )
@@ -61,51 +71,59 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from speed_engine.reports.run_folder import device_of, open_run
+    from speed_engine.reports import trained
+    from speed_engine.reports.run_folder import device_of
     from speed_engine.sampling import folder, process
 
-    run = open_run(args.run, args.trust)
+    if args.run is None:
+        foreign = {
+            "num_classes": args.num_classes,
+            "num_heads": args.num_heads,
+            "frequency_shift": args.frequency_shift,
+        }
+        if args.weights in ("ema", "model"):
+            raise ValueError("give --run, a run folder, or --weights, a file or folder of weights")
+        network = trained.of_file(Path(args.weights), args.overrides, args.trust, **foreign)
+    elif args.weights not in ("ema", "model"):
+        raise ValueError(
+            f"--weights {args.weights}: of a run it is ema or model; leave out --run to take a file"
+        )
+    elif args.overrides:
+        raise ValueError(f"a run says how it was trained; leave out {args.overrides[0]}")
+    else:
+        network = trained.of_run(args.run, args.weights, args.trust)
+    for remark in network.remarks:
+        print(f"note: {remark}")
     device = device_of(args.device)
-    model: Any = run.model(args.weights).to(device)
-    trained = process.Process.of(
-        run.table().schedule,
-        run.config.objective,
-        run.config.learned_variance,
-        run.facts.shape,
-        run.conditions,
-    )
+    conditions = network.process.conditions
     recipe = process.Recipe(
         sampler=args.sampler,
         steps=args.steps,
         shift=args.shift,
         guidance=args.guidance,
         guidance_channels=args.guidance_channels,
-        clip_x0=run.facts.space.kind == "pixels",
+        clip_x0=network.facts.space.kind == "pixels",
         seed=args.seed,
     )
     asked = dict(_asked(args))
     told: dict[str, Any] = {}
     for name in asked:
-        if name not in run.conditions:
-            there = ", ".join(run.conditions) or "nothing"
-            raise ValueError(f"the run's network is not told {name}; it is told {there}")
-    for name, condition in run.conditions.items():
+        if name not in conditions:
+            there = ", ".join(conditions) or "nothing"
+            raise ValueError(f"the network is not told {name}; it is told {there}")
+    for name, condition in conditions.items():
         one = [asked[name]] * args.num if name in asked else None
         told |= condition.default(range(args.num)) if one is None else condition.asked(one)
-    decode, stored = _saved_as(run.facts, args.vae, device)
+    decode, stored = _saved_as(network.facts, args.vae, device)
     started = time.monotonic()
     folder.sample_to_folder(
-        model,
-        trained,
+        network.model.to(device),
+        network.process,
         recipe,
         args.out,
         num=args.num,
         conditions_N=told or None,
-        source={
-            "weights": args.weights,
-            "step": run.step,
-            "config": run.config.model_dump(mode="json"),
-        },
+        source=network.source,
         decode=decode,
         stored=stored,
         batch_size=args.batch_size,

@@ -87,6 +87,13 @@ class Train(Section):
     vb_scale: float = Field(
         default=1.0, ge=0, description="factor of the variational term (learned variance only)"
     )
+    init_from: str | None = Field(
+        default=None,
+        description="start from these weights: a run folder, our safetensors, a public .pt, a diffusers folder",
+    )
+    init_weights: Literal["ema", "model"] = Field(
+        default="ema", description="of a run folder in init_from: its averages or its last weights"
+    )
     max_bad_steps: int = Field(
         default=20,
         ge=1,

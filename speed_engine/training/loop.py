@@ -18,7 +18,7 @@ from speed_engine.atomic_files import write_json
 from speed_engine.config import RunConfig
 from speed_engine.distributed import Processes, start, stop
 from speed_engine.engines import Engine, optimizer
-from speed_engine.training import assembly, checkpoint, metrics, sealed
+from speed_engine.training import assembly, checkpoint, init_from, metrics, sealed
 from speed_engine.training import manifest as manifests
 from speed_engine.training.assembly import Parts
 from speed_engine.training.attention import attention_facts, keep_attention
@@ -56,8 +56,9 @@ def _train(config: RunConfig, processes: Processes) -> int:
     run = manifests.run_folder(config, parts.source.fingerprint, processes.world)
     run.mkdir(parents=True, exist_ok=True)
     held = checkpoint.lock(run) if processes.first else None
+    begun = _begin(parts, run)
     engine = assembly.open_engine(parts)
-    manifest = manifests.describe(parts, engine.facts())
+    manifest = manifests.describe(parts, engine.facts()) | begun
     do = assembly.open_step(parts, engine)
     first_step = resume(parts, run, engine, manifest)
     if processes.first:
@@ -130,6 +131,18 @@ def _train(config: RunConfig, processes: Processes) -> int:
     return code
 
 
+def _begin(parts: Parts, run: Path) -> dict[str, Any]:
+    """The weights of `train.init_from` in the model of a run that starts; what the manifest says of it."""
+    train = parts.config.train
+    if train.init_from is None or checkpoint.newest(run, lambda text: None) is not None:
+        return {}
+    named = [parts.config.model.kind] if "." in parts.config.model.kind else []
+    done = init_from.initialise(parts.model, Path(train.init_from), train.init_weights, named)
+    if parts.processes.first:
+        print("\n".join(init_from.sentences(done)), flush=True)
+    return {"init": done}
+
+
 def resume(parts: Parts, run: Path, engine: Engine, manifest: dict[str, Any]) -> int:
     """Load the newest good checkpoint and return its step; 0 if there is none. Collective.
 
@@ -167,6 +180,8 @@ def resume(parts: Parts, run: Path, engine: Engine, manifest: dict[str, Any]) ->
     if sentence := keep_attention(model, processes, before, manifest):
         warn(sentence)
     manifest["attention"] = attention_facts(model)
+    if "init" in before:
+        manifest["init"] = before["init"]
     engine.load(found.folder / "state")
     method = found.folder / METHOD_STATE
     parts.table.load_state_dict(load_file(method) if method.exists() else {}, found.step)
