@@ -131,7 +131,7 @@ extern "C" int64_t speed_loss(const void* out, int32_t out_dtype, const void* x0
         const int64_t n = std::min(kTile, stop - first);
         const int64_t at_f = b * channels * num_elements + first;
         const int64_t at_v = at_f + num_elements;
-        normals_tile(key, static_cast<uint32_t>(first / 4), static_cast<uint32_t>(address[1] + b), step, kStreamEps,
+        normals_tile(key, static_cast<uint32_t>(first / 4), static_cast<uint32_t>(address[1] + b), step, kStreamEps, n,
                      eps);
         load(x0, x0_dtype, b * num_elements + first, x, n);
         load(out, out_dtype, at_f, f, n);

@@ -59,7 +59,7 @@ extern "C" int64_t speed_noise(const void* x0, int32_t x0_dtype, void* x_t, int3
       for (int64_t first = start; first < stop; first += kTile) {
         const int64_t n = std::min(kTile, stop - first);
         const int64_t offset = sample * num_elements + first;
-        normals_tile(key, static_cast<uint32_t>(first / 4), static_cast<uint32_t>(slot), step, kStreamEps, eps);
+        normals_tile(key, static_cast<uint32_t>(first / 4), static_cast<uint32_t>(slot), step, kStreamEps, n, eps);
         load(x0, x0_dtype, offset, x, n);
         for (int64_t i = 0; i < n; ++i) x[i] = a * x[i] + b * eps[i];
         store(x_t, x_t_dtype, offset, x, n);
@@ -83,8 +83,9 @@ extern "C" void speed_normals(float* out, const int64_t* address, int64_t num_sa
       const uint32_t slot = static_cast<uint32_t>(address[1] + sample);
       const int64_t stop = std::min(start + kChunk, num_elements);
       for (int64_t first = start; first < stop; first += kTile) {
-        normals_tile(key, static_cast<uint32_t>(first / 4), slot, step, kStreamEps, eps);
-        store(out, kFloat32, sample * num_elements + first, eps, std::min(kTile, stop - first));
+        const int64_t n = std::min(kTile, stop - first);
+        normals_tile(key, static_cast<uint32_t>(first / 4), slot, step, kStreamEps, n, eps);
+        store(out, kFloat32, sample * num_elements + first, eps, n);
       }
     }
   });

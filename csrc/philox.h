@@ -132,14 +132,15 @@ inline void box_muller(uint32_t radius_word, uint32_t angle_word, float& even, f
   odd = std::bit_cast<float>(std::bit_cast<uint32_t>(y) ^ odd_sign);
 }
 
-// Normals of a whole tile from `first_block` on.
-inline void normals_tile(Key key, uint32_t first_block, uint32_t slot, uint32_t step, uint32_t stream,
-                         float* __restrict__ out) {
+// The normals of `num_blocks` blocks from `first_block` on, rounded up to whole vectors.
+inline void normals_of_blocks(Key key, uint32_t first_block, uint32_t slot, uint32_t step, uint32_t stream,
+                              int64_t num_blocks, float* __restrict__ out) {
   alignas(64) lanes_t radius_pairs[kTileBlocks / kLanes];
   alignas(64) lanes_t angle_pairs[kTileBlocks / kLanes];
   lanes_t block = lanes_t{} + uint64_t{first_block};
   for (int64_t lane = 0; lane < kLanes; ++lane) block[lane] += static_cast<uint64_t>(lane);
-  for (int64_t i = 0; i < kTileBlocks / kLanes; ++i) {
+  const int64_t num_vectors = (num_blocks + kLanes - 1) / kLanes;
+  for (int64_t i = 0; i < num_vectors; ++i) {
     lanes_t c0 = block;
     lanes_t c1 = lanes_t{} + uint64_t{slot};
     lanes_t c2 = lanes_t{} + uint64_t{step};
@@ -152,8 +153,19 @@ inline void normals_tile(Key key, uint32_t first_block, uint32_t slot, uint32_t 
   static_assert(std::endian::native == std::endian::little);
   const word_t* radius = reinterpret_cast<const word_t*>(radius_pairs);
   const word_t* angle = reinterpret_cast<const word_t*>(angle_pairs);
-  for (int64_t i = 0; i < kTile / 2; ++i) {
+  for (int64_t i = 0; i < num_vectors * kLanes * 2; ++i) {
     box_muller(radius[i], angle[i], out[2 * i], out[2 * i + 1]);
+  }
+}
+
+// The first `n` normals of a tile (of kTile) from `first_block` on. The whole tile, by far the most frequent case, is
+// compiled by itself, with all its lengths known.
+inline void normals_tile(Key key, uint32_t first_block, uint32_t slot, uint32_t step, uint32_t stream, int64_t n,
+                         float* __restrict__ out) {
+  if (n == kTile) {
+    normals_of_blocks(key, first_block, slot, step, stream, kTileBlocks, out);
+  } else {
+    normals_of_blocks(key, first_block, slot, step, stream, (n + 3) / 4, out);
   }
 }
 

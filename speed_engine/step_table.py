@@ -13,6 +13,7 @@ nothing for others.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -31,7 +32,7 @@ from speed_engine.timesteps.online.policy import ALONE, Evaluate, Policy, Reach
 from speed_engine.timesteps.online.session import Session
 
 
-@dataclass
+@dataclass(repr=False)
 class StepTable:
     """A recipe over T rows.
 
@@ -53,6 +54,13 @@ class StepTable:
     time_T: Tensor
     ticket: Tensor  # int32 [1], zero between the calls of `loss`: its kernel counts here
     session: Session | None = None  # the running state of a method that changes
+
+    def __repr__(self) -> str:
+        variance = ", learned variance" if self.learned_variance else ""
+        return (
+            f"StepTable({self.timesteps.kind} on {self.schedule.kind}, {self.num_rows} rows, predicts "
+            f"{self.objective.kind}{variance}, {self.device})"
+        )
 
     @property
     def num_rows(self) -> int:
@@ -393,8 +401,11 @@ def _words(address_2: Tensor, batch: int, seed: int) -> Tensor:
 
 def _backend(op: str, x: Tensor, backend: str) -> str:
     """The backend to run `op` with on x's device."""
-    if backend != "auto":
-        return backend
+    return backend if backend != "auto" else _fastest(op, x.device)
+
+
+@functools.cache  # what can run does not change, and asking reads folders
+def _fastest(op: str, device: torch.device) -> str:
     from speed_kernels.contract import choose
 
-    return choose(op, x.device).backend
+    return choose(op, device).backend

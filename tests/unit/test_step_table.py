@@ -146,3 +146,10 @@ def test_foreign_alphas_cumprod():
 def test_moving_to_a_device_keeps_the_recipe():
     table = make()
     assert torch.equal(table.to("cpu").rows_T8, table.rows_T8)
+
+
+def test_a_table_is_told_in_one_line():
+    alphas_cumprod = torch.linspace(0.999, 0.01, 50, dtype=torch.float64)
+    table = StepTable.from_alphas_cumprod(alphas_cumprod, timesteps="p2")
+    assert repr(table) == f"StepTable(p2 on {table.schedule.kind}, 50 rows, predicts epsilon, cpu)"
+    assert "16384 rows, predicts flow, cpu" in repr(StepTable.from_flow())
