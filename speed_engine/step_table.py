@@ -57,8 +57,9 @@ class StepTable:
 
     def __repr__(self) -> str:
         variance = ", learned variance" if self.learned_variance else ""
+        method = home(self.timesteps).__name__.split(".")[-1]
         return (
-            f"StepTable({self.timesteps.kind} on {self.schedule.kind}, {self.num_rows} rows, predicts "
+            f"StepTable({method} on {self.schedule.kind}, {self.num_rows} rows, predicts "
             f"{self.objective.kind}{variance}, {self.device})"
         )
 

@@ -57,7 +57,7 @@ DEFAULTS = {
     "timesteps": "uniform",
     "engine": "deepspeed",
 }
-SECTIONS = (*KINDS, "optim", "conditions", "train", "kernels", "checkpoint", "log")
+SECTIONS = (*KINDS, "optim", "conditions", "train", "kernels", "checkpoint", "validation", "log")
 # Checkpoints are named by eight digits of their step.
 MOST_STEPS, LARGEST_BATCH = 10**8 - 1, 2**24
 
@@ -120,6 +120,25 @@ class Checkpoint(Section):
     )
 
 
+class Validation(Section):
+    """The loss on samples that are never trained on, at fixed time steps and noise."""
+
+    every: int = Field(
+        default=0,
+        ge=0,
+        description="steps between two measurements, a multiple of log.every; 0: off",
+    )
+    samples: int = Field(
+        default=1024, ge=2, description="how many samples are held out of the data, and judged by"
+    )
+    rows: int = Field(
+        default=8, ge=1, le=256, description="time steps a sample is put to the network at"
+    )
+    weights: Literal["ema", "model"] = Field(
+        default="ema", description="the averaged weights, or those of the last step"
+    )
+
+
 class Log(Section):
     """What is written while training."""
 
@@ -158,6 +177,7 @@ class RunConfig(Section):
     train: Train = Train()
     kernels: Kernels = Kernels()
     checkpoint: Checkpoint = Checkpoint()
+    validation: Validation = Validation()
     log: Log = Log()
 
     @field_validator(*KINDS, mode="before")

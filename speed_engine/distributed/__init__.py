@@ -7,6 +7,7 @@ barriers), which never makes the GPU wait.
 from __future__ import annotations
 
 import datetime
+import functools
 import os
 import zlib
 from collections.abc import Callable
@@ -65,6 +66,10 @@ class Processes:
         mean = self.sum(torch.tensor(digest, dtype=torch.float64)).item() / self.world
         if self.any(mean != digest):
             raise RuntimeError(f"{what} differs between processes: a bug in a time-step method")
+
+    def broadcast(self) -> Callable[[torch.Tensor], object] | None:
+        """The first process's tensor to all, in place, on the training device; None for one process alone."""
+        return None if self.world == 1 else functools.partial(dist.broadcast, src=0)
 
     def all_reduce(self) -> Callable[[torch.Tensor], object] | None:
         """A sum over all processes, in place, on the training device; None for one process alone."""

@@ -18,8 +18,10 @@ from speed_engine.training.assembly import (
     build_source,
     build_table,
     macs_per_sample,
+    parted,
     told,
 )
+from speed_engine.training.validation import share_of_training
 
 # What the plan assumes while the data do not exist yet: latents of a 256x256 image, 1000 classes.
 ASSUMED = Facts(
@@ -65,6 +67,11 @@ def run(config: RunConfig) -> int:
     print(f"forward pass    {macs / 1e9:.3g} GMAC = {2 * macs / 1e9:.3g} GFLOP a sample")
     batch, steps = config.train.global_batch, config.train.steps
     print(f"training        {steps:,} steps of {batch}: {6.0 * macs * batch * steps:.2e} FLOP")
+    if share := share_of_training(config):
+        print(
+            f"validation      {config.validation.samples} held-out samples every {config.validation.every} steps: "
+            f"{share:.1%} of the training's FLOP"
+        )
     _print_memory(config, facts, trained)
     expected = float((table.density * table.weight).sum())
     print(
@@ -82,7 +89,7 @@ def _data(config: RunConfig) -> tuple[Facts, str, Sequence[str]]:
     # The digits are made by training where they are missing; a plan writes nothing.
     made = config.data.kind == "digits"
     if path is None or (Path(path) / INDEX if made else Path(path)).exists():
-        source = build_source(config)
+        source, _ = parted(config, build_source(config))
         return source.facts, str(path or config.data.kind), getattr(source, "remarks", ())
     return (DIGITS, "digits", ()) if made else (ASSUMED, f"assumed, for {path} does not exist", ())
 

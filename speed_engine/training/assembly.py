@@ -14,6 +14,7 @@ from speed_engine.conditions import Condition
 from speed_engine.config import RunConfig
 from speed_engine.data import Facts, Source
 from speed_engine.data.loader import Loader
+from speed_engine.data.split import split
 from speed_engine.distributed import Processes
 from speed_engine.engines import Engine
 from speed_engine.models import refuse_unknown_conditions
@@ -30,12 +31,14 @@ OPS = ("noise", "loss", "adamw_ema")  # of every training step
 class Parts:
     """Everything of a run but its engine. Nothing is written yet.
 
-    config: with the conditions' settings filled in. facts: what the network is told of the data.
+    config: with the conditions' settings filled in. source: what training reads. held_out: what it never reads, where
+    `validation.every` asks for it. facts: what the network is told of the data.
     """
 
     config: RunConfig
     processes: Processes
     source: Source
+    held_out: Source | None
     facts: Facts
     conditions: dict[str, Condition]
     choices: list[Choice]
@@ -65,6 +68,7 @@ def build(
     choices = choose_kernels(config, processes.device)
     backends = {choice.op: choice.backend for choice in choices}
     source = build_source(config) if source is None else source
+    source, held_out = parted(config, source)
     config, conditions, facts = told(config, source.facts)
     network = model or build_model(config, facts, processes.device, backends)
     agree_on_attention(network, processes)
@@ -79,7 +83,9 @@ def build(
         backends["noise"],
     )
     table = build_table(config).to(processes.device)
-    return Parts(config, processes, source, facts, conditions, choices, network, table, loader)
+    return Parts(
+        config, processes, source, held_out, facts, conditions, choices, network, table, loader
+    )
 
 
 def open_engine(parts: Parts) -> Engine:
@@ -151,6 +157,19 @@ def build_source(config: RunConfig) -> Source:
             "speed_engine/data/__init__.py says what a Source offers"
         )
     return source
+
+
+def parted(config: RunConfig, source: Source) -> tuple[Source, Source | None]:
+    """(what training reads, what validation reads). Raises ValueError for a cadence or a size that cannot be."""
+    every, log_every = config.validation.every, config.log.every
+    if not every:
+        return source, None
+    if every % log_every:
+        raise ValueError(
+            f"validation.every={every} is no multiple of log.every={log_every}, with whose lines it is written; "
+            f"choose {max(1, round(every / log_every)) * log_every}"
+        )
+    return split(source, config.validation.samples)
 
 
 def told(config: RunConfig, data: Facts) -> tuple[RunConfig, dict[str, Condition], Facts]:

@@ -18,7 +18,7 @@ from speed_engine.atomic_files import write_json
 from speed_engine.config import RunConfig
 from speed_engine.distributed import Processes, start, stop
 from speed_engine.engines import Engine, optimizer
-from speed_engine.training import assembly, checkpoint, init_from, metrics, sealed
+from speed_engine.training import assembly, checkpoint, init_from, metrics, sealed, validation
 from speed_engine.training import manifest as manifests
 from speed_engine.training.assembly import Parts
 from speed_engine.training.attention import attention_facts, keep_attention
@@ -57,6 +57,7 @@ def _train(config: RunConfig, processes: Processes) -> int:
     run.mkdir(parents=True, exist_ok=True)
     held = checkpoint.lock(run) if processes.first else None
     begun = _begin(parts, run)
+    judge = validation.of(parts)
     engine = assembly.open_engine(parts)
     manifest = manifests.describe(parts, engine.facts()) | begun
     do = assembly.open_step(parts, engine)
@@ -93,6 +94,7 @@ def _train(config: RunConfig, processes: Processes) -> int:
     step, saved, code = first_step, first_step, DONE
     guard = Guard(config.train.max_bad_steps, engine.skip_count())
     steps, log_every = config.train.steps, config.log.every
+    validate_every = config.validation.every
     batches = parts.loader.batches(first_step, steps)
     with Interrupt() as interrupt, journal, contextlib.closing(batches):
         while step < steps:
@@ -108,6 +110,8 @@ def _train(config: RunConfig, processes: Processes) -> int:
                     "lr": optimizer.learning_rate(config.optim, step - 1),
                     "skipped": engine.num_skipped(),
                 }
+                if judge is not None and (step % validate_every == 0 or step == steps):
+                    line |= rate.without(lambda: judge.measure(engine))
                 journal.write(line)
                 if reason := guard.verdict(line["loss"]):
                     journal.say(

@@ -38,6 +38,9 @@ def describe(parts: Parts, engine_facts: dict[str, Any]) -> dict[str, Any]:
             "num_samples": len(parts.source),
             "fingerprint": parts.source.fingerprint,
         },
+        "validation": None
+        if parts.held_out is None
+        else {"samples": len(parts.held_out), "fingerprint": parts.held_out.fingerprint},
         "parameters": sum(p.numel() for p in model.parameters()),
         "kernels": [dataclasses.asdict(choice) for choice in parts.choices],
         "attention": attention_facts(model),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,13 @@ class Rate:
             "mfu": tflops / peak if peak else None,
         }
 
+    def without(self, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """What `work` returns; its time belongs to no interval."""
+        started = time.monotonic()
+        result = work()
+        self.clock += time.monotonic() - started
+        return result
+
 
 class Journal:
     """Writes `metrics.jsonl`, the progress bar and, when asked, TensorBoard and W&B.
@@ -163,6 +171,8 @@ class Journal:
             show(scalars, line["step"])
         loss = "not finite" if line["loss"] is None else f"{line['loss']:.4f}"
         text = f"loss {loss}  {line['images_per_s']:.0f} images/s"
+        if (judged := line.get("validation_loss")) is not None:
+            text += f"  validation {judged:.4f}"
         if line.get("mfu"):
             text += f"  MFU {100 * line['mfu']:.1f} %"
         if self.watched:
