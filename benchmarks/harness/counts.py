@@ -76,8 +76,8 @@ def graph_time(
     """`gpu_time_s`: seconds of one call on the GPU, as replayed from a CUDA graph with a cold L2 cache.
 
     A graph of GRAPH_CALLS times (flush, call) less one of as many flushes; median of GRAPH_REPLAYS pairs of replays.
-    `after_capture` is called before the first replay. `gpu_time_missing` instead, with the reason, where the call cannot
-    be captured.
+    `after_capture` is called before the first replay. `gpu_time_missing` instead, with the reason, where the call
+    cannot be captured.
     """
     try:
         both, alone = _captured(call, flush), _captured(lambda: None, flush)

@@ -29,7 +29,7 @@ def pieces(num_channels: int, vector: int, warps_per_row: int) -> dict[str, int]
     run = min(main, vector * lanes)
     rest = num_channels - main
     if rest:
-        rest = max(lanes, triton.next_power_of_2(rest))
+        rest = max(lanes, (1 << (rest - 1).bit_length()))
     return {
         "D": num_channels, "MAIN": main, "RUN": run, "REST": rest, "REST_RUN": min(rest, run), "LANES": lanes,
         "VECTOR": vector,
