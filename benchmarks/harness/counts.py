@@ -68,14 +68,20 @@ def count_events(events: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def graph_time(call: Callable[[], object], flush: Callable[[], None]) -> dict[str, Any]:
+def graph_time(
+    call: Callable[[], object],
+    flush: Callable[[], None],
+    after_capture: Callable[[], object] = lambda: None,
+) -> dict[str, Any]:
     """`gpu_time_s`: seconds of one call on the GPU, as replayed from a CUDA graph with a cold L2 cache.
 
     A graph of GRAPH_CALLS times (flush, call) less one of as many flushes; median of GRAPH_REPLAYS pairs of replays.
-    `gpu_time_missing` instead, with the reason, where the call cannot be captured.
+    `after_capture` is called before the first replay. `gpu_time_missing` instead, with the reason, where the call
+    cannot be captured.
     """
     try:
         both, alone = _captured(call, flush), _captured(lambda: None, flush)
+        after_capture()
     except RuntimeError as error:
         torch.cuda.synchronize()
         return {"gpu_time_missing": f"not capturable: {str(error).splitlines()[0]}"}

@@ -212,12 +212,14 @@ def large_copy(device: torch.device) -> Callable[[], object]:
 @dataclass
 class Provider:
     """One rival, built and ready. `gate` raises GateError; `call` does the case's work once. `device_part`: the same
-    without the host's share, where it can be captured in a CUDA graph. `never_waits`: red if it waits for the device.
+    without the host's share, where it can be captured in a CUDA graph; `after_capture` is called then, before the first
+    replay. `never_waits`: red if it waits for the device.
     """
 
     gate: Callable[[], None]
     call: Callable[[], object]
     device_part: Callable[[], object] | None = None
+    after_capture: Callable[[], object] = lambda: None
     facts: dict[str, Any] = field(default_factory=dict)
     never_waits: bool = False
 
@@ -263,7 +265,7 @@ def _count(name: str, provider: Provider, measured: Measured, stopwatch: Stopwat
     facts["host_syncs"] = counts.host_syncs(provider.call)
     facts |= counts.launches(provider.call)
     if provider.device_part is not None:
-        facts |= counts.graph_time(provider.device_part, stopwatch.flush)
+        facts |= counts.graph_time(provider.device_part, stopwatch.flush, provider.after_capture)
 
 
 class ReplayClock:

@@ -164,7 +164,8 @@ class TorchEngine:
             self._update()
             return result
 
-        graph = self.graph = CapturedStep(work, recorder or CudaRecorder(self.processes.device))
+        recorder = recorder or CudaRecorder(self.processes.device)
+        graph = self.graph = CapturedStep(work, recorder, before_replays=optimizer.refresh)
 
         def step(lr: float, inputs: Mapping[str, torch.Tensor]) -> Any:
             self._set_rate(lr)

@@ -149,10 +149,11 @@ def test_one_pass_reads_bf16_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     run(do, 0, 1)
     seen: list[list[list[Tensor]]] = []
 
-    def spy(*arguments: Any) -> None:
-        seen.append([each for each in arguments if isinstance(each, list)])
+    def spy(update: adamw.Update, grads: list[Tensor], scalars: Tensor) -> None:
+        params, *others = update.lists
+        seen.append([list(each) for each in (params, grads, *others)])
 
-    monkeypatch.setattr(adamw, "adamw_ema", spy)
+    monkeypatch.setattr(adamw.Update, "__call__", spy)
     trained = held(do).masters.trained
     grads = flat.side_by_side(trained)
     for parameter, grad in zip(trained, grads, strict=True):
