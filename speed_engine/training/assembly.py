@@ -12,7 +12,7 @@ from torch import nn
 from speed_engine import kinds
 from speed_engine.conditions import Condition
 from speed_engine.config import RunConfig
-from speed_engine.data import Facts, Source
+from speed_engine.data import Facts, Source, resident
 from speed_engine.data.loader import Loader
 from speed_engine.distributed import Processes
 from speed_engine.engines import Engine
@@ -31,6 +31,7 @@ class Parts:
     """Everything of a run but its engine. Nothing is written yet.
 
     config: with the conditions' settings filled in. facts: what the network is told of the data.
+    feed: where the loader reads the samples, and why.
     """
 
     config: RunConfig
@@ -42,6 +43,7 @@ class Parts:
     model: nn.Module
     table: StepTable
     loader: Loader
+    feed: str
 
     @property
     def backends(self) -> dict[str, str]:
@@ -66,8 +68,15 @@ def build(
     config, conditions, facts = told(config, source.facts)
     network = model or build_model(config, facts, processes.device, backends)
     agree_on_attention(network, processes)
-    loader = Loader(
+    residence = resident.choose(
         source,
+        config.train.resident,
+        flip=config.train.flip,
+        device=processes.device,
+        world=processes.world,
+    )
+    loader = Loader(
+        residence.source,
         conditions,
         config.seed,
         config.train.global_batch,
@@ -77,7 +86,18 @@ def build(
         backends["noise"],
     )
     table = build_table(config).to(processes.device)
-    return Parts(config, processes, source, facts, conditions, choices, network, table, loader)
+    return Parts(
+        config,
+        processes,
+        source,
+        facts,
+        conditions,
+        choices,
+        network,
+        table,
+        loader,
+        residence.reason,
+    )
 
 
 def open_engine(parts: Parts) -> Engine:
