@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -89,6 +90,35 @@ def random_bits(
         dim=-1,
     )
     return philox4x32(counter_BK4, key_of(seed))
+
+
+def first_words(
+    seed: int,
+    step: int | np.ndarray,
+    slot: int | np.ndarray,
+    stream: int,
+    block: int | np.ndarray = 0,
+) -> np.ndarray:
+    """The first word of every block: uint64 below 2**32, of the common shape of step, slot and block (integers).
+
+    The same bits as `random_bits(...)[..., 0]`, in NumPy, at a tenth of the cost for the few hundred decisions that a
+    step of the data takes on the host, and for many steps in one call.
+    """
+    mask, half, (k0, k1) = np.uint64(_MASK), np.uint64(32), key_of(seed)
+    m0, m1 = map(np.uint64, _MULTIPLIERS)
+    c0, c1, c2, c3 = (
+        np.asarray(each).astype(np.uint64) & mask for each in (block, slot, step, stream)
+    )
+    for _ in range(10):  # what is the same for all slots stays one number until it meets a slot
+        p0, p1 = c0 * m0, c2 * m1
+        c0, c1, c2, c3 = (
+            (p1 >> half) ^ c1 ^ np.uint64(k0),
+            p1 & mask,
+            (p0 >> half) ^ c3 ^ np.uint64(k1),
+            p0 & mask,
+        )
+        k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
+    return c0
 
 
 def uniforms(

@@ -84,6 +84,11 @@ class Train(Section):
         description="draw time steps stratified over the global batch; false: independently",
     )
     flip: bool = Field(default=False, description="mirror half of the samples left to right")
+    resident: Literal["auto"] | bool = Field(
+        default=False,
+        description="hold all samples in the memory of the training device; auto: where they take a sixth of it "
+        "at most",
+    )
     vb_scale: float = Field(
         default=1.0, ge=0, description="factor of the variational term (learned variance only)"
     )

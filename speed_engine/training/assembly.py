@@ -12,7 +12,7 @@ from torch import nn
 from speed_engine import kinds
 from speed_engine.conditions import Condition
 from speed_engine.config import RunConfig
-from speed_engine.data import Facts, Source
+from speed_engine.data import Facts, Source, resident
 from speed_engine.data.loader import Loader
 from speed_engine.data.split import split
 from speed_engine.distributed import Processes
@@ -32,7 +32,8 @@ class Parts:
     """Everything of a run but its engine. Nothing is written yet.
 
     config: with the conditions' settings filled in. source: what training reads. held_out: what it never reads, where
-    `validation.every` asks for it. facts: what the network is told of the data.
+    `validation.every` asks for it. facts: what the network is told of the data. feed: where the loader reads the
+    samples, and why.
     """
 
     config: RunConfig
@@ -45,6 +46,7 @@ class Parts:
     model: nn.Module
     table: StepTable
     loader: Loader
+    feed: str
 
     @property
     def backends(self) -> dict[str, str]:
@@ -72,8 +74,15 @@ def build(
     config, conditions, facts = told(config, source.facts)
     network = model or build_model(config, facts, processes.device, backends)
     agree_on_attention(network, processes)
-    loader = Loader(
+    residence = resident.choose(
         source,
+        config.train.resident,
+        flip=config.train.flip,
+        device=processes.device,
+        world=processes.world,
+    )
+    loader = Loader(
+        residence.source,
         conditions,
         config.seed,
         config.train.global_batch,
@@ -84,7 +93,17 @@ def build(
     )
     table = build_table(config).to(processes.device)
     return Parts(
-        config, processes, source, held_out, facts, conditions, choices, network, table, loader
+        config,
+        processes,
+        source,
+        held_out,
+        facts,
+        conditions,
+        choices,
+        network,
+        table,
+        loader,
+        residence.reason,
     )
 
 

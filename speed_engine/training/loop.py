@@ -67,6 +67,8 @@ def _train(config: RunConfig, processes: Processes) -> int:
     journal = metrics.Journal(run, first_step, config, parts.choices, silent=not processes.first)
     for remark in getattr(parts.source, "remarks", ()):
         journal.say(f"WARNING: {remark}")
+    if config.train.resident:
+        journal.say(parts.feed)
     macs = assembly.macs_per_sample(config, parts.facts)
     rate = metrics.Rate(macs, processes, first_step)
     if getattr(config.engine, "cuda_graph", False):

@@ -41,6 +41,7 @@ def describe(parts: Parts, engine_facts: dict[str, Any]) -> dict[str, Any]:
         "validation": None
         if parts.held_out is None
         else {"samples": len(parts.held_out), "fingerprint": parts.held_out.fingerprint},
+        "feed": parts.feed,
         "parameters": sum(p.numel() for p in model.parameters()),
         "kernels": [dataclasses.asdict(choice) for choice in parts.choices],
         "attention": attention_facts(model),
@@ -146,7 +147,7 @@ def run_folder(config: RunConfig, fingerprint: str, world: int) -> Path:
 def comparable(manifest: dict[str, Any]) -> dict[str, Any]:
     """The part of a manifest that must be equal for a resume to continue the same run."""
     config = {k: v for k, v in manifest["config"].items() if k not in FREE_TO_CHANGE}
-    config["train"] = {k: v for k, v in config["train"].items() if k != "steps"}
+    config["train"] = {k: v for k, v in config["train"].items() if k not in ("steps", "resident")}
     config["data"] = manifest["data"]["fingerprint"]  # wherever the files are now
     if config["engine"].get("json_file") is not None:  # what it says, wherever it lies
         config["engine"] = {**config["engine"], "json_file": manifest["deepspeed_json"] or None}

@@ -16,6 +16,10 @@ def numbers_of(run: Path) -> list[dict]:
     return [{k: v for k, v in line.items() if k not in clock} for line in lines]
 
 
+def manifest_of(run: Path) -> dict:
+    return json.loads((run / "manifest.json").read_text())
+
+
 @pytest.fixture
 def train(good, overrides):
     """train(run folder, overrides...): the tiny run, with these settings in place of its own."""
@@ -35,6 +39,11 @@ def test_a_longer_run_goes_on_where_it_ended(train, run, tmp_path):
     lines = numbers_of(tmp_path / "run")
     assert lines[:2] == numbers_of(run)
     assert [line["step"] for line in lines] == [10, 20, 24]
+    shutil.copytree(run, tmp_path / "resident")  # the same samples, from memory
+    answer = train(tmp_path / "resident", "train.steps=24", "train.resident=auto")
+    assert "samples are resident" in answer.err and numbers_of(tmp_path / "resident") == lines
+    feeds = [manifest_of(tmp_path / name)["feed"] for name in ("run", "resident")]
+    assert feeds[0].endswith("train.resident=false") and "samples are resident" in feeds[1]
 
 
 def test_each_run_has_a_folder_of_its_own(train, tmp_path, monkeypatch):
