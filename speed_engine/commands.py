@@ -313,10 +313,10 @@ def export(args: argparse.Namespace) -> int:
     run = open_run(args.run, args.trust)
     model: Any = run.model(args.weights)
     if args.format == "diffusers":
-        from speed_engine.weights.dit_diffusers import export_diffusers
+        from speed_engine.weights.diffusers_folder import adapter_of_model
 
         with warnings.catch_warnings(action="ignore"):  # the same cautions, told here once
-            cautions = export_diffusers(args.out, model)
+            cautions = adapter_of_model(model).export_diffusers(args.out, model)
         for caution in cautions:
             print(f"note: {caution}")
     else:
@@ -348,7 +348,7 @@ def import_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def import_weights(args: argparse.Namespace) -> int:
-    from speed_engine.weights import dit_diffusers, dit_public
+    from speed_engine.weights import diffusers_folder, dit_public
     from speed_engine.weights import file as weights_file
 
     if not args.source.exists():
@@ -356,7 +356,7 @@ def import_weights(args: argparse.Namespace) -> int:
     if args.source.is_dir():
         if args.num_heads is not None:
             raise ValueError("a diffusers folder says its number of heads; leave out --num-heads")
-        model = dit_diffusers.import_diffusers(
+        model = diffusers_folder.adapter_of_folder(args.source).import_diffusers(
             args.source, args.frequency_shift, num_classes=args.num_classes
         )
     else:
@@ -369,7 +369,7 @@ def import_weights(args: argparse.Namespace) -> int:
         )
     args.out.parent.mkdir(parents=True, exist_ok=True)
     weights_file.save(args.out, model, notes={"source": args.source.name})
-    if not (args.source / dit_diffusers.SIDECAR).exists():  # our own folder leaves nothing open
+    if not (args.source / diffusers_folder.SIDECAR).exists():  # our own folder leaves nothing open
         for sentence in dit_public.assumptions(model.facts):
             print(f"note: {sentence}")
     print(args.out)
