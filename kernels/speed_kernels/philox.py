@@ -27,6 +27,7 @@ STREAM_ORDER = 4
 STREAM_POSTERIOR = 5  # a draw from the autoencoder's posterior
 STREAM_SAMPLE = 6  # noise of the samplers
 STREAM_CONDITION_DROP = 7  # of conditions other than labels
+STREAM_DROPOUT = 9  # of a network's activations; the layer's number is in the 24 bits above
 
 MAX_SEED = 2**63 - 1
 
@@ -36,10 +37,11 @@ _MASK = 0xFFFFFFFF
 _GOLDEN = 0.6180339887498949
 
 
-def philox4x32(counter: Tensor, key: tuple[int, int]) -> Tensor:
+def philox4x32(counter: Tensor, key: tuple[int | Tensor, int | Tensor]) -> Tensor:
     """Philox4x32-10 of every counter.
 
-    `counter` is int64 [..., 4] with words in [0, 2**32); so is the result. `key` is two 32-bit words.
+    `counter` is int64 [..., 4] with words in [0, 2**32); so is the result. `key` is two 32-bit words,
+    numbers or 0-d int64 tensors.
     """
     c0, c1, c2, c3 = (counter & _MASK).unbind(-1)
     k0, k1 = key

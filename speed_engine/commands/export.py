@@ -24,10 +24,10 @@ def run(args: argparse.Namespace) -> int:
     run = open_run(args.run, args.trust)
     model: Any = run.model(args.weights)
     if args.format == "diffusers":
-        from speed_engine.weights.dit_diffusers import export_diffusers
+        from speed_engine.weights.diffusers_folder import adapter_of_model
 
         with warnings.catch_warnings(action="ignore"):  # the same cautions, told here once
-            cautions = export_diffusers(args.out, model)
+            cautions = adapter_of_model(model).export_diffusers(args.out, model)
         for caution in cautions:
             print(f"note: {caution}")
     else:

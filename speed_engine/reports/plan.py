@@ -63,7 +63,7 @@ def run(config: RunConfig) -> int:
         ]
         dropped = f"dropped at {getattr(config.conditions[name], 'dropout', 0):g}"
         print(f"condition       {name}: {', '.join(filter(None, [values, *arrays, dropped]))}")
-    print(f"parameters      {parameters:,} ({parameters / 1e6:.0f} M), {trained:,} of them trained")
+    print(f"parameters      {parameters:,} ({parameters / 1e6:.4g} M), {trained:,} of them trained")
     print(f"forward pass    {macs / 1e9:.3g} GMAC = {2 * macs / 1e9:.3g} GFLOP a sample")
     batch, steps = config.train.global_batch, config.train.steps
     print(f"training        {steps:,} steps of {batch}: {6.0 * macs * batch * steps:.2e} FLOP")
