@@ -88,7 +88,7 @@ class Shards:
         odd = odd_channels(self.facts, self.mean, self.std)
         self.remarks = [] if odd is None else [f"{folder}: {odd}"]
         if reason := slower():
-            self.remarks.append(f"samples are read one by one, at half the speed: {reason}")
+            self.remarks.append(f"samples are read one by one from Python, more slowly: {reason}")
         whole = self.count == index.count
         self.fingerprint = (
             index.fingerprint if whole else f"{index.fingerprint}[{first}+{self.count}]"
