@@ -192,7 +192,8 @@ def parted(config: RunConfig, source: Source) -> tuple[Source, Source | None]:
 
 
 def told(config: RunConfig, data: Facts) -> tuple[RunConfig, dict[str, Condition], Facts]:
-    """What the network is told of the data: (config with every condition's settings, conditions by name, facts).
+    """What the network is told of the data: (config with every condition's settings and the schedule for samples of
+    this shape, conditions by name, facts).
 
     A condition of the data that the configuration does not name gets its kind's defaults; `null` leaves it out. Raises
     ValueError where configuration, data and model contradict each other.
@@ -229,7 +230,12 @@ def told(config: RunConfig, data: Facts) -> tuple[RunConfig, dict[str, Condition
         if section is not None
     }
     facts = data.with_conditions({name: each.facts for name, each in conditions.items()})
-    return config.model_copy(update={"conditions": settings}), conditions, facts
+    # A schedule may depend on the shape of a sample (rectified flow's shift).
+    schedule = config.schedule
+    if for_shape := getattr(schedule, "for_shape", None):
+        schedule = for_shape(facts.shape)
+    config = config.model_copy(update={"conditions": settings, "schedule": schedule})
+    return config, conditions, facts
 
 
 def build_table(config: RunConfig) -> StepTable:

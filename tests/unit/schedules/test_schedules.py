@@ -309,3 +309,20 @@ def test_the_rate_of_rectified_flow_is_the_formula(density):
     assert increments.psi(plain)[-1].item() == pytest.approx(2.0, abs=3e-4)
     assert on.ratio_range == plain.ratio_range
     torch.testing.assert_close(increments.psi_rate(on), 4 * t, rtol=1e-12, atol=0)
+
+
+def test_the_shift_of_rectified_flow_follows_the_shape_of_a_sample():
+    """s = sqrt(C H W / 4096): 6.93 for the 768 x 16 x 16 latents of a representation autoencoder."""
+    module = importlib.import_module("speed_engine.schedules.rectified_flow")
+    auto = module.Config(shift="auto")
+    assert auto.for_shape((768, 16, 16)).shift == pytest.approx(48**0.5)
+    assert auto.for_shape((4, 32, 32)) == module.Config(shift=1)
+    assert module.Config(shift=3).for_shape((768, 16, 16)).shift == 3
+    s, t = 0.125, torch.linspace(0.1, 0.9, 5, dtype=torch.float64)  # 8 x 8 grey pixels
+    built = module.build(auto.for_shape((1, 8, 8)))
+    assert built.curve is not None
+    torch.testing.assert_close(built.curve(t)[1], s * t / (1 + (s - 1) * t))
+    with pytest.raises(ValueError, match=r"schedule\.shift=auto is known once"):
+        module.build(auto)
+    with pytest.raises(ValueError, match="shift"):
+        module.Config(shift="big")

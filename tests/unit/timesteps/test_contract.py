@@ -9,7 +9,10 @@ from speed_engine import kinds
 from speed_engine.step_table import StepTable, build_step_table
 from speed_engine.timesteps import parse
 
-PARTS = {"combine": {"parts": ["log_normal", "min_snr"]}}
+PARTS = {
+    "combine": {"parts": ["log_normal", "min_snr"]},
+    "curriculum": {"first": "log_normal", "then": "min_snr", "at": 10},
+}
 # Needs (numbered steps) that a schedule may lack; anything else has to work.
 DISCRETE_ONLY = {"speed_official", "log_normal_speed_release", "clts_speed_release"}
 CONTINUOUS = {"continuous_vp", "ve", "edm", "rectified_flow"}
@@ -112,12 +115,14 @@ def test_every_method_explains_itself(kind):
         ("adaptive", {"sweep_every": 50}),
         ("adaptive", {"num_selected": 200}),
         ("infonoise", {"onset": 1}),
+        ("curriculum", {"at": 0}),
+        ("curriculum", {"ramp": -1}),
         ("loss_second_moment", {"history": 0}),
     ],
 )
 def test_wrong_parameters_are_refused(kind, options):
     with pytest.raises(ValueError) as error:
-        make(kind, "linear", **options)
+        make(kind, "linear", **{**PARTS.get(kind, {}), **options})
     assert next(iter(options)) in str(error.value)
 
 

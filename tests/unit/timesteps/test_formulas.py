@@ -157,6 +157,20 @@ def test_laplace_and_cauchy_follow_their_laws():
         assert make("cauchy", flow).density[below].sum().item() == pytest.approx(cauchy, abs=1e-2)
 
 
+def test_the_bell_weight_of_the_flow_trainers():
+    """y = exp(-2 ((t - T/2) / T)^2), w = (y - min y) T / sum, at T = 1000 steps."""
+    t = torch.arange(1000, dtype=torch.float64) + 0.5
+    y = torch.exp(-2 * ((t - 500) / 1000) ** 2)
+    expected = (y - y.min()) * 1000 / (y - y.min()).sum()
+    torch.testing.assert_close(make("bell").weight, expected)
+    flow = make_schedule("rectified_flow", num_cells=1000, shift=3)
+    torch.testing.assert_close(make("bell", flow).weight, expected)
+    assert torch.equal(make("bell", flow).density, flow.uniform)
+    moved = flow.equal_mass(make("logit_normal", flow).density)  # the weight follows the rows
+    middle, weight = moved.num_rows // 2, make("bell", moved).weight
+    assert weight[middle].item() == pytest.approx(expected[500].item(), rel=1e-5)
+
+
 def test_combinations():
     schedule = make_schedule("linear")
     combined = make("combine", schedule, parts=["log_normal", {"kind": "min_snr", "gamma": 3}])
