@@ -25,6 +25,7 @@ from rich.console import Console
 from speed_engine.data import DataError, digits
 from speed_engine.data.autoencoder import Vae
 from speed_engine.data.encode_arrays import encode_arrays
+from speed_engine.data.encode_latents import encode_latents
 from speed_engine.data.storage import folders, pictures, scaling
 from speed_engine.data.storage.folders import shown
 from speed_engine.data.storage.index import Index, reindex, verify
@@ -220,13 +221,14 @@ def _classes(found: list[Picture], names: list[str], most: int = 10) -> str:
     return f"{len(names)} classes: {', '.join(each)}{more}"
 
 
-# What may be said beside each of the four things that the command does.
+# What may be said beside each of the five things that the command does.
 BELONGS = {
     "images": {
         *("out", "size", "mode", "channels", "shard_size", "min_side", "strict", "labels", "vae"),
         *("mean_only", "flip", "scale", "shift", "batch_size", "device"),
     },
     "arrays": {"out", "shard_size", "scale", "shift", "posterior", "vae"},
+    "latents": {"out", "shard_size", "scale", "shift", "vae"},
     "reindex": {"scale", "shift", "posterior", "num_classes", "vae"},
     "verify": set[str](),
 }
@@ -254,6 +256,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="FILE",
         help="an .npz, or a folder of .npy: x [N, C, ...], label [N], any other [N, ...]",
+    )
+    add(
+        "--latents",
+        type=Path,
+        metavar="PLACE",
+        help="of another project: fast-DiT's folders, LightningDiT's safetensors, edm2's or REPA's folder or zip",
     )
     add("--out", type=Path, help="new folder for the shards")
     add("--size", type=int, help="pixels of a side (default 32; latents: must be given)")
@@ -300,9 +308,11 @@ def run(args: argparse.Namespace) -> int:
     console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
     actions = [name for name in BELONGS if getattr(args, name) is not None]
     if len(actions) != 1:
-        raise DataError("give one of --images DIR, --arrays FILE, --verify DIR and --reindex DIR")
+        raise DataError(
+            "give one of --images DIR, --arrays FILE, --latents PLACE, --verify DIR and --reindex DIR"
+        )
     (action,) = actions
-    for name in ("out", "arrays", "verify", "reindex"):
+    for name in ("out", "arrays", "latents", "verify", "reindex"):
         if getattr(args, name) is not None:
             setattr(args, name, getattr(args, name).expanduser())
     names = set[str]().union(*BELONGS.values())
@@ -326,8 +336,9 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if args.out is None:
         raise DataError("give --out DIR, a new folder for the shards")
-    if action == "arrays":
-        encode_arrays(args.arrays, console=console, **told)
+    if action != "images":
+        of = encode_arrays if action == "arrays" else encode_latents
+        of(getattr(args, action), console=console, **told)
         return 0
     told.setdefault("device", "cuda" if torch.cuda.is_available() else "cpu")
     encode(args.images, console=console, **told)
