@@ -21,6 +21,7 @@ from pydantic import Field
 from torch import Tensor
 
 from speed_engine.conditions.label import described
+from speed_engine.data.expected import Expected
 from speed_engine.data.space import Space
 from speed_engine.kinds import Section
 
@@ -50,11 +51,18 @@ class Config(Section):
         True, description="refuse latents whose measured size is far from 1 in model space"
     )
     retries: int = Field(3, ge=0, le=20, description="how often a failed read is tried again")
+    expect: Expected | None = Field(
+        None,
+        description="shape and space that the samples must have, {shape: [C, H, W], space: KIND}",
+    )
 
 
 def build(config: Config) -> Shards:
     """Open the set. Raises DataError."""
-    return Shards(Path(config.path), check_scale=config.check_scale, retries=config.retries)
+    folder = Path(config.path).expanduser()
+    if config.expect is not None:  # before the scale, which is another question with other data
+        config.expect.check(facts_of(index_file.load(folder)), str(folder))
+    return Shards(folder, check_scale=config.check_scale, retries=config.retries)
 
 
 class Shards:

@@ -135,7 +135,7 @@ def test_the_digits(tmp_path: Path) -> None:
         (["--images", ".", "--out", "x", "--scale", "1"], "--scale and --shift belong to latents"),
         (["--images", ".", "--out", "x", "--posterior"], "--posterior belongs to --arrays or"),
         (["--arrays", "a", "--out", "x", "--size", "8"], "--size belongs to --images, not to"),
-        (["--reindex", "a", "--out", "x"], "--out belongs to --images or --arrays, not to"),
+        (["--reindex", "a", "--out", "x"], "--out belongs to --images or --arrays or --latents"),
         (["--verify", "a", "--scale", "1"], "not to --verify; leave it out"),
         (["--arrays", "nowhere", "--out", "x"], "nowhere cannot be read as arrays"),
         (["--verify", "nowhere"], "nowhere holds no data set"),
