@@ -207,7 +207,7 @@ class Shards:
             if attempt:
                 time.sleep(min(0.1 * 2 ** (attempt - 1), 5.0))
             try:
-                region = os.pread(self._descriptor[self._shard[sample]], length, start)
+                region = os.pread(int(self._descriptor[self._shard[sample]]), length, start)
             except OSError as error:
                 reason = f"cannot be read ({error.strerror})"
                 continue

@@ -24,7 +24,7 @@ def split(source: Source, count: int) -> tuple[Part, Part]:
         raise DataError(
             f"validation.samples={count} of the {size} samples of the data cannot be held out; at most half can"
         )
-    held = np.sort(order.permuted(_positions(count), size, SPLIT_SEED, 0).numpy())
+    held = np.sort(order.permuted(np.arange(count), size, SPLIT_SEED, 0))
     return Part(source, held, inverted=True), Part(source, held, inverted=False)
 
 
@@ -74,9 +74,3 @@ class Part:
 
     def decode(self, stored: Tensor, normals: Tensor | None = None) -> Tensor:
         return self.source.decode(stored, normals)
-
-
-def _positions(count: int) -> Tensor:
-    import torch
-
-    return torch.arange(count)

@@ -62,7 +62,7 @@ def write_set(folder: Path, num: int, shard_size: int) -> None:
         number = np.arange(start, min(start + shard_size, num))
         content = _shard(number, template, latents)
         with open(path, "wb") as file:
-            file.write(memoryview(content))
+            file.write(content.tobytes())
             file.write(END)
         if first is None or start == starts[-1]:
             scanned.append(index_file.index_shard(path))
@@ -74,7 +74,7 @@ def write_set(folder: Path, num: int, shard_size: int) -> None:
         stream = io.BytesIO()
         np.save(stream, entries, allow_pickle=False)
         entries_path(path).write_bytes(stream.getvalue())
-        sums = hashlib.sha256(memoryview(content))
+        sums = hashlib.sha256(content.tobytes())
         sums.update(END)
         facts = {
             "name": path.name,

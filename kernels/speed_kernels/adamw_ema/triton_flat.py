@@ -148,7 +148,9 @@ def square_total_kernel(partial_ptr, total_ptr, P, BLOCK: tl.constexpr):
 def _ema_weight(kind, value, t):
     warmup = tl.maximum(value, 9.0 / (9.0 + t))
     power = 1.0 - tl.exp((value + 1.0) * tl.log(tl.maximum(1.0 - 1.0 / t, 1e-300)))
-    ramp_up = RAMP_UP_RATE / tl.maximum(t - 1.0, 1e-3)  # at t = 1: 1 - e^-10^4, the weights themselves
+    ramp_up = RAMP_UP_RATE / tl.maximum(
+        t - 1.0, 1e-3
+    )  # at t = 1: 1 - e^-10^4, the weights themselves
     half_life = 1.0 - tl.exp(-tl.maximum(value, ramp_up))
     weight = tl.where(kind == 3.0, half_life, value)
     return tl.where(kind == 1.0, warmup, tl.where(kind == 2.0, power, weight))
