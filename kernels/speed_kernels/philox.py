@@ -24,7 +24,6 @@ STREAM_EPS = 1  # the noise of the forward process
 STREAM_LABEL_DROP = 2
 STREAM_FLIP = 3
 STREAM_ORDER = 4
-STREAM_POSTERIOR = 5  # a draw from the autoencoder's posterior
 STREAM_SAMPLE = 6  # noise of the samplers
 STREAM_CONDITION_DROP = 7  # of conditions other than labels
 STREAM_DROPOUT = 9  # of a network's activations; the layer's number is in the 24 bits above

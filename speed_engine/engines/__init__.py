@@ -7,10 +7,14 @@ names. One file an engine; its name is `engine.kind`.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import nn
+
+from speed_engine.kinds import Section
+
+Settings = TypeVar("Settings", bound=Section)
 
 
 class Engine(Protocol):
@@ -58,6 +62,21 @@ class Engine(Protocol):
     def facts(self) -> dict[str, Any]:
         """What was decided, for the run's manifest."""
         ...
+
+
+def with_precision(config: Settings, device: torch.device, optimizer: str) -> Settings:
+    """An engine's settings with `precision: auto` decided for `device`; others, and outside engines', as they are.
+
+    bf16 on a CUDA device, whose products in float32 take many times as long; fp32 elsewhere. `optimizer`
+    (`optim.name`): those that update no masters get autocast instead, from an engine that has it.
+    """
+    if getattr(config, "precision", None) != "auto":
+        return config
+    choice = "fp32"
+    if device.type == "cuda":
+        masters = optimizer == "adamw_ema" or getattr(config, "kind", None) == "deepspeed"
+        choice = "bf16" if masters else "autocast"
+    return config.model_copy(update={"precision": choice})
 
 
 def frozen_weights(module: nn.Module) -> dict[str, torch.Tensor]:

@@ -17,11 +17,18 @@ from pydantic import Field
 from torch import nn
 
 from speed_engine.distributed import Processes
-from speed_engine.engines import frozen_weights, optimizer
+from speed_engine.engines import frozen_weights, optimizer, with_precision
 from speed_engine.engines.deepspeed_json import merged_with, read, users_part
 from speed_engine.kinds import Section
 
 TAG = "zero"
+# Of ZeRO 1 and 2 on GPUs, unless a JSON says otherwise. DeepSpeed's own are false and 5e8: most of a model in one
+# bucket, whose sum waits for the end of the backward pass.
+OVERLAPPED = {
+    "overlap_comm": True,
+    "reduce_bucket_size": 50_000_000,
+    "allgather_bucket_size": 50_000_000,
+}
 
 
 class Config(Section):
@@ -31,8 +38,9 @@ class Config(Section):
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="auto: a GPU if there is one"
     )
-    precision: Literal["fp32", "bf16"] = Field(
-        "fp32", description="bf16: bf16 weights and compute, float32 master weights"
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto",
+        description="bf16: bf16 weights and compute, float32 master weights; auto: bf16 on CUDA, else fp32",
     )
     zero: Literal[0, 1, 2, 3] = Field(1, description="ZeRO stage")
     json_file: str | None = Field(
@@ -57,6 +65,7 @@ class DeepSpeedEngine:
         import deepspeed
         import deepspeed.ops
 
+        config = with_precision(config, processes.device, optim_config.name)
         # On CPUs DeepSpeed would first compile a shared-memory all-reduce for most of a minute;
         # gloo does the same sums.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -72,6 +81,8 @@ class DeepSpeedEngine:
             "steps_per_print": 2**31,
         }
         settings = merged_with(config.json_file, settings)
+        if processes.device.type == "cuda" and config.zero in (1, 2):
+            settings["zero_optimization"] = OVERLAPPED | settings["zero_optimization"]
         self.users = users_part(read(config.json_file)) if config.json_file else {}
         own_guard = _guard_ourselves(settings, optim_config)
         self.config = config
@@ -202,6 +213,9 @@ def _guard_ourselves(settings: dict[str, Any], optim_config: optimizer.Config) -
         return False
     if zero.get("offload_optimizer") or zero.get("zenflow"):  # these need DeepSpeed's norm
         return False
+    sums = settings.get("data_types", {}).get("grad_accum_dtype")
+    if zero["stage"] == 1 and sums == "fp32" and settings["bf16"]["enabled"]:
+        return False  # another wrapper of DeepSpeed's, which insists on its own norm
     settings["gradient_clipping"] = 0.0
     zero["compute_grad_norm"] = False
     settings["bf16"]["check_grad_overflow"] = False

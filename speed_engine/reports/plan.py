@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 import yaml
 
 from speed_engine.conditions import label
@@ -12,6 +13,7 @@ from speed_engine.config import RunConfig
 from speed_engine.data import Facts
 from speed_engine.data.space import Space
 from speed_engine.data.storage.index import INDEX
+from speed_engine.engines import with_precision
 from speed_engine.kinds import find
 from speed_engine.training.assembly import (
     build_model,
@@ -97,7 +99,10 @@ def _data(config: RunConfig) -> tuple[Facts, str, Sequence[str]]:
 def _print_memory(config: RunConfig, facts: Facts, parameters: int) -> None:
     """One line for each ZeRO stage, on 1, 8 and 64 processes."""
     module = find("model", config.model.kind)
-    precision = getattr(config.engine, "precision", "fp32")
+    has_gpu = getattr(config.engine, "device", "auto") != "cpu" and torch.cuda.is_available()
+    where = torch.device("cuda" if has_gpu else "cpu")
+    engine = with_precision(config.engine, where, config.optim.name)
+    precision = getattr(engine, "precision", "fp32")
     print(
         f"memory          weights, gradients, optimizer and EMA on a process, {precision} (estimate):"
     )

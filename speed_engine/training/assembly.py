@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from speed_kernels.contract import Choice, choose
+from speed_kernels.contract import FILES, BackendError, Choice, choose
 from torch import nn
 
 from speed_engine import kinds
@@ -16,7 +16,7 @@ from speed_engine.data import Facts, Source, resident
 from speed_engine.data.loader import Loader
 from speed_engine.data.split import split
 from speed_engine.distributed import Processes
-from speed_engine.engines import Engine
+from speed_engine.engines import Engine, with_precision
 from speed_engine.models import refuse_unknown_conditions
 from speed_engine.step_table import StepTable, build_step_table
 from speed_engine.timesteps.online.policy import Reach
@@ -66,8 +66,9 @@ def build(
     """
     micro_batch, _ = split_batch(config, processes.world)
     optim = config.optim.in_updates(config.train.global_batch)
-    config = config.model_copy(update={"optim": optim})
-    choices = choose_kernels(config, processes.device)
+    engine = with_precision(config.engine, processes.device, optim.name)
+    config = config.model_copy(update={"engine": engine, "optim": optim})
+    choices = agreed_kernels(config, processes)
     backends = {choice.op: choice.backend for choice in choices}
     source = build_source(config) if source is None else source
     source, held_out = parted(config, source)
@@ -255,6 +256,35 @@ def choose_kernels(config: RunConfig, device: torch.device) -> list[Choice]:
     return [choose(op, device, kernels.backend, kernels.strict) for op in ops]
 
 
+def agreed_kernels(config: RunConfig, processes: Processes) -> list[Choice]:
+    """`choose_kernels`, the same on all processes: of each op the best backend that all of them have. Collective.
+
+    Raises BackendError on all processes where one of them has none, or where `kernels.strict` forbids what remains.
+    """
+    refusal, choices = None, []
+    try:
+        choices = choose_kernels(config, processes.device)
+    except BackendError as error:
+        refusal = error
+    if processes.any(refusal is not None):
+        raise refusal or BackendError(
+            "another process cannot run the kernels; its message is above"
+        )
+    agreed = []
+    for choice in choices:
+        word = [word for word in FILES if processes.any(choice.backend == word)][-1]
+        if processes.any(config.kernels.strict and choice.backend != word):
+            raise BackendError(
+                f"kernels.strict forbids a fallback for {choice.op}: one process has only {word}"
+            )
+        if word != choice.backend:
+            choice = Choice(
+                choice.op, word, f"all that every process has; here {choice.backend}", True
+            )
+        agreed.append(choice)
+    return agreed
+
+
 def num_outputs(config: RunConfig, facts: Facts) -> int:
     """Channels of the network's output: those of a sample, twice with a learned variance."""
     return facts.shape[0] * (1 + config.learned_variance)
@@ -271,7 +301,8 @@ def build_model(
     facts: as `told` gives them. backends: op -> backend for the network's fused kernels; None:
     plain torch.
     """
-    precision = getattr(config.engine, "precision", "fp32")
+    engine = with_precision(config.engine, torch.device(device), config.optim.name)
+    precision = getattr(engine, "precision", "fp32")
     return kinds.find("model", config.model.kind).build(
         config.model,
         facts,

@@ -4,6 +4,10 @@ Where the weights lie one behind the other in memory (where an engine keeps all 
 buffer, in the order that the model asks for) the many small products are one large one, forward and
 backward. Elsewhere (DeepSpeed has its own places for parameters) each is made by itself; the numbers
 are the same up to rounding.
+
+Among several processes the product is cut by depth. The gradients of one are complete only after the
+last block's backward pass, with nothing left beside which their sum over processes, a third of all,
+could travel; those of the parts of the deeper blocks set off earlier.
 """
 
 # Shape suffixes: B samples, D hidden size, X outputs of one projection, S outputs of all.
@@ -11,9 +15,11 @@ are the same up to rounding.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -56,6 +62,17 @@ class _OneProduct(torch.autograd.Function):
         return grad_BS @ _joined(weights), *grad_weights, *grad_BS.sum(0).split(ctx.sizes)
 
 
+PARTS = 4  # of the product, among several processes
+
+
+def parts(num_layers: int) -> list[slice]:
+    """The layers of each product."""
+    alone = not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1
+    num_parts = 1 if alone else min(PARTS, num_layers)
+    ends = [num_layers * part // num_parts for part in range(num_parts + 1)]
+    return [slice(*pair) for pair in pairwise(ends)]
+
+
 def project_all(c_BD: Tensor, linears: Sequence[nn.Linear]) -> list[Tensor]:
     """[B, D] -> for every layer [B, X]: rows of one large product, so with its stride, or tensors
     of their own."""
@@ -69,5 +86,8 @@ def project_all(c_BD: Tensor, linears: Sequence[nn.Linear]) -> list[Tensor]:
     )
     if alone or not (here and adjacent(weights) and adjacent(biases)):
         return [linear(c_BD) for linear in linears]
-    outputs_BS = _OneProduct.apply(c_BD, *weights, *biases)
-    return list(outputs_BS.split([weight.shape[0] for weight in weights], dim=1))
+    outputs: list[Tensor] = []
+    for part in parts(len(weights)):
+        outputs_BS: Any = _OneProduct.apply(c_BD, *weights[part], *biases[part])
+        outputs += outputs_BS.split([weight.shape[0] for weight in weights[part]], dim=1)
+    return outputs
