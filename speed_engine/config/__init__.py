@@ -128,6 +128,13 @@ class Log(Section):
         default=False, description="the same numbers for TensorBoard, in the run folder"
     )
     wandb: bool = Field(default=False, description="the same numbers for Weights & Biases")
+    wandb_project: str | None = Field(default=None, description="the project there; default: W&B's")
+    wandb_group: str | None = Field(
+        default=None, description="the group there, for runs that belong together"
+    )
+    wandb_name: str | None = Field(
+        default=None, description="the run's name there; default: that of the run folder"
+    )
 
 
 class RunConfig(Section):

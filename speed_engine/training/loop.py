@@ -27,6 +27,7 @@ from speed_engine.training.interrupt import Interrupt
 from speed_engine.weights import file as weights_file
 
 METHOD_STATE = "timesteps.safetensors"  # of a method that changes while training runs
+INTERVAL_STATE = "interval.safetensors"  # sums of the line of metrics that is not full yet
 STOP_EVERY = 10  # steps between two agreements of many processes on whether to stop
 DONE, NOT_FINITE = 0, 3  # exit codes
 
@@ -60,7 +61,7 @@ def _train(config: RunConfig, processes: Processes) -> int:
     engine = assembly.open_engine(parts)
     manifest = manifests.describe(parts, engine.facts()) | begun
     do = assembly.open_step(parts, engine)
-    first_step = resume(parts, run, engine, manifest)
+    first_step = resume(parts, run, engine, manifest, do.meter)
     if processes.first:
         write_json(run / "manifest.json", sealed.seal(manifest))
     journal = metrics.Journal(run, first_step, config, parts.choices, silent=not processes.first)
@@ -74,6 +75,7 @@ def _train(config: RunConfig, processes: Processes) -> int:
     def save(step: int) -> None:
         method = table.state_dict(do.reach.all_reduce)
         processes.assert_equal(method, "the table of time steps")
+        interval = do.meter.state(processes)
 
         def write(folder: Path) -> None:
             state = folder / "state"
@@ -81,6 +83,8 @@ def _train(config: RunConfig, processes: Processes) -> int:
             engine.save(state)
             if processes.first and method:
                 save_file(method, folder / METHOD_STATE)
+            if processes.first:
+                save_file({"sums": interval}, folder / INTERVAL_STATE)
             for name in ("model", "ema"):
                 weights = engine.weights(ema=name == "ema")
                 if weights is not None:
@@ -94,9 +98,10 @@ def _train(config: RunConfig, processes: Processes) -> int:
     guard = Guard(config.train.max_bad_steps, engine.skip_count())
     steps, log_every = config.train.steps, config.log.every
     batches = parts.loader.batches(first_step, steps)
+    arriving = rate.waiting(batches)
     with Interrupt() as interrupt, journal, contextlib.closing(batches):
         while step < steps:
-            do(step, batches)
+            do(step, arriving)
             step += 1
             guard.update(engine.skip_count())
             journal.advance(step)
@@ -107,6 +112,7 @@ def _train(config: RunConfig, processes: Processes) -> int:
                 line |= {
                     "lr": optimizer.learning_rate(config.optim, step - 1),
                     "skipped": engine.num_skipped(),
+                    "grad_norm": engine.grad_norm(),
                 }
                 journal.write(line)
                 if reason := guard.verdict(line["loss"]):
@@ -126,6 +132,8 @@ def _train(config: RunConfig, processes: Processes) -> int:
                     save(step)
                 journal.say(f"stopped on request; step {step} is saved in {run}")
                 break
+        else:
+            journal.finished(step)
     if held is not None:
         held.close()
     return code
@@ -143,7 +151,9 @@ def _begin(parts: Parts, run: Path) -> dict[str, Any]:
     return {"init": done}
 
 
-def resume(parts: Parts, run: Path, engine: Engine, manifest: dict[str, Any]) -> int:
+def resume(
+    parts: Parts, run: Path, engine: Engine, manifest: dict[str, Any], meter: metrics.Meter
+) -> int:
     """Load the newest good checkpoint and return its step; 0 if there is none. Collective.
 
     The attention of the model, and what `manifest` says of it, become those of the checkpoint.
@@ -185,4 +195,7 @@ def resume(parts: Parts, run: Path, engine: Engine, manifest: dict[str, Any]) ->
     engine.load(found.folder / "state")
     method = found.folder / METHOD_STATE
     parts.table.load_state_dict(load_file(method) if method.exists() else {}, found.step)
+    interval = found.folder / INTERVAL_STATE
+    if interval.exists():  # earlier versions kept none
+        meter.load_state(load_file(interval)["sums"], processes)
     return found.step

@@ -20,7 +20,7 @@ def checkpoint(run: Path, step: int) -> Path:
 
 def metrics(run: Path) -> list[dict]:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    timings = {"images_per_s", "tflops_per_device", "mfu"}
+    timings = {"images_per_s", "tflops_per_device", "mfu", "data_wait", "time"}
     return [{k: v for k, v in line.items() if k not in timings} for line in lines]
 
 
