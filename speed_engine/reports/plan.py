@@ -20,6 +20,7 @@ from speed_engine.training.assembly import (
     macs_per_sample,
     told,
 )
+from speed_engine.training.preview import share_of_training as grids_share
 
 # What the plan assumes while the data do not exist yet: latents of a 256x256 image, 1000 classes.
 ASSUMED = Facts(
@@ -65,6 +66,10 @@ def run(config: RunConfig) -> int:
     print(f"forward pass    {macs / 1e9:.3g} GMAC = {2 * macs / 1e9:.3g} GFLOP a sample")
     batch, steps = config.train.global_batch, config.train.steps
     print(f"training        {steps:,} steps of {batch}: {6.0 * macs * batch * steps:.2e} FLOP")
+    if share := grids_share(config):
+        print(
+            f"samples         {config.sample.num} every {config.sample.every} steps: {share:.1%} of the training's FLOP"
+        )
     _print_memory(config, facts, trained)
     expected = float((table.density * table.weight).sum())
     print(

@@ -8,6 +8,7 @@ sums are read.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from speed_engine.atomic_files import write_json
 from speed_engine.config import RunConfig
 from speed_engine.distributed import Processes, start, stop
 from speed_engine.engines import Engine, optimizer
-from speed_engine.training import assembly, checkpoint, init_from, metrics, sealed
+from speed_engine.training import assembly, checkpoint, init_from, metrics, preview, sealed
 from speed_engine.training import manifest as manifests
 from speed_engine.training.assembly import Parts
 from speed_engine.training.attention import attention_facts, keep_attention
@@ -32,16 +33,17 @@ STOP_EVERY = 10  # steps between two agreements of many processes on whether to 
 DONE, NOT_FINITE = 0, 3  # exit codes
 
 
-def train(config: RunConfig) -> int:
+def train(config: RunConfig, judge: preview.Judge | None = None) -> int:
     """Train as `config` says, continuing what its run folder holds. Returns the exit code.
 
+    judge: scores the pictures of `sample.every`, where it can.
     0: done, or stopped on request with a checkpoint. 3: gradients were not finite for too long.
     Raises ValueError (a user's mistake, in one sentence; CheckpointError, DataError are such).
     """
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     processes = start(config.engine.device)
     try:
-        code = _train(config, processes)
+        code = _train(config, processes, judge)
     except BaseException:
         stop(together=False)  # the others may be waiting for this process somewhere else
         raise
@@ -49,12 +51,13 @@ def train(config: RunConfig) -> int:
     return code
 
 
-def _train(config: RunConfig, processes: Processes) -> int:
+def _train(config: RunConfig, processes: Processes, judge: preview.Judge | None) -> int:
     # ------------------------------------------------------------------ the parts
     parts = assembly.build(config, processes)
     config, table = parts.config, parts.table
     blueprint = assembly.build_model(config, parts.facts, "meta")
     run = manifests.run_folder(config, parts.source.fingerprint, processes.world)
+    grids = preview.of(parts, run, blueprint, judge)
     run.mkdir(parents=True, exist_ok=True)
     held = checkpoint.lock(run) if processes.first else None
     begun = _begin(parts, run)
@@ -114,6 +117,9 @@ def _train(config: RunConfig, processes: Processes) -> int:
                     "skipped": engine.num_skipped(),
                     "grad_norm": engine.grad_norm(),
                 }
+                if grids is not None and grids.due(step):
+                    drawing = functools.partial(grids.draw, step, engine, journal)
+                    line |= rate.without(drawing)
                 journal.write(line)
                 if reason := guard.verdict(line["loss"]):
                     journal.say(
