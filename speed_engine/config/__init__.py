@@ -57,7 +57,17 @@ DEFAULTS = {
     "timesteps": "uniform",
     "engine": "deepspeed",
 }
-SECTIONS = (*KINDS, "optim", "conditions", "train", "kernels", "checkpoint", "validation", "log")
+SECTIONS = (
+    *KINDS,
+    "optim",
+    "conditions",
+    "train",
+    "kernels",
+    "checkpoint",
+    "validation",
+    "sample",
+    "log",
+)
 # Checkpoints are named by eight digits of their step.
 MOST_STEPS, LARGEST_BATCH = 10**8 - 1, 2**24
 
@@ -144,6 +154,28 @@ class Validation(Section):
     )
 
 
+class Sample(Section):
+    """Pictures that are drawn while training runs, always of the same noise and the same requests."""
+
+    every: int = Field(
+        default=0, ge=0, description="steps between two grids, a multiple of log.every; 0: none"
+    )
+    num: int = Field(
+        default=64, ge=1, le=2**16, description="samples in a grid; of classes in turn"
+    )
+    sampler: str = Field(default="ddim", description="ddpm, ddim, dpmpp, heun, or a module")
+    steps: int = Field(default=50, ge=1, description="noise levels that are visited")
+    guidance: float = Field(default=1.0, ge=0, description="1 = off")
+    seed: int = Field(default=0, ge=0, lt=2**63, description="of the samples' noise")
+    weights: Literal["ema", "model"] = Field(
+        default="ema", description="the averaged weights, or those of the last step"
+    )
+    vae: str | None = Field(
+        default=None,
+        description="folder or hub name of the AutoencoderKL that decodes latents",
+    )
+
+
 class Log(Section):
     """What is written while training."""
 
@@ -152,6 +184,13 @@ class Log(Section):
         default=False, description="the same numbers for TensorBoard, in the run folder"
     )
     wandb: bool = Field(default=False, description="the same numbers for Weights & Biases")
+    wandb_project: str | None = Field(default=None, description="the project there; default: W&B's")
+    wandb_group: str | None = Field(
+        default=None, description="the group there, for runs that belong together"
+    )
+    wandb_name: str | None = Field(
+        default=None, description="the run's name there; default: that of the run folder"
+    )
 
 
 class RunConfig(Section):
@@ -183,6 +222,7 @@ class RunConfig(Section):
     kernels: Kernels = Kernels()
     checkpoint: Checkpoint = Checkpoint()
     validation: Validation = Validation()
+    sample: Sample = Sample()
     log: Log = Log()
 
     @field_validator(*KINDS, mode="before")

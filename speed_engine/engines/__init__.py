@@ -47,6 +47,11 @@ class Engine(Protocol):
         """The same as a tensor [] on the device or a number, at once."""
         ...
 
+    def grad_norm(self) -> float | None:
+        """Norm of the last update's whole gradient before clipping; None where nothing needed it. Waits for the
+        device."""
+        ...
+
     def save(self, folder: Path) -> None:
         """Write this process's part of the training state. Collective."""
         ...

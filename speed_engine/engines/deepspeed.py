@@ -135,6 +135,12 @@ class DeepSpeedEngine:
     def skip_count(self) -> torch.Tensor | int:
         return optimizer.skip_count(self.optimizer) + int(self.engine.skipped_steps)
 
+    def grad_norm(self) -> float | None:
+        found = optimizer.grad_norm(self.optimizer)
+        theirs = self.engine.get_global_grad_norm()
+        # 0 is what DeepSpeed says of a norm that it did not take.
+        return float(theirs) if found is None and theirs else found
+
     def save(self, folder: Path) -> None:
         self.engine.save_checkpoint(str(folder), tag=TAG, save_latest=False)
 

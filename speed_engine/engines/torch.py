@@ -185,6 +185,9 @@ class TorchEngine:
     def skip_count(self) -> torch.Tensor | int:
         return optimizer.skip_count(self.optimizer)
 
+    def grad_norm(self) -> float | None:
+        return optimizer.grad_norm(self.optimizer)
+
     def save(self, folder: Path) -> None:
         if self.processes.first:  # all processes hold the same state
             state = {"model": self.masters.state_dict(), "optimizer": self.optimizer.state_dict()}

@@ -23,6 +23,7 @@ from speed_engine.training.assembly import (
     parted,
     told,
 )
+from speed_engine.training.preview import share_of_training as grids_share
 from speed_engine.training.validation import share_of_training
 
 # What the plan assumes while the data do not exist yet: latents of a 256x256 image, 1000 classes.
@@ -73,6 +74,10 @@ def run(config: RunConfig) -> int:
         print(
             f"validation      {config.validation.samples} held-out samples every {config.validation.every} steps: "
             f"{share:.1%} of the training's FLOP"
+        )
+    if share := grids_share(config):
+        print(
+            f"samples         {config.sample.num} every {config.sample.every} steps: {share:.1%} of the training's FLOP"
         )
     _print_memory(config, facts, trained)
     expected = float((table.density * table.weight).sum())

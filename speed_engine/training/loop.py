@@ -8,6 +8,7 @@ sums are read.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,15 @@ from speed_engine.atomic_files import write_json
 from speed_engine.config import RunConfig
 from speed_engine.distributed import Processes, start, stop
 from speed_engine.engines import Engine, optimizer
-from speed_engine.training import assembly, checkpoint, init_from, metrics, sealed, validation
+from speed_engine.training import (
+    assembly,
+    checkpoint,
+    init_from,
+    metrics,
+    preview,
+    sealed,
+    validation,
+)
 from speed_engine.training import manifest as manifests
 from speed_engine.training.assembly import Parts
 from speed_engine.training.attention import attention_facts, keep_attention
@@ -27,20 +36,22 @@ from speed_engine.training.interrupt import Interrupt
 from speed_engine.weights import file as weights_file
 
 METHOD_STATE = "timesteps.safetensors"  # of a method that changes while training runs
+INTERVAL_STATE = "interval.safetensors"  # sums of the line of metrics that is not full yet
 STOP_EVERY = 10  # steps between two agreements of many processes on whether to stop
 DONE, NOT_FINITE = 0, 3  # exit codes
 
 
-def train(config: RunConfig) -> int:
+def train(config: RunConfig, judge: preview.Judge | None = None) -> int:
     """Train as `config` says, continuing what its run folder holds. Returns the exit code.
 
+    judge: scores the pictures of `sample.every`, where it can.
     0: done, or stopped on request with a checkpoint. 3: gradients were not finite for too long.
     Raises ValueError (a user's mistake, in one sentence; CheckpointError, DataError are such).
     """
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     processes = start(config.engine.device)
     try:
-        code = _train(config, processes)
+        code = _train(config, processes, judge)
     except BaseException:
         stop(together=False)  # the others may be waiting for this process somewhere else
         raise
@@ -48,20 +59,21 @@ def train(config: RunConfig) -> int:
     return code
 
 
-def _train(config: RunConfig, processes: Processes) -> int:
+def _train(config: RunConfig, processes: Processes, judge: preview.Judge | None) -> int:
     # ------------------------------------------------------------------ the parts
     parts = assembly.build(config, processes)
     config, table = parts.config, parts.table
     blueprint = assembly.build_model(config, parts.facts, "meta")
     run = manifests.run_folder(config, parts.source.fingerprint, processes.world)
+    grids = preview.of(parts, run, blueprint, judge)
     run.mkdir(parents=True, exist_ok=True)
     held = checkpoint.lock(run) if processes.first else None
     begun = _begin(parts, run)
-    judge = validation.of(parts)
+    measures = validation.of(parts)
     engine = assembly.open_engine(parts)
     manifest = manifests.describe(parts, engine.facts()) | begun
     do = assembly.open_step(parts, engine)
-    first_step = resume(parts, run, engine, manifest)
+    first_step = resume(parts, run, engine, manifest, do.meter)
     if processes.first:
         write_json(run / "manifest.json", sealed.seal(manifest))
     journal = metrics.Journal(run, first_step, config, parts.choices, silent=not processes.first)
@@ -77,6 +89,7 @@ def _train(config: RunConfig, processes: Processes) -> int:
     def save(step: int) -> None:
         method = table.state_dict(do.reach.all_reduce)
         processes.assert_equal(method, "the table of time steps")
+        interval = do.meter.state(processes)
 
         def write(folder: Path) -> None:
             state = folder / "state"
@@ -84,6 +97,8 @@ def _train(config: RunConfig, processes: Processes) -> int:
             engine.save(state)
             if processes.first and method:
                 save_file(method, folder / METHOD_STATE)
+            if processes.first:
+                save_file({"sums": interval}, folder / INTERVAL_STATE)
             for name in ("model", "ema"):
                 weights = engine.weights(ema=name == "ema")
                 if weights is not None:
@@ -98,9 +113,10 @@ def _train(config: RunConfig, processes: Processes) -> int:
     steps, log_every = config.train.steps, config.log.every
     validate_every = config.validation.every
     batches = parts.loader.batches(first_step, steps)
+    arriving = rate.waiting(batches)
     with Interrupt() as interrupt, journal, contextlib.closing(batches):
         while step < steps:
-            do(step, batches)
+            do(step, arriving)
             step += 1
             guard.update(engine.skip_count())
             journal.advance(step)
@@ -111,9 +127,13 @@ def _train(config: RunConfig, processes: Processes) -> int:
                 line |= {
                     "lr": optimizer.learning_rate(config.optim, step - 1),
                     "skipped": engine.num_skipped(),
+                    "grad_norm": engine.grad_norm(),
                 }
-                if judge is not None and (step % validate_every == 0 or step == steps):
-                    line |= rate.without(lambda: judge.measure(engine))
+                if measures is not None and (step % validate_every == 0 or step == steps):
+                    line |= rate.without(lambda: measures.measure(engine))
+                if grids is not None and grids.due(step):
+                    drawing = functools.partial(grids.draw, step, engine, journal)
+                    line |= rate.without(drawing)
                 journal.write(line)
                 if reason := guard.verdict(line["loss"]):
                     journal.say(
@@ -132,6 +152,8 @@ def _train(config: RunConfig, processes: Processes) -> int:
                     save(step)
                 journal.say(f"stopped on request; step {step} is saved in {run}")
                 break
+        else:
+            journal.finished(step)
     if held is not None:
         held.close()
     return code
@@ -149,7 +171,9 @@ def _begin(parts: Parts, run: Path) -> dict[str, Any]:
     return {"init": done}
 
 
-def resume(parts: Parts, run: Path, engine: Engine, manifest: dict[str, Any]) -> int:
+def resume(
+    parts: Parts, run: Path, engine: Engine, manifest: dict[str, Any], meter: metrics.Meter
+) -> int:
     """Load the newest good checkpoint and return its step; 0 if there is none. Collective.
 
     The attention of the model, and what `manifest` says of it, become those of the checkpoint.
@@ -191,4 +215,7 @@ def resume(parts: Parts, run: Path, engine: Engine, manifest: dict[str, Any]) ->
     engine.load(found.folder / "state")
     method = found.folder / METHOD_STATE
     parts.table.load_state_dict(load_file(method) if method.exists() else {}, found.step)
+    interval = found.folder / INTERVAL_STATE
+    if interval.exists():  # earlier versions kept none
+        meter.load_state(load_file(interval)["sums"], processes)
     return found.step

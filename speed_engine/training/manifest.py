@@ -21,7 +21,7 @@ from speed_engine.training.assembly import Parts
 from speed_engine.training.attention import attention_facts
 
 # What may differ between a run and its continuation; everything else changes the result.
-FREE_TO_CHANGE = {"name", "run_dir", "log", "checkpoint", "kernels"}
+FREE_TO_CHANGE = {"name", "run_dir", "log", "checkpoint", "sample", "kernels"}
 
 
 def describe(parts: Parts, engine_facts: dict[str, Any]) -> dict[str, Any]:
