@@ -51,7 +51,12 @@ def _curves(
     names = [name for name in study.methods if name != study.reference] or [study.reference]
     columns = min(COLUMNS, len(names))
     rows = math.ceil(len(names) / columns)
-    title = f"{study.name}, {setting}: {study.metric} against {LABELS[axis]}"
+    title = (
+        f"{study.name}, {setting}: {study.metric} against {LABELS[axis]}\n"
+        f"blue: the method, grey: {study.reference}; thin: a seed, thick: mean of logs, "
+        "band: 1 s.d.; dashed: target"
+    )
+    top = _top([curves[setting, study.reference, seed] for seed in study.seeds])
     size = (3.4 * columns + 0.6, 2.7 * rows + 1.1)
     with _figure(size, title, path) as figure:
         panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
@@ -63,6 +68,10 @@ def _curves(
                 _one(panel, own, axis, colour)
             if target is not None:
                 panel.axhline(target, color="#c44e22", linewidth=1, linestyle=(0, (4, 3)))
+            lost = sum(curves[setting, name, seed]["status"] == "diverged" for seed in study.seeds)
+            if lost:
+                words = f"{lost} of {len(study.seeds)} diverged"
+                panel.text(0.97, 0.9, words, transform=panel.transAxes, ha="right", fontsize=9)
             panel.set_title(name, fontsize=11, color=BLUE, loc="left")
             panel.set_yscale("log")
             panel.grid(color=GRID, linewidth=0.6)
@@ -70,15 +79,17 @@ def _curves(
             panel.xaxis.set_major_formatter(_short())
             panel.tick_params(labelsize=9)
             panel.tick_params(axis="y", which="minor", labelsize=8)
+        if top is not None:  # a method that explodes leaves the picture
+            panels[0, 0].set_ylim(top=top)
         figure.supxlabel(LABELS[axis], fontsize=11)
         figure.supylabel(study.metric, fontsize=11)
-        figure.text(
-            0.99, 0.005,
-            f"blue: the method, grey: {study.reference}; thin: a seed, thick: mean of logs, "
-            "band: 1 s.d.; dashed: target",
-            ha="right", va="bottom", fontsize=8, color=GREY,
-        )  # fmt: skip
     return path
+
+
+def _top(base: list[dict[str, Any]]) -> float | None:
+    """The picture's upper edge: three times the baseline's worst value."""
+    known = [value for cell in base for value in cell["curve"]["values"] if value is not None]
+    return 3 * max(known) if known else None
 
 
 def _one(panel: Any, own: list[dict[str, Any]], axis: str, colour: str) -> None:
@@ -175,7 +186,7 @@ def _figure(size: tuple[float, float], title: str, path: Path) -> Iterator[Any]:
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=size, layout="constrained")
         FigureCanvasAgg(figure)
-        figure.suptitle(title, x=0.01, ha="left", fontsize=12)
+        figure.suptitle(title, x=0.01, ha="left", fontsize=11)
         yield figure
         save(figure, path)
 

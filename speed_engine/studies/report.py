@@ -24,18 +24,18 @@ FORMAT = 1
 PACKAGES = ("speed-engine", "torch", "numpy", "deepspeed", "triton")
 
 SNIPPET = """\
-import json, math, statistics
-from speed_engine.studies.statistics import crossing, ratio_interval
-report, number = json.load(open("report.json")), lambda v: math.inf if v is None else v
-study, final, ratio = report["study"], {}, {}
-for c in report["cells"]:
-    final.setdefault((c["setting"], c["method"]), []).append(c["curve"])
-target = {s: statistics.median(number(c["values"][-1]) for c in final[s, study["baseline"]]) for s in study["settings"]}
-needed = lambda s, m, a: [crossing(c[a], map(number, c["values"]), target[s]) for c in final[s, m]]
-spent = lambda s, m, a: [c[a][-1] for c in final[s, m]]
-for (s, m), a in [(sm, a) for sm in final for a in ("images", "flops", "seconds")]:
-    args = needed(s, m, a), needed(s, study["baseline"], a), spent(s, m, a), spent(s, study["baseline"], a)
-    ratio[s, m, a] = ratio_interval(*args)
+import json, statistics
+from speed_engine.studies.results import final, needed, spent
+from speed_engine.studies.statistics import ratio_interval
+report, cells, mean, ratio = json.load(open("report.json")), {}, {}, {}
+for cell in report["cells"]:
+    cells.setdefault((cell["setting"], cell["method"]), []).append(cell)
+for (setting, method), own in cells.items():
+    base, target = cells[setting, report["study"]["baseline"]], report["findings"]["settings"][setting]["target"]
+    mean[setting, method] = statistics.fmean(map(final, own))
+    for axis in ("images", "flops", "seconds"):
+        mine, theirs = ([needed(cell, axis, target) for cell in each] for each in (own, base))
+        ratio[setting, method, axis] = ratio_interval(mine, theirs, *spent(own, base, axis))
 """
 
 READING = """\

@@ -79,8 +79,11 @@ def _method(own: list[dict[str, Any]], base: list[dict[str, Any]], target: float
     }
     for axis in AXES:
         mine, theirs = ([needed(cell, axis, target) for cell in each] for each in (own, base))
-        spent = _spent(own, base, axis)
-        interval = SAME if own is base else statistics.ratio_interval(mine, theirs, *spent)
+        interval = (
+            SAME
+            if own is base
+            else statistics.ratio_interval(mine, theirs, *spent(own, base, axis))
+        )
         found[axis] = {
             "needed": mine,
             "ratio": _told(interval, "faster", "slower"),
@@ -90,7 +93,7 @@ def _method(own: list[dict[str, Any]], base: list[dict[str, Any]], target: float
     return found
 
 
-def _spent(
+def spent(
     own: list[dict[str, Any]], base: list[dict[str, Any]], axis: str
 ) -> tuple[list[float], list[float]]:
     """All that every run spent; a diverged one counts as if it had gone on as long as the longest."""

@@ -6,7 +6,8 @@ all runs arrive this is the paired t interval, exactly. A run that does not arri
 all that its run spent (its limit): censored, not infinite and not left out. With the prior
 1 / (sd(x - y) sd(x + y)), for which the posterior of the mean is that same t distribution when nothing is censored,
 Gibbs sampling draws the unknown values (normal, cut off below the limit, given the twin) and the four parameters in
-turn; the interval is the middle 95 % of the draws. With fewer than two pairs of which both arrived nothing bounds the
+turn; the interval is the middle 95 % of the draws. There a variance has LOST degrees of freedom fewer, by simulation:
+without, three seeds of which half are censored cover in 92 % of studies, with it in 94 to 97 %. With fewer than two pairs of which both arrived nothing bounds the
 ratio: (0, infinity). It is the whole procedure that covers in 95 % of studies; among those alone in which few pairs
 happened to arrive it covers less.
 
@@ -27,6 +28,7 @@ Array = NDArray[np.float64]
 
 CONFIDENCE = 0.95
 CHAINS, DRAWS, BURN = 200, 200, 100  # of a report's interval: 40,000 draws
+LOST = 0.15  # degrees of freedom that censoring costs a variance
 PROFILE_END = 4.0  # largest ratio that AlgoPerf's profile looks at
 
 
@@ -162,7 +164,7 @@ class _Gibbs:
         rows, num = value_RN.shape
         mean = value_RN.mean(axis=1)
         squares = ((value_RN - mean[:, None]) ** 2).sum(axis=1)
-        variance = np.maximum(squares / self.generator.chisquare(num - 1, rows), 1e-24)
+        variance = np.maximum(squares / self.generator.chisquare(num - 1 - LOST, rows), 1e-24)
         return mean + np.sqrt(variance / num) * self.generator.standard_normal(rows), variance
 
     def _above(self, limit_RN: Array, mean_RN: Array, spread_R1: Array) -> Array:
