@@ -26,7 +26,7 @@ from speed_engine.data import DataError, digits
 from speed_engine.data.autoencoder import Vae
 from speed_engine.data.encode_arrays import encode_arrays
 from speed_engine.data.encode_latents import encode_latents
-from speed_engine.data.storage import folders, pictures, scaling
+from speed_engine.data.storage import pictures, places, scaling
 from speed_engine.data.storage.folders import shown
 from speed_engine.data.storage.index import Index, reindex, verify
 from speed_engine.data.storage.pictures import Listing, Picture, PictureError
@@ -103,7 +103,7 @@ def encode(
     posterior = latents and not mean_only
     folder = Path(images).expanduser()
     min_side = max(1, size // 4) if min_side is None else min_side
-    listing = folders.find(folder, labels)
+    listing = places.find(folder, labels)
     found, class_names = listing.pictures, listing.class_names
     plan = {
         "images": hashlib.sha256(json.dumps([found, class_names]).encode()).hexdigest(),
@@ -213,6 +213,8 @@ def _write(
 
 def _classes(found: list[Picture], names: list[str], most: int = 10) -> str:
     """Which number is which class, and how many images it has."""
+    if not names and found[0].label is not None:
+        return f"labels up to {max(picture.label or 0 for picture in found)}"
     if not names:
         return "no classes"
     counts = Counter(picture.label for picture in found)
@@ -250,7 +252,10 @@ def _scale(text: str) -> Scale:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `python -m speed_engine encode`."""
     add = parser.add_argument
-    add("--images", help="folder of images (a sub-folder is a class), or `digits`")
+    add(
+        "--images",
+        help="folder of images (a sub-folder is a class), WebDataset tars of images, a CIFAR archive, or `digits`",
+    )
     add(
         "--arrays",
         type=Path,
