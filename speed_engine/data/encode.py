@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import time
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -54,6 +55,7 @@ def encode(
     scale: Scale | None = None,
     shift: Scale | None = None,
     batch_size: int = 32,
+    precision: Literal["fp32", "bf16"] = "fp32",
     device: str = "cpu",
     console: Console | None = None,
 ) -> Index:
@@ -63,7 +65,7 @@ def encode(
     shard_size: default 10,000. min_side: smaller images are skipped (default: a quarter of `size`).
     strict: the first bad image is an error. labels: whether sub-folders are classes.
     vae, mean_only (store no standard deviation), flip (store the latent of the
-    mirrored image too), scale, shift (default: those of the VAE), batch_size, device: for latents.
+    mirrored image too), scale, shift (default: those of the VAE), batch_size, precision, device: for latents.
     Raises DataError. A set that is there already is left alone.
     """
     console = console or Console(quiet=True)
@@ -92,9 +94,9 @@ def encode(
     latents = mode == "latents"
     if latents != (vae is not None):
         raise DataError("--vae NAME and --mode latents belong together; give both or neither")
-    if not latents and (flip or mean_only):
+    if not latents and (flip or mean_only or precision != "fp32"):
         raise DataError(
-            "--flip and --mean-only belong to --mode latents; leave them out for pixels"
+            "--flip and --mean-only belong to --mode latents, and so does --precision; leave them out for pixels"
         )
     if latents and not sized:
         raise DataError(
@@ -116,6 +118,7 @@ def encode(
         "posterior": posterior,
         "flip": flip,
         "batch_size": batch_size if latents else None,
+        **({} if precision == "fp32" else {"precision": precision}),
         **({} if scale is None else {"scale": scale}),
         **({} if shift is None else {"shift": shift}),
     }
@@ -128,7 +131,8 @@ def encode(
         if not writer.position:
             for name, reason in listing.others:
                 writer.skip(name, reason)
-        encoder = Vae(vae, device) if vae is not None else None
+        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        encoder = Vae(vae, device, dtype) if vae is not None else None
         for remark in listing.remarks:
             console.print(f"note: {remark}")
         if encoder and (size % encoder.factor or channels != encoder.channels):
@@ -140,12 +144,17 @@ def encode(
             scale = encoder.scale if scale is None else scale
             shift = encoder.shift if shift is None and scale != "auto" else shift
             scaling.check(scale, shift, encoder.latent_channels)
-        said = f"{len(found)} images -> {channels} x {size} x {size} pixels"
+        said, each = (
+            f"{len(found)} images -> {channels} x {size} x {size} pixels",
+            channels * size**2,
+        )
         if encoder:
             side = size // encoder.factor
+            each = 2 * encoder.latent_channels * side**2 * (1 + posterior) * (1 + flip)  # float16
             said += f" -> latents {encoder.latent_channels} x {side} x {side}, scale {scale}"
+        said += f"; about {len(found) * each / 2**30:.2g} GiB"
         console.print(f"{said}; {_classes(found, class_names)}")
-        done, total = writer.position, len(found)
+        done, total, started = writer.position, len(found), time.monotonic()
         with progress("encode", total, done, console) as bar, warnings.catch_warnings():
             warnings.filterwarnings("ignore", module="PIL")  # about odd files, which may be fine
             batch: list[tuple[int, Picture, np.ndarray]] = []
@@ -166,7 +175,10 @@ def encode(
                 bar.at(position)
             _write(writer, batch, encoder, posterior, flip)
         index = writer.finish(class_names, scale, shift, encoder.identity if encoder else None)
-        console.print(f"{index.count} samples in {len(index.shards)} shards in {out}")
+        rate = (total - done) / max(time.monotonic() - started, 1e-9)
+        console.print(
+            f"{index.count} samples in {len(index.shards)} shards in {out} ({rate:.0f} images/s)"
+        )
         if writer.skipped:
             console.print(f"{len(writer.skipped)} files skipped, listed in {out}/skipped.json")
         return index
@@ -227,7 +239,7 @@ def _classes(found: list[Picture], names: list[str], most: int = 10) -> str:
 BELONGS = {
     "images": {
         *("out", "size", "mode", "channels", "shard_size", "min_side", "strict", "labels", "vae"),
-        *("mean_only", "flip", "scale", "shift", "batch_size", "device"),
+        *("mean_only", "flip", "scale", "shift", "batch_size", "precision", "device"),
     },
     "arrays": {"out", "shard_size", "scale", "shift", "posterior", "vae"},
     "latents": {"out", "shard_size", "scale", "shift", "vae"},
@@ -290,6 +302,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--mean-only", action="store_true", help="latents: store no standard deviation")
     add("--flip", action="store_true", help="latents: store those of mirrored images too")
     add("--batch-size", type=int, help="latents: images at a time (default 32)")
+    add("--precision", choices=("fp32", "bf16"), help="latents: of the VAE (default fp32)")
     add("--device", help="latents: cpu, cuda, cuda:1 (default: cuda where there is one)")
     add("--verify", type=Path, metavar="DIR", help="read every byte of a set and list all faults")
     add("--reindex", type=Path, metavar="DIR", help="write the index of any WebDataset tars")
