@@ -350,7 +350,16 @@ def run(args: argparse.Namespace) -> int:
         return 1 if problems else 0
     if action == "reindex":
         index = reindex(args.reindex, **told)
-        console.print(f"{args.reindex}: {index.count} samples, fingerprint {index.fingerprint}")
+        shape = " x ".join(map(str, index.shape))
+        console.print(
+            f"{args.reindex}: {index.count} samples, {index.kind} {shape}, {index.num_classes} classes, "
+            f"fingerprint {index.fingerprint}"
+        )
+        if index.shape[-1] in (1, 3) and index.shape[0] > index.shape[-1]:
+            console.print(
+                f"note: {shape} is read as {index.shape[0]} channels; if the last number is the channels, write the "
+                "arrays with it first"
+            )
         return 0
     if args.out is None:
         raise DataError("give --out DIR, a new folder for the shards")

@@ -84,6 +84,14 @@ def test_named_classes_and_captions(encoded, tmp_path):
     assert "3 captions (.txt) are not stored" in said
 
 
+def test_reindex_says_how_arrays_are_read(good, tmp_path):
+    content = io.BytesIO()
+    np.save(content, np.zeros((16, 16, 3), np.uint8))
+    tar(tmp_path / "set" / "0.tar", {"./0.npy": content.getvalue(), "./0.cls": b"4"})
+    said = good("encode", "--reindex", tmp_path / "set").err
+    assert "1 samples, pixels 16 x 16 x 3, 5 classes" in said and "read as 16 channels" in said
+
+
 def test_damaged_tars_are_refused_with_their_place(command, tmp_path):
     def refused(place: Path) -> str:
         answer = command("encode", "--images", place, "--out", tmp_path / "out")
