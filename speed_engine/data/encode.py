@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import time
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -26,7 +27,7 @@ from speed_engine.data import DataError, digits
 from speed_engine.data.autoencoder import Vae
 from speed_engine.data.encode_arrays import encode_arrays
 from speed_engine.data.encode_latents import encode_latents
-from speed_engine.data.storage import folders, pictures, scaling
+from speed_engine.data.storage import pictures, places, scaling
 from speed_engine.data.storage.folders import shown
 from speed_engine.data.storage.index import Index, reindex, verify
 from speed_engine.data.storage.pictures import Listing, Picture, PictureError
@@ -54,6 +55,7 @@ def encode(
     scale: Scale | None = None,
     shift: Scale | None = None,
     batch_size: int = 32,
+    precision: Literal["fp32", "bf16"] = "fp32",
     device: str = "cpu",
     console: Console | None = None,
 ) -> Index:
@@ -63,7 +65,7 @@ def encode(
     shard_size: default 10,000. min_side: smaller images are skipped (default: a quarter of `size`).
     strict: the first bad image is an error. labels: whether sub-folders are classes.
     vae, mean_only (store no standard deviation), flip (store the latent of the
-    mirrored image too), scale, shift (default: those of the VAE), batch_size, device: for latents.
+    mirrored image too), scale, shift (default: those of the VAE), batch_size, precision, device: for latents.
     Raises DataError. A set that is there already is left alone.
     """
     console = console or Console(quiet=True)
@@ -92,9 +94,9 @@ def encode(
     latents = mode == "latents"
     if latents != (vae is not None):
         raise DataError("--vae NAME and --mode latents belong together; give both or neither")
-    if not latents and (flip or mean_only):
+    if not latents and (flip or mean_only or precision != "fp32"):
         raise DataError(
-            "--flip and --mean-only belong to --mode latents; leave them out for pixels"
+            "--flip and --mean-only belong to --mode latents, and so does --precision; leave them out for pixels"
         )
     if latents and not sized:
         raise DataError(
@@ -103,7 +105,7 @@ def encode(
     posterior = latents and not mean_only
     folder = Path(images).expanduser()
     min_side = max(1, size // 4) if min_side is None else min_side
-    listing = folders.find(folder, labels)
+    listing = places.find(folder, labels)
     found, class_names = listing.pictures, listing.class_names
     plan = {
         "images": hashlib.sha256(json.dumps([found, class_names]).encode()).hexdigest(),
@@ -116,6 +118,7 @@ def encode(
         "posterior": posterior,
         "flip": flip,
         "batch_size": batch_size if latents else None,
+        **({} if precision == "fp32" else {"precision": precision}),
         **({} if scale is None else {"scale": scale}),
         **({} if shift is None else {"shift": shift}),
     }
@@ -128,7 +131,8 @@ def encode(
         if not writer.position:
             for name, reason in listing.others:
                 writer.skip(name, reason)
-        encoder = Vae(vae, device) if vae is not None else None
+        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        encoder = Vae(vae, device, dtype) if vae is not None else None
         for remark in listing.remarks:
             console.print(f"note: {remark}")
         if encoder and (size % encoder.factor or channels != encoder.channels):
@@ -140,12 +144,17 @@ def encode(
             scale = encoder.scale if scale is None else scale
             shift = encoder.shift if shift is None and scale != "auto" else shift
             scaling.check(scale, shift, encoder.latent_channels)
-        said = f"{len(found)} images -> {channels} x {size} x {size} pixels"
+        said, each = (
+            f"{len(found)} images -> {channels} x {size} x {size} pixels",
+            channels * size**2,
+        )
         if encoder:
             side = size // encoder.factor
+            each = 2 * encoder.latent_channels * side**2 * (1 + posterior) * (1 + flip)  # float16
             said += f" -> latents {encoder.latent_channels} x {side} x {side}, scale {scale}"
+        said += f"; about {len(found) * each / 2**30:.2g} GiB"
         console.print(f"{said}; {_classes(found, class_names)}")
-        done, total = writer.position, len(found)
+        done, total, started = writer.position, len(found), time.monotonic()
         with progress("encode", total, done, console) as bar, warnings.catch_warnings():
             warnings.filterwarnings("ignore", module="PIL")  # about odd files, which may be fine
             batch: list[tuple[int, Picture, np.ndarray]] = []
@@ -166,7 +175,10 @@ def encode(
                 bar.at(position)
             _write(writer, batch, encoder, posterior, flip)
         index = writer.finish(class_names, scale, shift, encoder.identity if encoder else None)
-        console.print(f"{index.count} samples in {len(index.shards)} shards in {out}")
+        rate = (total - done) / max(time.monotonic() - started, 1e-9)
+        console.print(
+            f"{index.count} samples in {len(index.shards)} shards in {out} ({rate:.0f} images/s)"
+        )
         if writer.skipped:
             console.print(f"{len(writer.skipped)} files skipped, listed in {out}/skipped.json")
         return index
@@ -213,6 +225,8 @@ def _write(
 
 def _classes(found: list[Picture], names: list[str], most: int = 10) -> str:
     """Which number is which class, and how many images it has."""
+    if not names and found[0].label is not None:
+        return f"labels up to {max(picture.label or 0 for picture in found)}"
     if not names:
         return "no classes"
     counts = Counter(picture.label for picture in found)
@@ -225,7 +239,7 @@ def _classes(found: list[Picture], names: list[str], most: int = 10) -> str:
 BELONGS = {
     "images": {
         *("out", "size", "mode", "channels", "shard_size", "min_side", "strict", "labels", "vae"),
-        *("mean_only", "flip", "scale", "shift", "batch_size", "device"),
+        *("mean_only", "flip", "scale", "shift", "batch_size", "precision", "device"),
     },
     "arrays": {"out", "shard_size", "scale", "shift", "posterior", "vae"},
     "latents": {"out", "shard_size", "scale", "shift", "vae"},
@@ -250,7 +264,10 @@ def _scale(text: str) -> Scale:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `python -m speed_engine encode`."""
     add = parser.add_argument
-    add("--images", help="folder of images (a sub-folder is a class), or `digits`")
+    add(
+        "--images",
+        help="folder of images (a sub-folder is a class), WebDataset tars of images, a CIFAR archive, or `digits`",
+    )
     add(
         "--arrays",
         type=Path,
@@ -285,6 +302,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--mean-only", action="store_true", help="latents: store no standard deviation")
     add("--flip", action="store_true", help="latents: store those of mirrored images too")
     add("--batch-size", type=int, help="latents: images at a time (default 32)")
+    add("--precision", choices=("fp32", "bf16"), help="latents: of the VAE (default fp32)")
     add("--device", help="latents: cpu, cuda, cuda:1 (default: cuda where there is one)")
     add("--verify", type=Path, metavar="DIR", help="read every byte of a set and list all faults")
     add("--reindex", type=Path, metavar="DIR", help="write the index of any WebDataset tars")
@@ -332,7 +350,16 @@ def run(args: argparse.Namespace) -> int:
         return 1 if problems else 0
     if action == "reindex":
         index = reindex(args.reindex, **told)
-        console.print(f"{args.reindex}: {index.count} samples, fingerprint {index.fingerprint}")
+        shape = " x ".join(map(str, index.shape))
+        console.print(
+            f"{args.reindex}: {index.count} samples, {index.kind} {shape}, {index.num_classes} classes, "
+            f"fingerprint {index.fingerprint}"
+        )
+        if index.shape[-1] in (1, 3) and index.shape[0] > index.shape[-1]:
+            console.print(
+                f"note: {shape} is read as {index.shape[0]} channels; if the last number is the channels, write the "
+                "arrays with it first"
+            )
         return 0
     if args.out is None:
         raise DataError("give --out DIR, a new folder for the shards")

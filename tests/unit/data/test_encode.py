@@ -219,6 +219,20 @@ def test_latents_mean_only_from_a_pipeline_folder(tmp_path: Path, vae: Path) -> 
     assert not index.posterior and not index.flipped and index.stored_shape == (4, 4, 4)
 
 
+def test_a_vae_in_bf16_gives_about_the_same(tmp_path: Path, vae: Path) -> None:
+    images = image_folder(tmp_path / "images", num=3)
+    told: dict[str, Any] = {"size": 8, "mode": "latents", "vae": str(vae), "mean_only": True}
+    for precision in ("fp32", "bf16"):
+        encode(images, tmp_path / precision, precision=precision, **told)
+    full, half = (
+        Shards(tmp_path / name, check_scale=False).read(range(3))[0].float()
+        for name in ("fp32", "bf16")
+    )
+    assert 0 < (full - half).abs().max() < 0.03 * full.abs().max()
+    with pytest.raises(DataError, match="is not the same set"):
+        encode(images, tmp_path / "fp32", precision="bf16", **told)
+
+
 def test_wrong_vaes_are_refused(tmp_path: Path, vae: Path) -> None:
     images = image_folder(tmp_path / "images", num=2)
     with pytest.raises(DataError, match="size divisible by 2, not 3 and 9"):
