@@ -84,6 +84,10 @@ class Loader:
                 ready.get_nowait()
             thread.join()
 
+    def of_one_step(self, batches: Generator[Batch]) -> list[Batch]:
+        """The micro-batches of the next step, so that nothing is computed of a step that lacks one."""
+        return [next(batches) for _ in range(self.accumulation)]
+
     def _on_device(self, step: int, micro: int) -> Batch:
         num, seed = self.micro_batch, self.seed
         first_slot = (micro * self.processes.world + self.processes.rank) * num

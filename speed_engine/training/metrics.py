@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -112,8 +113,12 @@ class Journal:
         from rich.console import Console
 
         self.console = Console(stderr=True)
+        self.refused: set[str] = set()
         self.num_steps, self.first_step = config.train.steps, first_step
-        self.boards = _boards(run, config.log.tensorboard, config.log.wandb)
+        self.boards: list[tuple[str, Any, Any]] = []
+        for name, wanted in (("tensorboard", config.log.tensorboard), ("wandb", config.log.wandb)):
+            if wanted:
+                self.told_or_not(f"log.{name}", lambda name=name: self._open_board(run, name))
         path = run / "metrics.jsonl"
         cut_off_after(path, first_step)
         self.file = path.open("a", encoding="utf-8")
@@ -137,30 +142,55 @@ class Journal:
     def __exit__(self, *exception: object) -> None:
         if not self.silent:
             self.open.close()
-            self.file.close()
-            for _, close in self.boards:
-                close()
+            self.told_or_not("metrics.jsonl", self.file.close)
+            for name, _, close in self.boards:
+                self.told_or_not(f"log.{name}", close)
 
     def say(self, text: str) -> None:
-        """A line for the person who watches."""
+        """A line for the person who watches; lost where the output cannot take it."""
         if not self.silent:
-            self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+            with contextlib.suppress(OSError):
+                self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def told_or_not(self, what: str, action: Callable[[], object]) -> None:
+        """Do what only tells of the run; where it fails, training is worth more, and that is said once.
+
+        A package that is missing (ImportError) is a ValueError: the run has not begun.
+        """
+        try:
+            action()
+        except ImportError as error:
+            name = what.removeprefix("log.")
+            raise ValueError(f"{what}=true needs: pip install {name}") from error
+        except Exception as error:
+            if what not in self.refused:
+                self.refused.add(what)
+                reason = " ".join(str(error).split())[:200] or type(error).__name__
+                self.say(f"WARNING: {what} cannot be written ({reason}); training goes on")
+
+    def _open_board(self, run: Path, name: str) -> None:
+        show, close = (_tensorboard if name == "tensorboard" else _wandb)(run)
+        self.boards.append((name, show, close))
 
     def advance(self, step: int) -> None:
         """Move the progress bar: `step` steps are done."""
         if not self.silent:
             self.bar.at(step)
 
+    def _write(self, text: str) -> None:
+        """What does not fit on the disk now stays in the buffer, and is written once there is room."""
+        self.file.write(text)
+        self.file.flush()
+
     def write(self, line: dict[str, Any]) -> None:
         """One line of metrics; `line` holds at least step, loss and images_per_s."""
         if self.silent:
             return
         line = finite(line)
-        self.file.write(line_of(line))
-        self.file.flush()
+        self.told_or_not("metrics.jsonl", lambda: self._write(line_of(line)))
         scalars = {k: v for k, v in line.items() if isinstance(v, (int, float))}
-        for show, _ in self.boards:
-            show(scalars, line["step"])
+        for name, show, _ in self.boards:
+            self.told_or_not(f"log.{name}", lambda show=show: show(scalars, line["step"]))
         loss = "not finite" if line["loss"] is None else f"{line['loss']:.4f}"
         text = f"loss {loss}  {line['images_per_s']:.0f} images/s"
         if line.get("mfu"):
@@ -173,26 +203,21 @@ class Journal:
         self.say(f"step {line['step']}/{self.num_steps}  {text}  {minutes}:{seconds:02d} left")
 
 
-def _boards(run: Path, tensorboard: bool, wandb: bool) -> list[tuple[Any, Any]]:
-    """(show(scalars, step), close()) of the services asked for. Raises ValueError if one is missing."""
-    boards = []
-    if tensorboard:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise ValueError("log.tensorboard=true needs: pip install tensorboard") from error
-        writer = SummaryWriter(str(run / "tensorboard"))
+def _tensorboard(run: Path) -> tuple[Any, Any]:
+    """(show(scalars, step), close())."""
+    from torch.utils.tensorboard import SummaryWriter
 
-        def to_tensorboard(scalars: dict[str, float], step: int) -> None:
-            for name, value in scalars.items():
-                writer.add_scalar(name, value, step)
+    writer = SummaryWriter(str(run / "tensorboard"))
 
-        boards.append((to_tensorboard, writer.close))
-    if wandb:
-        try:
-            import wandb as service
-        except ImportError as error:
-            raise ValueError("log.wandb=true needs: pip install wandb") from error
-        session = service.init(dir=str(run), name=run.name)
-        boards.append((lambda scalars, step: session.log(scalars, step=step), session.finish))
-    return boards
+    def show(scalars: dict[str, float], step: int) -> None:
+        for name, value in scalars.items():
+            writer.add_scalar(name, value, step)
+
+    return show, writer.close
+
+
+def _wandb(run: Path) -> tuple[Any, Any]:
+    import wandb as service
+
+    session = service.init(dir=str(run), name=run.name)
+    return lambda scalars, step: session.log(scalars, step=step), session.finish

@@ -7,9 +7,11 @@ becomes a `PictureError` with a reason, so that one bad file among a million end
 
 from __future__ import annotations
 
+import contextlib
 import os
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 ENDINGS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 MAX_PIXELS = 100_000_000
+LARGE_PIXELS = 16_000_000  # a picture takes up to 20 bytes a pixel while it is decoded
 
 
 class PictureError(ValueError):
@@ -80,10 +83,17 @@ def _pick(files: list[Path], root: Path, label: int | None) -> tuple[list[Pictur
     return pictures, others
 
 
-def decode(path: Path, size: int, channels: int, min_side: int) -> np.ndarray:
+def decode(
+    path: Path,
+    size: int,
+    channels: int,
+    min_side: int,
+    large: AbstractContextManager[Any] | None = None,
+) -> np.ndarray:
     """The image as uint8 [channels, size, size]: turned as its EXIF says, the centre square,
     scaled.
 
+    large: held while one of more than LARGE_PIXELS is decoded, so that many threads do not hold many.
     channels: 3 (RGB) or 1 (grey). Transparent parts become white; 16-bit images are scaled to 8.
     Raises PictureError.
     """
@@ -98,9 +108,11 @@ def decode(path: Path, size: int, channels: int, min_side: int) -> np.ndarray:
                 raise PictureError(
                     f"too small ({width} x {height}); the short side must have {min_side}"
                 )
-            upright = ImageOps.exif_transpose(image)
-        flat = _eight_bits(upright, channels)
-        square = ImageOps.fit(flat, (size, size), method=Image.Resampling.BICUBIC)
+            alone = large is not None and width * height > LARGE_PIXELS
+            with large if alone else contextlib.nullcontext():  # type: ignore[union-attr]
+                flat = _eight_bits(ImageOps.exif_transpose(image), channels)
+                square = ImageOps.fit(flat, (size, size), method=Image.Resampling.BICUBIC)
+                del flat
     except PictureError:
         raise
     except Exception as error:  # a decoder may raise anything on damaged or hostile bytes
