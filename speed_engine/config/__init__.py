@@ -130,6 +130,20 @@ class Checkpoint(Section):
 
     every: int = Field(default=5000, ge=1, description="steps between two checkpoints")
     keep: int = Field(default=2, ge=1, description="newest checkpoints kept")
+    pin_every: int | None = Field(
+        default=None,
+        ge=1,
+        description="checkpoints at multiples of this many steps are never deleted",
+    )
+    on_error: Literal["end", "go_on"] = Field(
+        default="end",
+        description="when a checkpoint cannot be written (a full disk): end the run, or warn and train on; the last "
+        "one of a run must be written",
+    )
+    asynchronous: bool = Field(
+        default=False,
+        description="a thread writes a copy of the state while training goes on; takes the state's size of host memory",
+    )
     resume: Literal["auto", "must", "never"] = Field(
         default="auto", description="auto continues if the run folder holds a checkpoint"
     )

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import threading
 import time
 import warnings
 from collections import Counter
@@ -83,7 +84,9 @@ def encode(
             or unused != (None,) * len(unused)
         ):
             raise DataError("the digits are 8 x 8 grey pixels; leave out the other settings")
-        index = digits.write(Path(out), shard_size=shard_size or digits.SHARD_SIZE)
+        index = digits.write(
+            Path(out), shard_size=digits.SHARD_SIZE if shard_size is None else shard_size
+        )
         console.print(f"{index.count} scanned digits in {len(index.shards)} shards in {out}")
         return index
     sized, size = size is not None, 32 if size is None else size
@@ -189,9 +192,11 @@ def _decoded(
 ) -> Iterator[tuple[int, Picture, np.ndarray | PictureError]]:
     """(number of files dealt with, picture, array or what is wrong with it), in order."""
 
+    large = threading.Lock()
+
     def decode(picture: Picture) -> np.ndarray | PictureError:
         try:
-            return pictures.decode(listing.load(picture), size, channels, min_side)
+            return pictures.decode(listing.load(picture), size, channels, min_side, large)
         except PictureError as error:
             return error
 

@@ -101,6 +101,10 @@ class Loader:
                 ready.get_nowait()
             thread.join()
 
+    def of_one_step(self, batches: Iterator[Batch]) -> list[Batch]:
+        """The micro-batches of the next step, so that nothing is computed of a step that lacks one."""
+        return [next(batches) for _ in range(self.accumulation)]
+
     def addresses(self, first_step: int, end_step: int) -> Iterator[Address]:
         """The micro-batches of steps first_step .. end_step - 1, in order, unread."""
         num, rank, world = self.micro_batch, self.processes.rank, self.processes.world

@@ -8,7 +8,9 @@ batch costs one read per sample and one conversion.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import sys
 import time
 import zlib
 from collections.abc import Sequence
@@ -55,6 +57,11 @@ class Config(Section):
         None,
         description="shape and space that the samples must have, {shape: [C, H, W], space: KIND}",
     )
+    skip_damaged: bool = Field(
+        False,
+        description="take the next sample in the place of one that is damaged, and say so; false: the run is saved "
+        "and ends",
+    )
 
 
 def build(config: Config) -> Shards:
@@ -62,7 +69,12 @@ def build(config: Config) -> Shards:
     folder = Path(config.path).expanduser()
     if config.expect is not None:  # before the scale, which is another question with other data
         config.expect.check(facts_of(index_file.load(folder)), str(folder))
-    return Shards(folder, check_scale=config.check_scale, retries=config.retries)
+    return Shards(
+        folder,
+        check_scale=config.check_scale,
+        retries=config.retries,
+        skip_damaged=config.skip_damaged,
+    )
 
 
 class Shards:
@@ -80,8 +92,10 @@ class Shards:
         count: int | None = None,
         check_scale: bool = True,
         retries: int = 3,
+        skip_damaged: bool = False,
     ):
-        self.folder, self.retries = folder, retries
+        self.folder, self.retries, self.skip_damaged = folder, retries, skip_damaged
+        self.instead: dict[int, int] = {}  # of a damaged sample, which one is read in its place
         self.index = index = index_file.load(folder)
         if check_scale:
             _check_scale(index, folder)
@@ -140,6 +154,10 @@ class Shards:
         flipped = None if flips is None else np.asarray(flips, bool)
         if flipped is not None and flipped.shape != chosen.shape:
             raise DataError(f"{len(chosen)} samples need as many flips, not {flipped.shape}")
+        for sample in chosen[~self._checked[chosen]].tolist():
+            self._examine(sample)
+        if self.instead:
+            chosen = np.array([self.instead.get(each, each) for each in chosen.tolist()], np.int64)
         offset = self._offset[chosen]
         if flipped is not None and self.index.kind == "latents":
             if self._flipped is None:
@@ -148,8 +166,6 @@ class Shards:
                     "flips off"
                 )
             offset = np.where(flipped, self._flipped[chosen], offset)
-        for sample in chosen[~self._checked[chosen]].tolist():
-            self._region(sample)
         stored = torch.empty(
             len(chosen), *self.index.stored_shape, dtype=TORCH_DTYPES[self.index.dtype]
         )
@@ -158,6 +174,27 @@ class Shards:
             rows = torch.from_numpy(flipped)
             stored[rows] = stored[rows].flip(-1)
         return stored, self._told(chosen)
+
+    def _examine(self, sample: int) -> None:
+        """Check a sample before its first use. Raises DataError, or notes the next good one in its place."""
+        if sample in self.instead:
+            return
+        try:
+            self._region(sample)
+            return
+        except DataError as error:
+            if not self.skip_damaged:
+                raise
+            reason = error
+        for step in range(1, self.count):
+            other = self.first + (sample - self.first + step) % self.count
+            with contextlib.suppress(DataError):
+                self._region(other)
+                self.instead[sample] = other
+                text = f"{reason}; the next good sample is read in its place ({len(self.instead)} skipped)"
+                print(f"WARNING: {text}", file=sys.stderr, flush=True)
+                return
+        raise DataError(f"no sample of {self.folder} can be read") from reason
 
     def _chosen(self, indices: Sequence[int] | np.ndarray | Tensor) -> np.ndarray:
         """The samples' numbers in the whole set. Raises DataError for what is not an index."""

@@ -6,11 +6,13 @@ names. One file an engine; its name is `engine.kind`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import nn
+from torch import save as torch_save  # `torch` becomes the engine of that name in this package
 
 from speed_engine.kinds import Section
 
@@ -52,12 +54,16 @@ class Engine(Protocol):
         device."""
         ...
 
-    def save(self, folder: Path) -> None:
-        """Write this process's part of the training state. Collective."""
+    def state(self, folder: Path) -> dict[str, Any]:
+        """What this process is to write into `folder` with `write`: file name -> value. Collective.
+
+        Nothing is written, so that a disk that refuses never leaves another process waiting. The
+        tensors are the living ones: write or copy them before the next step.
+        """
         ...
 
     def load(self, folder: Path) -> None:
-        """Read what `save` wrote, at the same number of processes. Collective."""
+        """Read what `state` gave and `write` wrote, at the same number of processes. Collective."""
         ...
 
     def weights(self, ema: bool) -> dict[str, torch.Tensor] | None:
@@ -82,6 +88,13 @@ def with_precision(config: Settings, device: torch.device, optimizer: str) -> Se
         masters = optimizer == "adamw_ema" or getattr(config, "kind", None) == "deepspeed"
         choice = "bf16" if masters else "autocast"
     return config.model_copy(update={"precision": choice})
+
+
+def write(state: Mapping[str, Any], folder: Path) -> None:
+    """Write an engine's state into a folder that exists. Raises OSError, RuntimeError (torch's writer)."""
+    for name, value in state.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        torch_save(value, folder / name)
 
 
 def frozen_weights(module: nn.Module) -> dict[str, torch.Tensor]:

@@ -141,8 +141,17 @@ class DeepSpeedEngine:
         # 0 is what DeepSpeed says of a norm that it did not take.
         return float(theirs) if found is None and theirs else found
 
-    def save(self, folder: Path) -> None:
-        self.engine.save_checkpoint(str(folder), tag=TAG, save_latest=False)
+    def state(self, folder: Path) -> dict[str, Any]:
+        collected, writer = _Collected(), self.engine.checkpoint_engine
+        self.engine.checkpoint_engine = collected
+        self.engine._copy_recovery_script = lambda path: (
+            None
+        )  # a script to merge what we export whole
+        try:
+            self.engine.save_checkpoint(str(folder), tag=TAG, save_latest=False)
+        finally:
+            self.engine.checkpoint_engine = writer
+        return {os.path.relpath(path, folder): value for path, value in collected.files.items()}
 
     def load(self, folder: Path) -> None:
         path, _ = self.engine.load_checkpoint(str(folder), tag=TAG)
@@ -191,6 +200,37 @@ class DeepSpeedEngine:
             "deepspeed_config": self.settings,
             "deepspeed_json": self.users,
         }
+
+
+class _Collected:
+    """Stands where DeepSpeed has its writer of files: keeps what would be written.
+
+    DeepSpeed waits for all processes after it has written, so that one whose disk refuses leaves the others waiting.
+    """
+
+    def __init__(self) -> None:
+        self.files: dict[str, Any] = {}
+
+    def save(self, state_dict: Any, path: str) -> None:
+        self.files[path] = state_dict
+
+    def create(self, info: Any) -> None:
+        """Nothing is begun."""
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        """No folder is needed yet."""
+
+    def commit(self, info: Any) -> bool:
+        return True
+
+    def is_decoupled(self) -> bool:
+        return False
+
+    def is_data_parallel_writer(self, rank: int) -> bool:
+        return rank == 0
+
+    def preserves_storage_sharing(self) -> bool:
+        return True
 
 
 @contextlib.contextmanager

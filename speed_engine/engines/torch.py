@@ -188,10 +188,11 @@ class TorchEngine:
     def grad_norm(self) -> float | None:
         return optimizer.grad_norm(self.optimizer)
 
-    def save(self, folder: Path) -> None:
-        if self.processes.first:  # all processes hold the same state
-            state = {"model": self.masters.state_dict(), "optimizer": self.optimizer.state_dict()}
-            torch.save(state, folder / "state.pt")
+    def state(self, folder: Path) -> dict[str, Any]:
+        if not self.processes.first:  # all processes hold the same state
+            return {}
+        state = {"model": self.masters.state_dict(), "optimizer": self.optimizer.state_dict()}
+        return {"state.pt": state}
 
     def load(self, folder: Path) -> None:
         if self.graph is not None and self.graph.replay is not None:

@@ -13,7 +13,8 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from torch import nn
 
 from speed_engine.atomic_files import write_json
 from speed_engine.config import RunConfig
@@ -33,10 +34,9 @@ from speed_engine.training.assembly import Parts
 from speed_engine.training.attention import attention_facts, keep_attention
 from speed_engine.training.guard import Guard
 from speed_engine.training.interrupt import Interrupt
-from speed_engine.weights import file as weights_file
+from speed_engine.training.run_lock import RunLock, refuse_other_folders
+from speed_engine.training.saving import INTERVAL_STATE, METHOD_STATE, Saver
 
-METHOD_STATE = "timesteps.safetensors"  # of a method that changes while training runs
-INTERVAL_STATE = "interval.safetensors"  # sums of the line of metrics that is not full yet
 STOP_EVERY = 10  # steps between two agreements of many processes on whether to stop
 DONE, NOT_FINITE = 0, 3  # exit codes
 
@@ -62,21 +62,48 @@ def train(config: RunConfig, judge: preview.Judge | None = None) -> int:
 def _train(config: RunConfig, processes: Processes, judge: preview.Judge | None) -> int:
     # ------------------------------------------------------------------ the parts
     parts = assembly.build(config, processes)
-    config, table = parts.config, parts.table
-    blueprint = assembly.build_model(config, parts.facts, "meta")
-    run = manifests.run_folder(config, parts.source.fingerprint, processes.world)
+    run = manifests.run_folder(parts.config, parts.source.fingerprint, processes.world)
+    blueprint = assembly.build_model(parts.config, parts.facts, "meta")
     grids = preview.of(parts, run, blueprint, judge)
-    run.mkdir(parents=True, exist_ok=True)
-    held = checkpoint.lock(run) if processes.first else None
-    begun = _begin(parts, run)
+    held = processes.attempt(lambda: RunLock(run) if processes.first else None)
+    try:
+        return _train_in(run, held, parts, blueprint, grids)
+    finally:
+        if held is not None:
+            held.close(undo=not (run / "manifest.json").exists())
+
+
+def _train_in(
+    run: Path,
+    held: RunLock | None,
+    parts: Parts,
+    blueprint: nn.Module,
+    grids: preview.Preview | None,
+) -> int:
+    """Train in a run folder that is ours. held: the first process's lock of it."""
+    config, processes = parts.config, parts.processes
+
+    def warn(text: str) -> None:
+        with contextlib.suppress(OSError):  # of an output that is gone
+            print(f"WARNING: {text}", flush=True)
+
+    refuse_other_folders(run, held.token if held else "", processes)
+    if held is not None and held.unlocked:
+        warn(held.unlocked)
+    found = checkpoint.agreed_newest(run, warn, processes)
+    begun = _begin(parts, found)
     measures = validation.of(parts)
     engine = assembly.open_engine(parts)
     manifest = manifests.describe(parts, engine.facts()) | begun
     do = assembly.open_step(parts, engine)
-    first_step = resume(parts, run, engine, manifest, do.meter)
-    if processes.first:
-        write_json(run / "manifest.json", sealed.seal(manifest))
-    journal = metrics.Journal(run, first_step, config, parts.choices, silent=not processes.first)
+    first_step = resume(parts, run, found, engine, manifest, do.meter)
+
+    def tell() -> metrics.Journal:
+        if processes.first:
+            write_json(run / "manifest.json", sealed.seal(manifest))
+        return metrics.Journal(run, first_step, config, parts.choices, not processes.first)
+
+    journal = processes.attempt(tell)
     for remark in getattr(parts.source, "remarks", ()):
         journal.say(f"WARNING: {remark}")
     if config.train.resident:
@@ -86,26 +113,20 @@ def _train(config: RunConfig, processes: Processes, judge: preview.Judge | None)
     if getattr(config.engine, "cuda_graph", False):
         do = do.captured()
 
-    def save(step: int) -> None:
-        method = table.state_dict(do.reach.all_reduce)
-        processes.assert_equal(method, "the table of time steps")
-        interval = do.meter.state(processes)
-
-        def write(folder: Path) -> None:
-            state = folder / "state"
-            state.mkdir(exist_ok=True)
-            engine.save(state)
-            if processes.first and method:
-                save_file(method, folder / METHOD_STATE)
-            if processes.first:
-                save_file({"sums": interval}, folder / INTERVAL_STATE)
-            for name in ("model", "ema"):
-                weights = engine.weights(ema=name == "ema")
-                if weights is not None:
-                    notes = {"step": step, "run": manifest["config"], "data": manifest["data"]}
-                    weights_file.save(folder / f"{name}.safetensors", blueprint, weights, notes)
-
-        checkpoint.save(run, step, processes, write, manifest, config.checkpoint.keep)
+    reduce = do.reach.all_reduce
+    saver = Saver(
+        run,
+        config.checkpoint,
+        engine,
+        parts.table,
+        do.meter,
+        reduce,
+        blueprint,
+        manifest,
+        processes,
+        held,
+        warn,
+    )
 
     # ------------------------------------------------------------------ the loop
     step, saved, code = first_step, first_step, DONE
@@ -114,9 +135,16 @@ def _train(config: RunConfig, processes: Processes, judge: preview.Judge | None)
     validate_every = config.validation.every
     batches = parts.loader.batches(first_step, steps)
     arriving = rate.waiting(batches)
-    with Interrupt() as interrupt, journal, contextlib.closing(batches):
+    with Interrupt() as interrupt, journal, saver, contextlib.closing(batches):
         while step < steps:
-            do(step, arriving)
+            try:
+                ready = iter(processes.attempt(lambda: parts.loader.of_one_step(arriving)))
+            except (ValueError, OSError):  # a sample that cannot be read, here or elsewhere
+                if saved != step:
+                    saver.save(step, last=True)
+                    journal.say(f"stopped at step {step}, which is saved in {run}")
+                raise
+            do(step, ready)
             step += 1
             guard.update(engine.skip_count())
             journal.advance(step)
@@ -143,26 +171,28 @@ def _train(config: RunConfig, processes: Processes, judge: preview.Judge | None)
                     code = NOT_FINITE
                     break
             if step == steps or step % config.checkpoint.every == 0:
-                save(step)
+                saver.save(step, last=step == steps)
                 saved = step
             if processes.world == 1 or step % STOP_EVERY == 0:
+                if processes.any(saver.failed):
+                    saver.finish()
                 if not processes.any(interrupt.requested):
                     continue
                 if saved != step:
-                    save(step)
+                    saver.save(step)
+                saver.finish(last=True)
                 journal.say(f"stopped on request; step {step} is saved in {run}")
                 break
-        else:
+        saver.finish(last=True)
+        if code == DONE and step == steps:
             journal.finished(step)
-    if held is not None:
-        held.close()
     return code
 
 
-def _begin(parts: Parts, run: Path) -> dict[str, Any]:
+def _begin(parts: Parts, found: checkpoint.Found | None) -> dict[str, Any]:
     """The weights of `train.init_from` in the model of a run that starts; what the manifest says of it."""
     train = parts.config.train
-    if train.init_from is None or checkpoint.newest(run, lambda text: None) is not None:
+    if train.init_from is None or found is not None:
         return {}
     named = [parts.config.model.kind] if "." in parts.config.model.kind else []
     done = init_from.initialise(parts.model, Path(train.init_from), train.init_weights, named)
@@ -172,9 +202,14 @@ def _begin(parts: Parts, run: Path) -> dict[str, Any]:
 
 
 def resume(
-    parts: Parts, run: Path, engine: Engine, manifest: dict[str, Any], meter: metrics.Meter
+    parts: Parts,
+    run: Path,
+    found: checkpoint.Found | None,
+    engine: Engine,
+    manifest: dict[str, Any],
+    meter: metrics.Meter,
 ) -> int:
-    """Load the newest good checkpoint and return its step; 0 if there is none. Collective.
+    """Load the checkpoint that was found and return its step; 0 if there is none. Collective.
 
     The attention of the model, and what `manifest` says of it, become those of the checkpoint.
     Raises CheckpointError where `checkpoint.resume` forbids it, or where the run was another one.
@@ -187,7 +222,6 @@ def resume(
             print(f"WARNING: {text}", flush=True)
 
     wanted = config.checkpoint.resume
-    found = checkpoint.newest(run, warn)
     if found is None:
         if wanted == "must":
             raise checkpoint.CheckpointError(
@@ -201,7 +235,7 @@ def resume(
         )
     before = manifests.upgraded(found.manifest, found.folder)
     before = manifests.with_new_keys(before, config)
-    changed = checkpoint.differences(manifests.comparable(before), manifests.comparable(manifest))
+    changed = manifests.differences(manifests.comparable(before), manifests.comparable(manifest))
     if changed:
         raise checkpoint.CheckpointError(
             f"{run} holds a run with another configuration ({'; '.join(changed)}); "
@@ -210,6 +244,11 @@ def resume(
     if sentence := keep_attention(model, processes, before, manifest):
         warn(sentence)
     manifest["attention"] = attention_facts(model)
+    if changes := manifests.free_changes(before, manifest):
+        warn(f"going on with other settings, which may change last bits: {'; '.join(changes)}")
+        before.setdefault("continued", []).append({"step": found.step, "changed": changes})
+    if "continued" in before:
+        manifest["continued"] = before["continued"]
     if "init" in before:
         manifest["init"] = before["init"]
     engine.load(found.folder / "state")

@@ -162,6 +162,7 @@ class Journal:
         from rich.console import Console
 
         self.console = Console(stderr=True)
+        self.refused: set[str] = set()
         self.num_steps, self.first_step = config.train.steps, first_step
         self.run = run
         self.boards = open_boards(run, first_step, config, self.say)
@@ -190,13 +191,24 @@ class Journal:
     def __exit__(self, *exception: object) -> None:
         if not self.silent:
             self.open.close()
-            self.file.close()
+            self.told_or_not("metrics.jsonl", self.file.close)
             self.boards.each(lambda board: board.close())
 
     def say(self, text: str) -> None:
-        """A line for the person who watches."""
+        """A line for the person who watches; lost where the output cannot take it."""
         if not self.silent:
-            self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+            with contextlib.suppress(OSError):
+                self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def told_or_not(self, what: str, action: Callable[[], object]) -> None:
+        """Do what only tells of the run; where it fails, training is worth more, and that is said once."""
+        try:
+            action()
+        except Exception as error:
+            if what not in self.refused:
+                self.refused.add(what)
+                reason = " ".join(str(error).split())[:200] or type(error).__name__
+                self.say(f"WARNING: {what} cannot be written ({reason}); training goes on")
 
     def advance(self, step: int) -> None:
         """Move the progress bar: `step` steps are done."""
@@ -219,13 +231,17 @@ class Journal:
         if not self.silent:
             self.boards.each(lambda board: board.picture(name, pixels_HWC, step))
 
+    def _write(self, text: str) -> None:
+        """What does not fit on the disk now stays in the buffer, and is written once there is room."""
+        self.file.write(text)
+        self.file.flush()
+
     def write(self, line: dict[str, Any]) -> None:
         """One line of metrics; `line` holds at least step, loss and images_per_s."""
         if self.silent:
             return
         line = finite(line)
-        self.file.write(line_of(line))
-        self.file.flush()
+        self.told_or_not("metrics.jsonl", lambda: self._write(line_of(line)))
         scalars = {k: v for k, v in line.items() if isinstance(v, (int, float))}
         self.boards.each(lambda board: board.numbers(scalars, line["step"]))
         loss = "not finite" if line["loss"] is None else f"{line['loss']:.4f}"

@@ -7,11 +7,13 @@ becomes a `PictureError` with a reason, so that one bad file among a million end
 
 from __future__ import annotations
 
+import contextlib
 import io
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 ENDINGS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 MAX_PIXELS = 100_000_000
+LARGE_PIXELS = 16_000_000  # a picture takes up to 20 bytes a pixel while it is decoded
 
 
 class PictureError(ValueError):
@@ -53,10 +56,17 @@ class Listing:
     load: Callable[[Picture], Raw]
 
 
-def decode(raw: Raw, size: int, channels: int, min_side: int) -> np.ndarray:
+def decode(
+    raw: Raw,
+    size: int,
+    channels: int,
+    min_side: int,
+    large: AbstractContextManager[Any] | None = None,
+) -> np.ndarray:
     """The image as uint8 [channels, size, size]: turned as its EXIF says, the centre square,
     scaled.
 
+    large: held while one of more than LARGE_PIXELS is decoded, so that many threads do not hold many.
     channels: 3 (RGB) or 1 (grey). Transparent parts become white; 16-bit images are scaled to 8.
     Raises PictureError.
     """
@@ -71,9 +81,11 @@ def decode(raw: Raw, size: int, channels: int, min_side: int) -> np.ndarray:
                 raise PictureError(
                     f"too small ({width} x {height}); the short side must have {min_side}"
                 )
-            upright = ImageOps.exif_transpose(image)
-        flat = _eight_bits(upright, channels)
-        square = ImageOps.fit(flat, (size, size), method=Image.Resampling.BICUBIC)
+            alone = large is not None and width * height > LARGE_PIXELS
+            with large if alone else contextlib.nullcontext():  # type: ignore[union-attr]
+                flat = _eight_bits(ImageOps.exif_transpose(image), channels)
+                square = ImageOps.fit(flat, (size, size), method=Image.Resampling.BICUBIC)
+                del flat
     except PictureError:
         raise
     except Exception as error:  # a decoder may raise anything on damaged or hostile bytes
