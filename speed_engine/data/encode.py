@@ -282,6 +282,8 @@ def run(args: argparse.Namespace) -> int:
         option = f"--{name.replace('_', '-')}"
         raise DataError(f"{option} belongs to {where}, not to --{action}; leave it out")
     if action == "verify":
+        if not args.verify.is_dir():
+            raise DataError(f"there is no folder {args.verify}; check --verify")
         problems = verify(args.verify)
         for problem in problems:
             print(problem)
