@@ -7,7 +7,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from speed_engine.commands import run_arguments
+from speed_engine.commands import refuse_folder, run_arguments
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,6 +21,8 @@ def run(args: argparse.Namespace) -> int:
     from speed_engine.reports.run_folder import open_run
     from speed_engine.weights import file as weights_file
 
+    if args.format == "safetensors":
+        refuse_folder(args.out)
     run = open_run(args.run, args.trust)
     model: Any = run.model(args.weights)
     if args.format == "diffusers":

@@ -348,6 +348,8 @@ def run(args: argparse.Namespace) -> int:
         option = "--no-labels" if name == "labels" else f"--{name.replace('_', '-')}"
         raise DataError(f"{option} belongs to {where}, not to --{action}; leave it out")
     if action == "verify":
+        if not args.verify.is_dir():
+            raise DataError(f"there is no folder {args.verify}; check --verify")
         problems = verify(args.verify)
         for problem in problems:
             print(problem)

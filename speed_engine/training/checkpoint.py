@@ -54,6 +54,25 @@ def save(
     write: Callable[[Path], None],
     facts: dict[str, Any],
     keep: int,
+) -> Path:
+    """`prepare` and `commit`. Collective."""
+    prepare(run, step, processes)
+    return commit(run, step, processes, write, facts, keep)
+
+
+def prepare(run: Path, step: int, processes: Processes) -> None:
+    """Make the empty folder that a checkpoint is written into. Collective; raises as `commit` does."""
+    partial = partial_folder(run, step)
+    _on_first(processes, lambda: _make_empty(partial), partial)
+
+
+def commit(
+    run: Path,
+    step: int,
+    processes: Processes,
+    write: Callable[[Path], None],
+    facts: dict[str, Any],
+    keep: int,
     pin_every: int | None = None,
     size: int = 0,
 ) -> Path:
@@ -66,28 +85,26 @@ def save(
     partial = partial_folder(run, step)
     folder = partial.with_suffix("")
     total = int(processes.sum(torch.tensor(float(size), dtype=torch.float64)).item())
-
-    def begin() -> None:
-        _make_empty(partial)
-        _refuse_small_disk(partial, total)
-
-    def only_first(action: Callable[[], None]) -> Callable[[], None]:
-        return action if processes.first else lambda: None
-
-    for action in (
-        only_first(begin),
-        lambda: write(partial),
-        only_first(lambda: _commit(partial, folder, step, facts)),
-    ):
-        failure = _failure_of(action, folder)
-        if processes.any(failure is not None):
-            if processes.first:  # what it holds is of no use and takes the room
-                shutil.rmtree(partial, ignore_errors=True)
-            processes.end_together(failure)
+    _on_first(processes, lambda: _refuse_small_disk(partial, total), partial)
+    _together(processes, lambda: write(partial), partial)
+    _on_first(processes, lambda: _seal(partial, folder, step, facts), partial)
     if processes.first:
         for path in prune(run, keep, step, pin_every):
             print(f"WARNING: {path} is not needed any more and cannot be deleted", flush=True)
     return folder
+
+
+def _on_first(processes: Processes, action: Callable[[], None], partial: Path) -> None:
+    _together(processes, action if processes.first else lambda: None, partial)
+
+
+def _together(processes: Processes, action: Callable[[], None], partial: Path) -> None:
+    """Raise on all processes if the action fails on one; what was written until then takes no room any more."""
+    failure = _failure_of(action, partial.with_suffix(""))
+    if processes.any(failure is not None):
+        if processes.first:
+            shutil.rmtree(partial, ignore_errors=True)
+        processes.end_together(failure)
 
 
 def _failure_of(action: Callable[[], None], folder: Path) -> Exception | None:
@@ -140,7 +157,7 @@ def _make_empty(folder: Path) -> None:
     folder.mkdir(parents=True)
 
 
-def _commit(partial: Path, folder: Path, step: int, facts: dict[str, Any]) -> None:
+def _seal(partial: Path, folder: Path, step: int, facts: dict[str, Any]) -> None:
     """Make the files durable, write the manifest last, rename."""
     files = _files(partial)
     entries = {}

@@ -80,13 +80,17 @@ class Saver:
         `checkpoint.on_error` lets the run go on; the older checkpoints are intact.
         """
         self.finish()
+        held, processes = self.held, self.processes
         try:
+            lost = processes.attempt(lambda: held is not None and held.retake())
+            checkpoint.prepare(self.run, step, processes)
             write, size = self._gathered(step)
             if self.settings.asynchronous:
-                self.thread = threading.Thread(target=self._run, args=(step, write, size))
+                job = (step, write, size, lost)
+                self.thread = threading.Thread(target=self._in_thread, args=job)
                 self.thread.start()
             else:
-                self._commit(step, write, size)
+                self._commit(step, write, size, lost)
         except FAILURES as error:
             self._end_or_go_on(error, last)
         if last:
@@ -107,17 +111,16 @@ class Saver:
         if not isinstance(failure, SaidElsewhere):
             self.warn(f"{failure}; training goes on (checkpoint.on_error=go_on)")
 
-    def _run(self, step: int, write: Callable[[Path], None], size: int) -> None:
+    def _in_thread(self, step: int, write: Callable[[Path], None], size: int, lost: bool) -> None:
         try:
-            self._commit(step, write, size)
+            self._commit(step, write, size, lost)
         except Exception as error:  # raised by `finish`
             self.failure = error
 
-    def _commit(self, step: int, write: Callable[[Path], None], size: int) -> None:
-        held, writers, settings = self.held, self.writers, self.settings
-        lost = writers.attempt(lambda: held is not None and held.retake())
-        keep, pin = settings.keep, settings.pin_every
-        checkpoint.save(self.run, step, writers, write, self.manifest, keep, pin, size)
+    def _commit(self, step: int, write: Callable[[Path], None], size: int, lost: bool) -> None:
+        """lost: on the first process, that somebody had removed the run folder."""
+        writers, keep, pin = self.writers, self.settings.keep, self.settings.pin_every
+        checkpoint.commit(self.run, step, writers, write, self.manifest, keep, pin, size)
         failure = checkpoint.CheckpointError(
             f"{self.run} was removed while the run used it; step {step} is saved there again, and the "
             "same command goes on from it"

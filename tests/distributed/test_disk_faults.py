@@ -16,7 +16,7 @@ from {module} import {function} as victim
 import {module} as module
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 largest = resource.getrlimit(resource.RLIMIT_FSIZE)
-refuses, commit = False, saving.checkpoint.save
+refuses, commit = False, saving.checkpoint.commit
 def save(run, step, *rest):
     global refuses
     refuses = step in {steps} and os.environ["RANK"] == "{rank}"
@@ -28,7 +28,7 @@ def limited(*words, **options):
         return victim(*words, **options)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, largest)
-saving.checkpoint.save, module.{function} = save, limited
+saving.checkpoint.commit, module.{function} = save, limited
 runpy.run_path({train!r}, run_name="__main__")
 """
 

@@ -138,7 +138,7 @@ def test_pinned_checkpoints_stay(run, tmp_path):
 
 
 def test_a_folder_that_was_removed_is_told_and_saved_again(run, tmp_path, monkeypatch):
-    commit = saving.checkpoint.save
+    commit = saving.checkpoint.commit
 
     def removed(where, step, *rest):
         result = commit(where, step, *rest)
@@ -146,7 +146,7 @@ def test_a_folder_that_was_removed_is_told_and_saved_again(run, tmp_path, monkey
             shutil.rmtree(where)
         return result
 
-    monkeypatch.setattr(saving.checkpoint, "save", removed)
+    monkeypatch.setattr(saving.checkpoint, "commit", removed)
     code, output = run()
     assert code == 2 and "was removed while the run used it; step 4 is saved there again" in output
     assert steps(tmp_path / "run") == [4]

@@ -138,7 +138,7 @@ def test_the_digits(tmp_path: Path) -> None:
         (["--reindex", "a", "--out", "x"], "--out belongs to --images or --arrays or --latents"),
         (["--verify", "a", "--scale", "1"], "not to --verify; leave it out"),
         (["--arrays", "nowhere", "--out", "x"], "nowhere cannot be read as arrays"),
-        (["--verify", "nowhere"], "nowhere holds no data set"),
+        (["--verify", "nowhere"], "there is no folder nowhere"),
         (["--reindex", "nowhere"], "nowhere holds no *.tar"),
     ],
 )
