@@ -90,6 +90,10 @@ class DeepSpeedEngine:
         self.processes = processes
         self.compute_dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
         model = model.to(processes.device)
+        for (
+            parameter
+        ) in model.parameters():  # it sends them as bytes, which other strides cannot be
+            parameter.data = parameter.data.contiguous()
         self.frozen = frozen_weights(model)
         self.trained = [p for p in model.parameters() if p.requires_grad]
         self.unwrapped = config.zero == 0 and config.precision == "fp32"

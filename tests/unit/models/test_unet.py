@@ -248,7 +248,7 @@ def test_where_the_fastest_attention_cannot_run_the_reason_says_so(
         ),
         ({}, (1, 7, 8), "multiples of 2, and the data are 7x8"),
         ({}, (5,), r"takes images \[C, H, W\], and the data are \(5,\)"),
-        ({"width": 44}, (1, 8, 8), "132 channels do not divide into 32 groups"),
+        ({"width": 44}, (1, 8, 8), "176 channels do not divide into 32 groups"),
     ],
 )
 def test_data_that_do_not_fit(change: dict[str, Any], shape: tuple[int, ...], message: str) -> None:
