@@ -7,9 +7,9 @@ all that its run spent (its limit): censored, not infinite and not left out. Wit
 1 / (sd(x - y) sd(x + y)), for which the posterior of the mean is that same t distribution when nothing is censored,
 Gibbs sampling draws the unknown values (normal, cut off below the limit, given the twin) and the four parameters in
 turn; the interval is the middle 95 % of the draws. There a variance has LOST degrees of freedom fewer, by simulation:
-without, three seeds of which half are censored cover in 92 % of studies, with it in 94 to 97 %. With fewer than two pairs of which both arrived nothing bounds the
-ratio: (0, infinity). It is the whole procedure that covers in 95 % of studies; among those alone in which few pairs
-happened to arrive it covers less.
+without, three seeds of which half are censored cover in 92 % of studies, with it in 94 to 97 %. With fewer than two
+pairs of which both arrived nothing bounds the ratio: (0, infinity). It is the whole procedure that covers in 95 % of
+studies; among those alone in which few pairs happened to arrive it covers less.
 
 Shape legend: S simulations (a report has one), N seeds, P problems of a profile, M methods.
 """
