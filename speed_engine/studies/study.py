@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, StringConstraints, ValidationError, model_validator
 
 from speed_engine.config import ConfigError, RunConfig, build, merge, parse_overrides
 from speed_engine.config.files import find as find_preset
@@ -20,7 +20,8 @@ from speed_engine.kinds import Section, suggest
 from speed_engine.training.assembly import build_table
 
 FOLDER = Path(__file__).parent
-NAME = r"^[A-Za-z0-9_][A-Za-z0-9_.=+-]*$"  # becomes a folder's name
+NAME = r"^[A-Za-z0-9_][A-Za-z0-9_.=+-]*$"
+Name = Annotated[str, StringConstraints(pattern=NAME)]  # becomes a folder's name
 FEWEST_POINTS = 4  # of a curve
 TRAINING_METRICS = ("loss", "mse", "vb")
 VALIDATION = "validation_loss"
@@ -47,15 +48,15 @@ class Quick(Section):
 class Study(Section):
     """The study file."""
 
-    name: str = Field(pattern=NAME, description="default: the file's name")
+    name: Name = Field(description="default: the file's name")
     about: str = Field("", description="a sentence for the report")
     preset: str = Field(description="preset or YAML file that every cell begins from")
     overrides: dict[str, Any] = Field({}, description="sections and keys over the base")
-    methods: dict[str, dict[str, Any]] = Field(
+    methods: dict[Name, dict[str, Any]] = Field(
         min_length=2, description="name -> sections and keys over preset, overrides and setting"
     )
     baseline: str | None = Field(None, description="a method's name; default: the first")
-    settings: dict[str, dict[str, Any]] = Field(
+    settings: dict[Name, dict[str, Any]] = Field(
         {"base": {}}, min_length=1, description="name -> sections and keys over the overrides"
     )
     seeds: tuple[int, ...] = Field(min_length=2, description="one run each; n is their number")

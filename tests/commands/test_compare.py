@@ -32,7 +32,7 @@ def study(data, tmp_path_factory):
     root = tmp_path_factory.mktemp("compare")
     STUDY["overrides"]["data"] = {"kind": "digits", "path": str(data)}
     file, out = root / "small.yaml", root / "out"
-    file.write_text(yaml.safe_dump(STUDY))
+    file.write_text(yaml.safe_dump(STUDY, sort_keys=False))
     return file, out
 
 

@@ -150,7 +150,7 @@ def test_the_pictures_show_something(folder):
 
 
 def test_a_folder_without_a_report_is_refused(tmp_path):
-    with pytest.raises(StudyError, match="holds no report.json; give the folder"):
+    with pytest.raises(StudyError, match=r"holds no report\.json; give the folder"):
         report.read(tmp_path)
     (tmp_path / "report.json").write_text('{"format": 9}')
     with pytest.raises(StudyError, match="is no report of this version"):

@@ -1,4 +1,4 @@
-"""Crossings, intervals and profiles against simulated studies of known ratio and against values known in closed form."""
+"""Crossings, intervals and profiles against simulated studies of known ratio and values in closed form."""
 
 import math
 

@@ -32,7 +32,7 @@ def file(tmp_path):
                 node = node.setdefault(part, {})
             node[last] = value
         path = tmp_path / "mine.yaml"
-        path.write_text(yaml.safe_dump(tree))
+        path.write_text(yaml.safe_dump(tree, sort_keys=False))
         return str(path)
 
     return write
