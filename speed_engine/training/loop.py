@@ -18,6 +18,7 @@ from speed_engine.atomic_files import write_json
 from speed_engine.config import RunConfig
 from speed_engine.distributed import Processes, start, stop
 from speed_engine.engines import Engine, optimizer
+from speed_engine.engines.host_memory import keep_freed_memory
 from speed_engine.training import assembly, checkpoint, metrics, sealed
 from speed_engine.training import manifest as manifests
 from speed_engine.training.assembly import Parts
@@ -50,6 +51,7 @@ def train(config: RunConfig) -> int:
 
 def _train(config: RunConfig, processes: Processes) -> int:
     # ------------------------------------------------------------------ the parts
+    host_memory = keep_freed_memory(processes.device)
     parts = assembly.build(config, processes)
     config, table = parts.config, parts.table
     blueprint = assembly.build_model(config, parts.facts, "meta")
@@ -57,12 +59,13 @@ def _train(config: RunConfig, processes: Processes) -> int:
     run.mkdir(parents=True, exist_ok=True)
     held = checkpoint.lock(run) if processes.first else None
     engine = assembly.open_engine(parts)
-    manifest = manifests.describe(parts, engine.facts())
+    manifest = manifests.describe(parts, {**engine.facts(), "host_memory": host_memory})
     do = assembly.open_step(parts, engine)
     first_step = resume(parts, run, engine, manifest)
     if processes.first:
         write_json(run / "manifest.json", sealed.seal(manifest))
     journal = metrics.Journal(run, first_step, config, parts.choices, silent=not processes.first)
+    logging.getLogger(__name__).info("host memory: %s", host_memory)
     for remark in getattr(parts.source, "remarks", ()):
         journal.say(f"WARNING: {remark}")
     macs = assembly.macs_per_sample(config, parts.facts)
