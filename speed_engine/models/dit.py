@@ -257,10 +257,10 @@ class DiT(nn.Module):
         if self.config.residual == "fp32":
             x_BTD = x_BTD.to(torch.promote_types(x_BTD.dtype, torch.float32))
         stream = Stream(x_BTD + self.pos_embed.to(x_BTD.dtype))
-        *modulations, last = project_all(c_BD, self.projections())
-        for block, modulation_BX in zip(self.blocks, modulations, strict=True):
-            stream = block(stream, modulation_BX)
-        out_BTX = self.final_layer(stream, last)
+        modulations = project_all(c_BD, self.projections())
+        for block in self.blocks:
+            stream = block(stream, next(modulations))
+        out_BTX = self.final_layer(stream, next(modulations))
         patch = self.sample_size // self.grid
         tiles = out_BTX.unflatten(1, (self.grid, self.grid)).unflatten(3, (patch, patch, -1))
         return tiles.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)

@@ -20,6 +20,7 @@ from speed_engine.atomic_files import write_json
 from speed_engine.config import RunConfig
 from speed_engine.distributed import Processes, start, stop
 from speed_engine.engines import Engine, optimizer
+from speed_engine.engines.host_memory import keep_freed_memory
 from speed_engine.training import (
     assembly,
     checkpoint,
@@ -61,13 +62,14 @@ def train(config: RunConfig, judge: preview.Judge | None = None) -> int:
 
 def _train(config: RunConfig, processes: Processes, judge: preview.Judge | None) -> int:
     # ------------------------------------------------------------------ the parts
+    host_memory = keep_freed_memory(processes.device)
     parts = assembly.build(config, processes)
     run = manifests.run_folder(parts.config, parts.source.fingerprint, processes.world)
     blueprint = assembly.build_model(parts.config, parts.facts, "meta")
     grids = preview.of(parts, run, blueprint, judge)
     held = processes.attempt(lambda: RunLock(run) if processes.first else None)
     try:
-        return _train_in(run, held, parts, blueprint, grids)
+        return _train_in(run, held, parts, blueprint, grids, host_memory)
     finally:
         if held is not None:
             held.close(undo=not (run / "manifest.json").exists())
@@ -79,6 +81,7 @@ def _train_in(
     parts: Parts,
     blueprint: nn.Module,
     grids: preview.Preview | None,
+    host_memory: str,
 ) -> int:
     """Train in a run folder that is ours. held: the first process's lock of it."""
     config, processes = parts.config, parts.processes
@@ -94,7 +97,7 @@ def _train_in(
     begun = _begin(parts, found)
     measures = validation.of(parts)
     engine = assembly.open_engine(parts)
-    manifest = manifests.describe(parts, engine.facts()) | begun
+    manifest = manifests.describe(parts, engine.facts()) | begun | {"host_memory": host_memory}
     do = assembly.open_step(parts, engine)
     first_step = resume(parts, run, found, engine, manifest, do.meter)
 
@@ -104,6 +107,7 @@ def _train_in(
         return metrics.Journal(run, first_step, config, parts.choices, not processes.first)
 
     journal = processes.attempt(tell)
+    logging.getLogger(__name__).info("host memory: %s", host_memory)
     for remark in getattr(parts.source, "remarks", ()):
         journal.say(f"WARNING: {remark}")
     if config.train.resident:

@@ -7,15 +7,16 @@ are the same up to rounding.
 
 Among several processes the product is cut by depth. The gradients of one are complete only after the
 last block's backward pass, with nothing left beside which their sum over processes, a third of all,
-could travel; those of the parts of the deeper blocks set off earlier.
+could travel; those of the parts of the deeper blocks set off earlier. For that a part must be made
+just before its first block: autograd takes what was made last first.
 """
 
 # Shape suffixes: B samples, D hidden size, X outputs of one projection, S outputs of all.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import pairwise
+from collections.abc import Iterator, Sequence
+from itertools import chain, pairwise
 from typing import Any
 
 import torch
@@ -73,9 +74,9 @@ def parts(num_layers: int) -> list[slice]:
     return [slice(*pair) for pair in pairwise(ends)]
 
 
-def project_all(c_BD: Tensor, linears: Sequence[nn.Linear]) -> list[Tensor]:
+def project_all(c_BD: Tensor, linears: Sequence[nn.Linear]) -> Iterator[Tensor]:
     """[B, D] -> for every layer [B, X]: rows of one large product, so with its stride, or tensors
-    of their own."""
+    of their own. Take each when it is needed."""
     # autocast casts the weights one by one, and a compiler cannot look at addresses.
     alone = torch.is_autocast_enabled(c_BD.device.type) or torch.compiler.is_compiling()
     # Not by attribute: ZeRO 3 would fetch every parameter that is touched, and all at once.
@@ -85,9 +86,12 @@ def project_all(c_BD: Tensor, linears: Sequence[nn.Linear]) -> list[Tensor]:
         for weight, linear in zip(weights, linears, strict=True)
     )
     if alone or not (here and adjacent(weights) and adjacent(biases)):
-        return [linear(c_BD) for linear in linears]
-    outputs: list[Tensor] = []
-    for part in parts(len(weights)):
-        outputs_BS: Any = _OneProduct.apply(c_BD, *weights[part], *biases[part])
-        outputs += outputs_BS.split([weight.shape[0] for weight in weights[part]], dim=1)
-    return outputs
+        return iter([linear(c_BD) for linear in linears])
+    if len(cut := parts(len(weights))) == 1:
+        return iter(_product(c_BD, weights, biases))
+    return chain.from_iterable(_product(c_BD, weights[part], biases[part]) for part in cut)
+
+
+def _product(c_BD: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> list[Tensor]:
+    outputs_BS: Any = _OneProduct.apply(c_BD, *weights, *biases)
+    return list(outputs_BS.split([weight.shape[0] for weight in weights], dim=1))
