@@ -109,7 +109,7 @@ def _ratios(study: Study, setting: str, found: dict[str, Any], path: Path) -> Pa
     """Ratio to the baseline of what the target costs, with 95 % intervals; an open end is an arrow."""
     names = [name for name in study.methods if name != study.reference]
     rows = [
-        (found["methods"][name][axis]["ratio"], place + 0.22 * (1 - number), LINES[number])
+        (found["methods"][name][axis]["ratio"], place + 0.22 * (number - 1), LINES[number])
         for place, name in enumerate(names)
         for number, axis in enumerate(AXES)
     ]

@@ -88,17 +88,18 @@ def write(stored: dict[str, Any], out: Path) -> list[Path]:
 
 def read(folder: Path) -> tuple[Path, dict[str, Any]]:
     """(report folder, what its report.json stores). Raises StudyError where there is none, or of another version."""
-    for out in (folder, folder / "report"):
-        if (out / "report.json").exists():
-            try:
-                stored = json.loads((out / "report.json").read_text(encoding="utf-8"))
-                known = stored["format"] == FORMAT and {"study", "cells"} <= set(stored)
-            except (ValueError, KeyError, TypeError):
-                known = False
-            if not known:
-                raise StudyError(f"{out / 'report.json'} is no report of this version; run compare")
-            return out, stored
-    raise StudyError(f"{folder} holds no report.json; give the folder that compare wrote")
+    out = folder if (folder / "report.json").exists() else folder / "report"
+    path = out / "report.json"
+    if not path.exists():
+        raise StudyError(f"{folder} holds no report.json; give the folder that compare wrote")
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        stored = None
+    known = isinstance(stored, dict) and stored.get("format") == FORMAT
+    if not known or not {"study", "cells", "commit", "versions"} <= set(stored):
+        raise StudyError(f"{path} is no report of this version; run compare")
+    return out, stored
 
 
 def as_markdown(

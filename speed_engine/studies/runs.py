@@ -1,12 +1,14 @@
 """The cells of a study as ordinary runs: several at a time, each a process of `python -m speed_engine train`.
 
-A cell has beside its run folder `NAME/` a file `NAME.yaml` (its configuration), `NAME.log` (what it said) and, once it
-has ended, `NAME.json` (its curve). That last file appears whole or not at all and is never written twice, so that
-whatever kills a study costs it no finished cell; a cell that was under way continues from its own checkpoint.
+A cell has beside its run folder `NAME/` a file `NAME.yaml` (its configuration), `NAME.log` (what it said), `NAME.lock`
+(held while a process works on it) and, once it has ended, `NAME.json` (its curve). That last file appears whole or not
+at all and is never written twice, so that whatever kills a study costs it no finished cell; a cell that was under way
+continues from its own checkpoint.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
@@ -18,7 +20,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import speed_kernels
 import torch
@@ -79,7 +81,7 @@ def train(study: Study, cells: Sequence[Cell], folder: Path, jobs: int | None) -
     open_cells = [cell for cell in cells if not result_path(folder, cell).exists()]
     devices = _devices()
     places = min(jobs or len(devices) or min(8, os.cpu_count() or 1), max(1, len(open_cells)))
-    waiting, working = list(open_cells), list[Working]()
+    waiting, working, told = list(open_cells), list[Working](), False
     done, began = len(cells) - len(open_cells), time.monotonic()
     if done:
         print(f"{done} of {len(cells)} cells had ended already", flush=True)
@@ -87,12 +89,15 @@ def train(study: Study, cells: Sequence[Cell], folder: Path, jobs: int | None) -
     with progress("cells", len(cells), done, show=watched) as bar:
         try:
             while waiting or working:
-                free = set(range(places)) - {one.place for one in working}
-                for place in sorted(free):
-                    ready = next((c for c in waiting if _is_free(folder / c.name)), None)
-                    if ready is not None:
-                        waiting.remove(ready)
-                        working.append(_start(ready, folder, place, places, devices))
+                free = sorted(set(range(places)) - {one.place for one in working})
+                for cell in list(waiting):
+                    if free and (started := _start(cell, folder, free[0], places, devices)):
+                        working.append(started)
+                        waiting.remove(cell)
+                        free.pop(0)
+                if waiting and not working and not told:
+                    told = True
+                    print("waiting for cells that a killed compare left running", flush=True)
                 time.sleep(POLL_SECONDS)
                 for one in [each for each in working if each.process.poll() is not None]:
                     working.remove(one)
@@ -155,9 +160,12 @@ def result_of(cell: Cell, study: Study, run: Path, diverged: bool) -> dict[str, 
 # ------------------------------------------------------------------------------------------------ one cell
 
 
-def _start(cell: Cell, folder: Path, place: int, places: int, devices: list[str]) -> Working:
+def _start(cell: Cell, folder: Path, place: int, places: int, devices: list[str]) -> Working | None:
+    """The cell's process, or None while one that a killed study left works on it."""
     run = folder / cell.name
-    run.parent.mkdir(parents=True, exist_ok=True)
+    held = _claim(run)
+    if held is None:
+        return None
     tree = {**cell.tree, "run_dir": str(run)}
     tree["checkpoint"] = {"keep": 1, **(tree.get("checkpoint") or {})}
     config, log = run.with_name(f"{run.name}.yaml"), run.with_name(f"{run.name}.log")
@@ -165,19 +173,30 @@ def _start(cell: Cell, folder: Path, place: int, places: int, devices: list[str]
     environment = dict(os.environ)
     # A cell runs the same code as we do, however that was found.
     here = [str(Path(__file__).parents[2]), str(Path(speed_kernels.__path__[0]).parent)]
-    environment["PYTHONPATH"] = os.pathsep.join([*here, environment.get("PYTHONPATH", "")])
+    environment["PYTHONPATH"] = os.pathsep.join(
+        [*here, *filter(None, [environment.get("PYTHONPATH")])]
+    )
     if devices:
         environment["CUDA_VISIBLE_DEVICES"] = devices[place % len(devices)]
     else:
         cores = max(1, (os.cpu_count() or 1) // places)
         environment.setdefault("OMP_NUM_THREADS", str(cores))
         environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    command = [sys.executable, "-m", "speed_engine", "train", "--config", str(config)]
-    with log.open("ab") as output:
+    with held, log.open("ab") as output:
         process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment
+            command(config),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            env=environment,
+            pass_fds=[held.fileno()],
         )
     return Working(cell, place, process)
+
+
+def command(config: Path) -> list[str]:
+    """What a person would type to train the cell."""
+    return [sys.executable, "-m", "speed_engine", "train", "--config", str(config)]
 
 
 def _finish(one: Working, study: Study, folder: Path) -> str:
@@ -207,14 +226,19 @@ def _last_words(run: Path, code: int) -> str:
     return f"{what} (all it said: {log})"
 
 
-def _is_free(run: Path) -> bool:
-    """Whether no process works in the run folder: a killed study leaves its cells running, which are waited for."""
-    if not run.exists():
-        return True
-    with suppress(checkpoint.CheckpointError):
-        checkpoint.lock(run).close()
-        return True
-    return False
+def _claim(run: Path) -> IO[str] | None:
+    """The cell's lock, which its process inherits and holds from its first moment to its last; None while held.
+
+    A killed study leaves its cells running; whoever continues it waits for them here.
+    """
+    run.parent.mkdir(parents=True, exist_ok=True)
+    file = run.with_name(f"{run.name}.lock").open("a")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        return None
+    return file
 
 
 def _stop(working: list[Working]) -> None:

@@ -79,7 +79,10 @@ def ratio_interval(
     """Of positive numbers paired by seed; infinity where a run did not arrive with what it spent (a finite number)."""
     x, y = np.array(method, dtype=float), np.array(baseline, dtype=float)
     arrived = int((np.isfinite(x) & np.isfinite(y)).sum())
-    if arrived < 2:
+    known = len(method_spent) > 0 or arrived == len(
+        x
+    )  # how far at least every run would have to go
+    if arrived < 2 or not known:
         return Interval(0.0, math.nan, math.inf, len(x), arrived)
     spent = [
         np.array(each or [1.0] * len(x), dtype=float) for each in (method_spent, baseline_spent)

@@ -38,11 +38,15 @@ TAKEN = {
 class Quick(Section):
     """What --quick changes; what is None stays."""
 
-    steps: int | None = Field(None, ge=1, description="optimizer steps of every cell")
-    cadence: int | None = Field(None, ge=1, description="steps between two points of a curve")
-    seeds: tuple[int, ...] | None = Field(None, description="instead of the study's")
-    overrides: dict[str, Any] = Field({}, description="over the study's own overrides")
-    methods: dict[str, dict[str, Any]] = Field({}, description="over the methods' own overrides")
+    steps: int | None = Field(default=None, ge=1, description="optimizer steps of every cell")
+    cadence: int | None = Field(
+        default=None, ge=1, description="steps between two points of a curve"
+    )
+    seeds: tuple[int, ...] | None = Field(default=None, description="instead of the study's")
+    overrides: dict[str, Any] = Field(default={}, description="over the study's own overrides")
+    methods: dict[str, dict[str, Any]] = Field(
+        default={}, description="over the methods' own overrides"
+    )
 
 
 class Study(Section):

@@ -1,4 +1,4 @@
-"""`compare` end to end: killed in the middle and continued, a cell that diverges, and what it refuses to begin."""
+"""`compare` end to end: killed in the middle and continued, a cell that diverges, and a folder of another study."""
 
 import json
 import os
@@ -91,23 +91,3 @@ def test_a_folder_of_another_study_is_refused(study, command):
     answer = command("compare", file, "--out", out, "steps=48")
     assert answer.code == 2
     assert "holds another study (steps differ); choose another --out" in answer.err
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["compare"], "name a study: digits, digits_components"),
-        (["compare", "digits", "--jobs", "0"], "--jobs 0 must be at least 1"),
-        (["compare", "digits", "metric=fid"], "metrics.jsonl holds no 'fid'"),
-        (["compare", "digits", "cadence=7"], "cadence=7 does not divide steps="),
-        (["compare", "digits", "baseline=sped"], "did you mean 'speed'"),
-        (["compare", "digits", "--report", "x"], "leave out the rest"),
-    ],
-)
-def test_a_mistake_is_one_sentence_and_nothing_is_written(
-    words, message, command, tmp_path, monkeypatch
-):
-    monkeypatch.chdir(tmp_path)
-    answer = command(*words)
-    assert answer.code == 2 and message in answer.err and answer.err.count("\n") == 1
-    assert not list(tmp_path.iterdir())

@@ -24,9 +24,7 @@ def cell(setting: str, method: str, seed: int) -> dict:
     """The metric falls like (steps)^-1/2 at the method's pace and the seed's luck."""
     rng = np.random.default_rng([seed, 5])
     luck = math.exp(0.1 * rng.standard_normal())
-    own = math.exp(
-        0.01 * np.random.default_rng([seed, list(SPEED).index(method)]).standard_normal()
-    )
+    own = math.exp([0.010, -0.012, 0.004, -0.006, 0.003][(seed + list(SPEED).index(method)) % 5])
     steps = list(range(20, STEPS + 1, 20))
     values = [(step / SPEED[method] / luck / own) ** -0.5 for step in steps]
     diverged = method == "burst" and seed == 1
@@ -93,7 +91,8 @@ def test_the_findings_are_the_known_ones(stored):
 
 def test_the_page_says_it_in_words(folder):
     page = (folder / "report.md").read_text()
-    rows = {line.split(" | ")[0].strip("| "): line for line in page.splitlines() if "| " in line}
+    table = page.split("## Twins against strangers")[0]
+    rows = {line.split(" | ")[0].strip("| "): line for line in table.splitlines() if "| " in line}
     assert rows["twice"].endswith("| faster |") and rows["same"].endswith("| inconclusive |")
     assert "(0, inf), 0 of 5 pairs" in rows["slow"] and "0 of 5" in rows["slow"]
     assert "diverged" in rows["burst"] and rows["uniform"].endswith("| baseline |")

@@ -65,7 +65,7 @@ def test_mistakes_are_told_before_anything_runs(file, changes, message):
 
 
 def test_an_unknown_study_lists_what_there_is():
-    with pytest.raises(ConfigError, match="did you mean 'digits'; studies are: digits, digits_"):
+    with pytest.raises(ConfigError, match=r"did you mean 'digits'\?; studies are: digits, digits_"):
         study.load("digit")
 
 
