@@ -66,7 +66,7 @@ def _train(config: RunConfig, processes: Processes, judge: preview.Judge | None)
     parts = assembly.build(config, processes)
     run = manifests.run_folder(parts.config, parts.source.fingerprint, processes.world)
     blueprint = assembly.build_model(parts.config, parts.facts, "meta")
-    grids = preview.of(parts, run, blueprint, judge)
+    grids = processes.attempt(lambda: preview.of(parts, run, blueprint, judge))
     held = processes.attempt(lambda: RunLock(run) if processes.first else None)
     try:
         return _train_in(run, held, parts, blueprint, grids, host_memory)

@@ -189,7 +189,7 @@ def free_changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
     Both are manifests of one run.
     """
-    quiet = {"name", "run_dir", "log", "checkpoint", "data", "train"}
+    quiet = {"name", "run_dir", "log", "sample", "checkpoint", "data", "train"}
     old, new = (
         {
             **{k: v for k, v in each["config"].items() if k not in quiet},

@@ -44,6 +44,7 @@ def test_the_table_in_the_design_is_the_code():
         ("kernels.backend=reference", ["kernels.backend: auto -> reference"]),
         ("train.max_bad_steps=7", []),
         ("checkpoint.every=3", []),
+        ("sample.every=50", []),
     ],
 )
 def test_what_may_change_is_no_other_run_and_is_told(described, override, told):
