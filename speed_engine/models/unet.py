@@ -351,7 +351,8 @@ def build(
     if torch.device(device).type != "meta":
         model.to_empty(device=device)
         for convolution in model.modules():
-            if isinstance(convolution, nn.Conv2d):
+            # 1x1 weights are in both orders already, and would only get odd strides.
+            if isinstance(convolution, nn.Conv2d) and convolution.kernel_size != (1, 1):
                 convolution.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         model.initialise(seed)
     return model

@@ -118,7 +118,9 @@ def measure_norm(case: NormCase, settings: Settings) -> Measured:
     builders: dict[str, Callable[[], Provider]] = {
         name: (lambda name=name: _provider(name, case, problem)) for name in rivals.PROVIDERS
     }
-    return measure(described, builders, settings, conditions(settings.device))
+    # The compiled backward pass reads its graph again in every round, so that no buffer may be donated.
+    with functorch.patch(donated_buffer=False):
+        return measure(described, builders, settings, conditions(settings.device))
 
 
 def _provider(name: str, case: NormCase, problem: Problem) -> Provider:
@@ -135,9 +137,9 @@ def _provider(name: str, case: NormCase, problem: Problem) -> Provider:
     else:
         function = rivals.plain
     try:
-        with functorch.patch(donated_buffer=False):  # the graph is kept for the next call
-            check(function, problem)
-            call = direction(function, problem, case.direction)
+        call = direction(function, problem, case.direction)
+        call()  # a compiler makes its backward pass here
+        check(function, problem)
     except TorchDynamoException as error:
         raise Unavailable(f"torch.compile failed: {str(error).splitlines()[0][:200]}") from error
     # Autograd runs a backward pass on the stream of its forward pass, which is not the one that captures.
