@@ -96,8 +96,8 @@ def read(folder: Path) -> tuple[Path, dict[str, Any]]:
         stored = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
         stored = None
-    known = isinstance(stored, dict) and stored.get("format") == FORMAT
-    if not known or not {"study", "cells", "commit", "versions"} <= set(stored):
+    wanted = {"study", "cells", "commit", "versions"}
+    if not isinstance(stored, dict) or stored.get("format") != FORMAT or not wanted <= set(stored):
         raise StudyError(f"{path} is no report of this version; run compare")
     return out, stored
 
