@@ -9,7 +9,7 @@ RUN    := runs/demo
 # a second busy process on the same cores slows small models down twentyfold.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: install demo test lint bench clean
+.PHONY: install demo test test-triton lint bench clean
 .DELETE_ON_ERROR:
 
 install: $(VENV)/installed
@@ -36,6 +36,20 @@ demo: install
 test: install
 	$(BIN)/python -m pytest tests -n 2 --dist loadfile
 
+# The code that another Triton makes of the GPU kernels, as `make test-triton VERSION=3.6.0`, that of torch 2.11: no GPU
+# is needed. It lies beside the environment, not in it, since torch brings its own.
+VERSION ?= 3.6.0
+TRITON  := .venv-triton-$(VERSION)
+$(TRITON)/installed: | install
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --upgrade --target $(TRITON) triton==$(VERSION)
+	@touch $@
+
+test-triton: $(TRITON)/installed
+	PYTHONPATH="$(TRITON)$${PYTHONPATH:+:$$PYTHONPATH}" $(BIN)/python -c \
+	  'import sys, triton; v = triton.__version__; sys.exit(None if v == "$(VERSION)" else f"Triton {v} was imported")'
+	PYTHONPATH="$(TRITON)$${PYTHONPATH:+:$$PYTHONPATH}" TRITON_CACHE_DIR=$(TRITON)/cache \
+	  $(BIN)/python -m pytest -q tests/kernels -k "ahead_of_time"
+
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -53,4 +67,4 @@ bench: install
 	  $(BIN)/python -m pytest benchmarks/train_step/test_train_step.py -k XL2-b4-ours-deepspeed $(SHOWN) || [ $$? = 5 ]
 
 clean:
-	rm -rf $(VENV) runs data .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-triton-* runs data .pytest_cache .ruff_cache

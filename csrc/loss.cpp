@@ -14,7 +14,6 @@ namespace {
 
 using namespace speed;
 
-constexpr int64_t kChunk = 16 * kTile;
 constexpr double kBitsPerNat = 1.4426950408889634;
 
 // What all elements of one sample share.

@@ -7,24 +7,7 @@
 #include "elements.h"
 #include "philox.h"
 
-namespace {
-
 using namespace speed;
-
-// A unit of work: elements of one sample that one thread handles in a row.
-constexpr int64_t kChunk = 16 * kTile;
-
-// Chunks that cover the elements of every sample; a sample without elements is one chunk.
-struct Chunks {
-  int64_t per_sample;
-  int64_t grain;  // below which a second thread costs more than it helps
-
-  explicit Chunks(int64_t num_elements)
-      : per_sample(std::max<int64_t>(1, (num_elements + kChunk - 1) / kChunk)),
-        grain(std::max<int64_t>(1, 2 * kChunk / std::max<int64_t>(1, std::min(num_elements, kChunk)))) {}
-};
-
-}  // namespace
 
 // x0 and x_t: [num_samples, num_elements], contiguous. address: (step, global slot of the first sample).
 // chosen: the samples' rows, or null to draw them by `cdf`, which may be null otherwise.

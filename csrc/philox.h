@@ -8,6 +8,7 @@
 #include <bit>
 #include <cmath>
 #include <cstdint>
+#include <utility>
 
 #if defined(__SSE2__)
 #include <immintrin.h>
@@ -15,7 +16,7 @@
 
 namespace speed {
 
-enum Stream : uint32_t { kStreamT = 0, kStreamEps = 1 };
+enum Stream : uint32_t { kStreamT = 0, kStreamEps = 1, kStreamDropout = 9 };
 
 struct Key {
   uint32_t k0, k1;
@@ -26,6 +27,19 @@ struct Key {
 // Elements are handled in tiles that stay in the first-level cache. A tile is a whole number of blocks of four.
 constexpr int64_t kTile = 512;
 constexpr int64_t kTileBlocks = kTile / 4;
+
+// A unit of work: elements of one sample that one thread handles in a row.
+constexpr int64_t kChunk = 16 * kTile;
+
+// Chunks that cover the elements of every sample; a sample without elements is one chunk.
+struct Chunks {
+  int64_t per_sample;
+  int64_t grain;  // below which a second thread costs more than it helps
+
+  explicit Chunks(int64_t num_elements)
+      : per_sample(std::max<int64_t>(1, (num_elements + kChunk - 1) / kChunk)),
+        grain(std::max<int64_t>(1, 2 * kChunk / std::max<int64_t>(1, std::min(num_elements, kChunk)))) {}
+};
 
 // Words are read through this type where they were written as pairs.
 typedef uint32_t __attribute__((may_alias)) word_t;
@@ -132,11 +146,19 @@ inline void box_muller(uint32_t radius_word, uint32_t angle_word, float& even, f
   odd = std::bit_cast<float>(std::bit_cast<uint32_t>(y) ^ odd_sign);
 }
 
-// The normals of `num_blocks` blocks from `first_block` on, rounded up to whole vectors.
-inline void normals_of_blocks(Key key, uint32_t first_block, uint32_t slot, uint32_t step, uint32_t stream,
-                              int64_t num_blocks, float* __restrict__ out) {
-  alignas(64) lanes_t radius_pairs[kTileBlocks / kLanes];
-  alignas(64) lanes_t angle_pairs[kTileBlocks / kLanes];
+// Random words of a tile, two of a block in every 64-bit integer of the two results.
+struct Pairs {
+  alignas(64) lanes_t first[kTileBlocks / kLanes];
+  alignas(64) lanes_t second[kTileBlocks / kLanes];
+};
+
+// Which words of a block are kept beside each other: neighbours (0 1, 2 3), or every other (0 2, 1 3).
+enum Order { kNeighbours, kAlternate };
+
+// The words of `num_blocks` blocks from `first_block` on, rounded up to whole vectors; returns that number of blocks.
+template <Order order>
+inline int64_t words_of_blocks(Key key, uint32_t first_block, uint32_t slot, uint32_t step, uint32_t stream,
+                               int64_t num_blocks, Pairs& out) {
   lanes_t block = lanes_t{} + uint64_t{first_block};
   for (int64_t lane = 0; lane < kLanes; ++lane) block[lane] += static_cast<uint64_t>(lane);
   const int64_t num_vectors = (num_blocks + kLanes - 1) / kLanes;
@@ -146,14 +168,29 @@ inline void normals_of_blocks(Key key, uint32_t first_block, uint32_t slot, uint
     lanes_t c2 = lanes_t{} + uint64_t{step};
     lanes_t c3 = lanes_t{} + uint64_t{stream};
     philox(c0, c1, c2, c3, key);
-    radius_pairs[i] = (c0 & 0xffffffffu) | (c2 << 32);
-    angle_pairs[i] = (c1 & 0xffffffffu) | (c3 << 32);
+    if constexpr (order == kAlternate) std::swap(c1, c2);
+    out.first[i] = (c0 & 0xffffffffu) | (c1 << 32);
+    out.second[i] = (c2 & 0xffffffffu) | (c3 << 32);
     block += uint64_t{kLanes};
   }
   static_assert(std::endian::native == std::endian::little);
-  const word_t* radius = reinterpret_cast<const word_t*>(radius_pairs);
-  const word_t* angle = reinterpret_cast<const word_t*>(angle_pairs);
-  for (int64_t i = 0; i < num_vectors * kLanes * 2; ++i) {
+  return num_vectors * kLanes;
+}
+
+// The words of a whole tile.
+template <Order order>
+inline void words_tile(Key key, uint32_t first_block, uint32_t slot, uint32_t step, uint32_t stream, Pairs& out) {
+  words_of_blocks<order>(key, first_block, slot, step, stream, kTileBlocks, out);
+}
+
+// The normals of the same blocks.
+inline void normals_of_blocks(Key key, uint32_t first_block, uint32_t slot, uint32_t step, uint32_t stream,
+                              int64_t num_blocks, float* __restrict__ out) {
+  Pairs pairs;
+  const int64_t made = words_of_blocks<kAlternate>(key, first_block, slot, step, stream, num_blocks, pairs);
+  const word_t* radius = reinterpret_cast<const word_t*>(pairs.first);
+  const word_t* angle = reinterpret_cast<const word_t*>(pairs.second);
+  for (int64_t i = 0; i < 2 * made; ++i) {
     box_muller(radius[i], angle[i], out[2 * i], out[2 * i + 1]);
   }
 }

@@ -13,7 +13,6 @@ nothing for others.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -57,10 +56,9 @@ class StepTable:
 
     def __repr__(self) -> str:
         variance = ", learned variance" if self.learned_variance else ""
-        return (
-            f"StepTable({self.timesteps.kind} on {self.schedule.kind}, {self.num_rows} rows, predicts "
-            f"{self.objective.kind}{variance}, {self.device})"
-        )
+        recipe = f"{home(self.timesteps).__name__.split('.')[-1]} on {self.schedule.kind}"
+        predicts = f"predicts {self.objective.kind}{variance}"
+        return f"StepTable({recipe}, {self.num_rows} rows, {predicts}, {self.device})"
 
     @property
     def num_rows(self) -> int:
@@ -114,6 +112,7 @@ class StepTable:
             word_B = _words(address_2, x0.shape[0], seed)
             row_B = self.policy.draw(x0, word_B)
             return self.noise_at(x0, row_B, address_2, seed=seed, dtype=dtype, backend=backend)
+        from speed_kernels.contract import fastest
         from speed_kernels.noise.op import noise
 
         return noise(
@@ -126,7 +125,7 @@ class StepTable:
             num_slots=num_slots,
             stratified=stratified,
             dtype=dtype,
-            backend=_backend("noise", x0, backend),
+            backend=fastest("noise", x0.device, backend),
         )
 
     def noise_at(
@@ -140,6 +139,7 @@ class StepTable:
         backend: str = "auto",
     ) -> tuple[Tensor, Tensor, Tensor]:
         """As `noise`, at rows that somebody else chose (int64 [B]); returned with x_t and time_B."""
+        from speed_kernels.contract import fastest
         from speed_kernels.noise.op import noise_at
 
         return noise_at(
@@ -150,7 +150,7 @@ class StepTable:
             address_2,
             seed=seed,
             dtype=dtype,
-            backend=_backend("noise", x0, backend),
+            backend=fastest("noise", x0.device, backend),
         )
 
     def loss(
@@ -170,6 +170,7 @@ class StepTable:
 
         `grad_scale` defaults to 1 / B, the mean. The noise is regenerated from the address.
         """
+        from speed_kernels.contract import fastest
         from speed_kernels.loss.op import diffusion_loss as op
 
         return op(
@@ -185,7 +186,7 @@ class StepTable:
             grad_scale=grad_scale,
             unit_upstream=unit_upstream,
             ticket=self.ticket,
-            backend=_backend("loss", x0, backend),
+            backend=fastest("loss", x0.device, backend),
         )
 
     # ---------------------------------------------------------------- for foreign training loops
@@ -397,15 +398,3 @@ def _words(address_2: Tensor, batch: int, seed: int) -> Tensor:
 
     slot_B = address_2[1] + torch.arange(batch, device=address_2.device)
     return philox.uniform_draw(seed, address_2[0], slot_B, 1, stratified=False)
-
-
-def _backend(op: str, x: Tensor, backend: str) -> str:
-    """The backend to run `op` with on x's device."""
-    return backend if backend != "auto" else _fastest(op, x.device)
-
-
-@functools.cache  # what can run does not change, and asking reads folders
-def _fastest(op: str, device: torch.device) -> str:
-    from speed_kernels.contract import choose
-
-    return choose(op, device).backend

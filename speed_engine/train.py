@@ -25,6 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Train; a user's mistake becomes one sentence and exit code 2."""
     from speed_engine.config import load
+    from speed_engine.reports.scores import judge_of
     from speed_engine.training.loop import train
 
     if arguments.local_rank is not None and "RANK" in os.environ:  # alone it says nothing
@@ -32,7 +33,8 @@ def run(arguments: argparse.Namespace) -> int:
     overrides = list(arguments.overrides)
     if arguments.deepspeed_config:
         overrides.append(f"engine.json_file={arguments.deepspeed_config}")
-    return train(load(arguments.config, overrides))
+    config = load(arguments.config, overrides)
+    return train(config, judge_of(config.data.kind))
 
 
 def main() -> int:

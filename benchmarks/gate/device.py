@@ -108,6 +108,7 @@ def graphs(device: torch.device, backend: str) -> str:
             require(torch.equal(found, value), f"graphs: {name} of the replayed step differs")
     optimizer, twin = make_optimizer(device, backend), make_optimizer(device, backend)
     _, captured_update = captured(optimizer.step)
+    optimizer.refresh()  # tells the graph where its tensors are
     for _ in range(3):  # the calls before the capture were steps, too
         twin.step()
     for _ in range(3):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 import tempfile
+import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -16,6 +17,7 @@ from benchmarks.harness.refusals import GateError
 
 GRAPH_CALLS = 10  # calls in one captured graph
 GRAPH_REPLAYS = 30
+HOST_CALLS = 10
 
 
 def refuse_waiting(call: Callable[[], object]) -> None:
@@ -40,6 +42,18 @@ def host_syncs(call: Callable[[], object]) -> int:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     return sum("synchronizing CUDA operation" in str(warning.message) for warning in caught)
+
+
+def host_time(call: Callable[[], object]) -> float:
+    """Seconds of a processor that `call` costs this thread, the least of a few: what the GPU must take to hide it."""
+    times = []
+    for _ in range(HOST_CALLS):
+        torch.cuda.synchronize()
+        begin = time.thread_time()
+        call()
+        times.append(time.thread_time() - begin)
+    torch.cuda.synchronize()
+    return min(times)
 
 
 def launches(call: Callable[[], object]) -> dict[str, Any]:
@@ -68,14 +82,22 @@ def count_events(events: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def graph_time(call: Callable[[], object], flush: Callable[[], None]) -> dict[str, Any]:
-    """`gpu_time_s`: seconds of one call on the GPU, as replayed from a CUDA graph with a cold L2 cache.
+def graph_time(
+    call: Callable[[], object],
+    flush: Callable[[], None],
+    after_capture: Callable[[], object] = lambda: None,
+    base: Callable[[], object] = lambda: None,
+) -> dict[str, Any]:
+    """`gpu_time_s`: seconds of `call` less those of `base` on the GPU, from CUDA graphs with a cold L2 cache.
 
-    A graph of GRAPH_CALLS times (flush, call) less one of as many flushes; median of GRAPH_REPLAYS pairs of replays.
-    `gpu_time_missing` instead, with the reason, where the call cannot be captured.
+    A graph of GRAPH_CALLS times (flush, call) less one of as many (flush, base); median of GRAPH_REPLAYS pairs of
+    replays. A backward pass is a call of both passes whose base is the forward pass.
+    `after_capture` is called before the first replay. `gpu_time_missing` instead, with the reason, where the call
+    cannot be captured.
     """
     try:
-        both, alone = _captured(call, flush), _captured(lambda: None, flush)
+        both, alone = _captured(call, flush), _captured(base, flush)
+        after_capture()
     except RuntimeError as error:
         torch.cuda.synchronize()
         return {"gpu_time_missing": f"not capturable: {str(error).splitlines()[0]}"}

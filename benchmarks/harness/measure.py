@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from benchmarks.harness import counts
+from benchmarks.harness.limit import at_most, rival_seconds
 from benchmarks.harness.refusals import GateError, Unavailable
 
 OURS = "ours"
@@ -93,6 +94,9 @@ class Measured:
                     ratio = paired_ratio(self.times[baseline], times)
                     key = f"ratio_vs_{baseline.replace('-', '_')}"
                     row |= {key: ratio.median, f"{key}_q1": ratio.q1, f"{key}_q3": ratio.q3}
+                    rivals_gpu = self.facts.get(baseline, {}).get("gpu_time_s")
+                    if rivals_gpu is not None and row.get("gpu_time_s"):
+                        row[f"gpu_{key}"] = rivals_gpu / row["gpu_time_s"]
         return row
 
     def common(
@@ -212,7 +216,8 @@ def large_copy(device: torch.device) -> Callable[[], object]:
 @dataclass
 class Provider:
     """One rival, built and ready. `gate` raises GateError; `call` does the case's work once. `device_part`: the same
-    without the host's share, where it can be captured in a CUDA graph. `never_waits`: red if it waits for the device.
+    without the host's share, where a CUDA graph can capture it; timed less `device_base`. `after_capture` is called
+    then, before the first replay. `never_waits`: red if it waits for the device.
     """
 
     gate: Callable[[], None]
@@ -220,6 +225,8 @@ class Provider:
     device_part: Callable[[], object] | None = None
     facts: dict[str, Any] = field(default_factory=dict)
     never_waits: bool = False
+    device_base: Callable[[], object] = lambda: None
+    after_capture: Callable[[], object] = lambda: None
 
 
 def measure(
@@ -228,20 +235,27 @@ def measure(
     settings: Settings,
     conditions: Mapping[str, Any],
 ) -> Measured:
-    """Build the providers, refuse the red ones, time the others in alternating rounds."""
+    """Build the providers, ours first, refuse the red ones, time the others in alternating rounds.
+
+    A rival that fails, or takes longer than BENCH_RIVAL_SECONDS, is missing, and the others are measured.
+    """
     measured = Measured(case, settings.device, conditions, {}, quick=settings.quick)
     stopwatch = Stopwatch(settings.device)
     providers: dict[str, Provider] = {}
-    for name, build in builders.items():
+    for name in sorted(builders, key=lambda name: name != OURS):
         try:
-            provider = build()
-            provider.gate()
-            if settings.device.type == "cuda":
-                _count(name, provider, measured, stopwatch)
+            with at_most(float("inf") if name == OURS else rival_seconds()):
+                provider = builders[name]()
+                provider.gate()
+                if settings.device.type == "cuda":
+                    _count(name, provider, measured, stopwatch)
         except Unavailable as reason:
             measured.missing[name] = str(reason)
         except GateError as error:
             measured.red[name] = str(error)
+        except Exception as error:  # ours is to be mended, a rival's failure is its own
+            told = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+            (measured.red if name == OURS else measured.missing)[name] = told
         else:
             providers[name] = provider
             measured.facts.setdefault(name, {}).update(provider.facts)
@@ -262,8 +276,9 @@ def _count(name: str, provider: Provider, measured: Measured, stopwatch: Stopwat
     facts = measured.facts.setdefault(name, {})
     facts["host_syncs"] = counts.host_syncs(provider.call)
     facts |= counts.launches(provider.call)
+    facts["host_time_s"] = counts.host_time(provider.call)
     if provider.device_part is not None:
-        facts |= counts.graph_time(provider.device_part, stopwatch.flush)
+        facts |= counts.graph_time(provider.device_part, stopwatch.flush, provider.after_capture)
 
 
 class ReplayClock:

@@ -3,8 +3,8 @@
     python -m benchmarks.report.page --json bench.json --gate gate.json --who NAME
 
 Reads what pytest-benchmark (`--benchmark-json`) and the gate wrote, and writes
-`<what>_<device>_<yyyymm>_<who>.{json,md}`. A red gate gives no page. Paths and host or user names are removed: the
-pages are public. Needs nothing but Python.
+`<what>_<device>_<yyyymm>_<who>.{json,md}`. Rows of an op whose gate is red are left out, and named. Paths and host or
+user names are removed: the pages are public. Needs nothing but Python.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from benchmarks.report.red import needs, red_ops
 from benchmarks.report.targets import case_of, verdicts
 from benchmarks.report.targets import number as _number
 
@@ -61,7 +62,9 @@ Times are wall clock from an idle device to an idle device, the providers of a c
 one process. A ratio is the median over the rounds of rival / ours (quartiles in brackets); above 1, ours is faster.
 Floor is the time of the least traffic (every input read once, every output written once) at the bandwidth of a large
 copy in the same rounds, over the measured time. GPU time is one call in a CUDA graph with a cold L2 cache, without
-the host's share; that of the kernels alone, with warm caches, is the kernels' time.
+the host's share (of a backward pass: both passes less the forward one), and is what single ops are judged by; a ratio
+"on GPU" is one of these times. Host time is what a call costs a processor. The kernels' time is theirs alone, with
+warm caches.
 
 A training step's floor is its least traffic at the copy's bandwidth after its FLOP (three forward passes, nothing
 computed again) at the best rate of a large matrix product in the same run. MFU is the share of the datasheet's peak,
@@ -84,13 +87,6 @@ def rows_of(document: Mapping[str, Any]) -> list[dict[str, Any]]:
             row["floor_fraction_kernels"] = floor / row["kernel_time_s"]
         rows.append(row | {"rounds": stats["rounds"]})
     return rows
-
-
-def red_checks(gate: Mapping[str, Any]) -> list[str]:
-    """What the gate found wrong, one text a check."""
-    return [
-        f"{each['check']}: {each['detail']}" for each in gate["gate"] if each["status"] == "red"
-    ]
 
 
 def shared_conditions(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
@@ -161,7 +157,8 @@ def page(result: Mapping[str, Any]) -> str:
     lines += [EXPLANATION, ""]
     if gate:
         count = sum(each["status"] == "green" for each in gate)
-        lines += ["## Correctness gate", "", f"{count} of {len(gate)} checks green, none red.", ""]
+        red = sum(each["status"] == "red" for each in gate) or "none"
+        lines += ["## Correctness gate", "", f"{count} of {len(gate)} checks green, {red} red.", ""]
         lines += table(
             ("check", "status", "detail"), ((e["check"], e["status"], e["detail"]) for e in gate)
         )
@@ -198,13 +195,16 @@ def ratio_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """How much faster ours is than every rival, a line a case and a provider of ours."""
     ours = [row for row in rows if row["provider"].split("-")[0] == "ours"]
     keys = dict.fromkeys(
-        key for row in ours for key in row if re.fullmatch(r"ratio_vs_\w+(?<!_q[13])", key)
+        key for row in ours for key in row if re.fullmatch(r"(gpu_)?ratio_vs_\w+(?<!_q[13])", key)
     )
     if not keys:
         return []
     header = (
         "case",
-        *(key.removeprefix("ratio_vs_").replace("_", " ") for key in keys),
+        *(
+            key.replace("ratio_vs_", "").replace("gpu_", "on GPU: ").replace("_", " ")
+            for key in keys
+        ),
         "floor",
         "rounds",
     )
@@ -233,6 +233,10 @@ def time_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         "quartiles": lambda row: f"{_seconds(row['q1_s'])} .. {_seconds(row['q3_s'])}",
         "threads": lambda row: row.get("threads"),
         "samples/s": lambda row: _number(row.get("samples_per_s")),
+        "samples/s of CPU": lambda row: _number(row.get("samples_per_cpu_s")),
+        "start-up": lambda row: _seconds(row["start_up_s"]) if "start_up_s" in row else None,
+        "resume": lambda row: _seconds(row["resume_s"]) if "resume_s" in row else None,
+        "bytes a sample": lambda row: _number(row.get("index_bytes_per_sample")),
         "images/s": lambda row: _number(row.get("images_per_s")),
         "TFLOP/s": lambda row: _number(row.get("tflops")),
         "MFU, datasheet": lambda row: _percent(row.get("mfu_datasheet")),
@@ -242,6 +246,7 @@ def time_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         "copy GB/s": lambda row: _number(row.get("copy_gb_per_s")),
         "GPU time": lambda row: _seconds(row.get("gpu_time_s")),
         "floor on GPU": lambda row: _percent(row.get("floor_fraction_gpu")),
+        "host time": lambda row: _seconds(row.get("host_time_s")),
         "kernels' time, warm": lambda row: _seconds(row.get("kernel_time_s")),
         "floor on kernels": lambda row: (
             None
@@ -314,10 +319,17 @@ def make(options: argparse.Namespace) -> dict[str, Any]:
     """Everything that the page says, as JSON values. Raises ValueError where the gate is red or there is no row."""
     documents = [json.loads(path.read_text()) for path in options.json]
     gate = json.loads(options.gate.read_text()) if options.gate else {"gate": [], "conditions": {}}
-    red = red_checks(gate)
-    if red:
-        raise ValueError(f"the correctness gate is red, so no speed is reported: {'; '.join(red)}")
-    rows = [row for document in documents for row in rows_of(document)]
+    red = red_ops(gate)
+    measured = [row for document in documents for row in rows_of(document)]
+    rows = [row for row in measured if not needs(row) & red.keys()]
+    if measured and not rows:
+        texts = [text for each in red.values() for text in each]
+        raise ValueError(
+            f"the correctness gate is red, so no speed is reported: {'; '.join(texts)}"
+        )
+    remarks = [
+        f"{op}: its correctness gate is red: {'; '.join(texts)}" for op, texts in red.items()
+    ]
     if not rows:
         raise ValueError("the benchmark files hold no rows; look at the output of pytest")
     conditions = shared_conditions([*rows, gate["conditions"]])
@@ -335,7 +347,7 @@ def make(options: argparse.Namespace) -> dict[str, Any]:
             "gate": gate["gate"],
             "rows": rows,
             "targets": verdicts(rows, device),
-            "not_measured": not_measured(rows, options.remark),
+            "not_measured": not_measured(rows, [*options.remark, *remarks]),
         },
         private_names(),
     )

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from benchmarks.harness.limit import at_most, rival_seconds
 from benchmarks.harness.measure import GateError, Settings, Stopwatch, Unavailable, alternate
 from benchmarks.train_step import gate as train_step_gate
 from benchmarks.train_step import providers as rivals
@@ -85,7 +86,8 @@ def _try(house: House, name: str, problem: Problem, build: Callable[[], Built]) 
     """Build one provider into the house, or note why not."""
     before = pool_bytes(problem.device)
     try:
-        trainer, outcome = build()
+        with at_most(float("inf") if name in (*OURS, "reference") else rival_seconds()):
+            trainer, outcome = build()
         trainer.facts["graph_pool_bytes"] = pool_bytes(problem.device) - before
         house.trainers[name], house.outcomes[name] = trainer, outcome
     except Unavailable as reason:
@@ -94,6 +96,9 @@ def _try(house: House, name: str, problem: Problem, build: Callable[[], Built]) 
         house.red[name] = str(error)
     except torch.OutOfMemoryError:
         house.missing[name] = "out of memory"
+    except Exception as error:  # ours is to be mended, a rival's failure is its own
+        told = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+        (house.red if name in OURS else house.missing)[name] = told
     release(problem.device)
 
 

@@ -195,6 +195,7 @@ def _time_house(
         if device.type == "cuda":
             facts["host_syncs"] = gpu_counts.host_syncs(trainer.step)
             facts |= gpu_counts.launches(trainer.step)
+            facts["host_time_s"] = gpu_counts.host_time(trainer.step)
         measured.facts.setdefault(name, facts)
     calls = {name: trainer.step for name, trainer in trainers.items()}
     calls[COPY] = copy

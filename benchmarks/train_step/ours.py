@@ -82,7 +82,10 @@ def open_step(
         width, tokens = model.pos_embed.shape[2], model.pos_embed.shape[1]
         model.pos_embed.copy_(position_embedding(width, math.isqrt(tokens)))
     parts = assembly.build(config, processes, source, model)
-    return assembly.open_step(parts, assembly.open_engine(parts)), model, backends
+    do = assembly.open_step(parts, assembly.open_engine(parts))
+    if getattr(config.engine, "cuda_graph", False):
+        do = do.captured()
+    return do, model, backends
 
 
 class OurLoop:

@@ -75,7 +75,7 @@ def compiler() -> tuple[str, str]:
         if path:
             answer = subprocess.run([path, "--version"], capture_output=True, text=True)
             if answer.returncode == 0:
-                return path, answer.stdout.splitlines()[0]
+                return path, (answer.stdout.splitlines() or [path])[0]
     if chosen:
         raise BuildError(f"CXX={chosen} cannot be run; set it to the path of g++ or clang++")
     raise BuildError("no C++ compiler: install g++ or clang++, or set CXX")
@@ -110,13 +110,26 @@ def load(source: str, isa_name: str | None = None) -> ctypes.CDLL:
         cache.mkdir(parents=True, exist_ok=True)
         with open(cache / f"{target.stem}.lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            if not target.exists():
+            if not _is_whole(target):
                 _compile(path, version, flags, folder / source, target)
     except OSError as error:
         raise BuildError(
             f"cannot write the kernel cache {cache}: {error}; set XDG_CACHE_HOME"
         ) from error
     return ctypes.CDLL(str(target))
+
+
+def _is_whole(target: Path) -> bool:
+    """Whether the library is the one that was built: loading a truncated one would kill the process (SIGBUS)."""
+    try:
+        stated = _seal_of(target).read_text(encoding="ascii")
+        return stated == hashlib.sha256(target.read_bytes()).hexdigest()
+    except (FileNotFoundError, UnicodeDecodeError):
+        return False
+
+
+def _seal_of(target: Path) -> Path:
+    return target.with_suffix(".sha256")
 
 
 def _compile(path: str, version: str, flags: tuple[str, ...], source: Path, target: Path) -> None:
@@ -139,8 +152,21 @@ def _compile(path: str, version: str, flags: tuple[str, ...], source: Path, targ
         # or a second pool of threads would run that knows nothing of torch.set_num_threads.
         for command in (compiling, linking):
             answer = subprocess.run(command, capture_output=True, text=True)
+            if answer.returncode < 0:
+                raise BuildError(
+                    f"{path} was killed by signal {-answer.returncode} while it compiled {source.name}; "
+                    "the machine may be short of memory"
+                )
             if answer.returncode != 0:
                 raise BuildError(
                     f"{source.name} does not compile with {path}:\n{answer.stderr.strip()}"
                 )
+        if not output.exists():
+            raise BuildError(f"{path} makes no library of {source.name}; is it a C++ compiler?")
+        with output.open("rb") as made:
+            os.fsync(made.fileno())
+            digest = hashlib.file_digest(made, "sha256").hexdigest()
         os.replace(output, target)
+        seal = Path(scratch) / "seal"
+        seal.write_text(digest, encoding="ascii")
+        os.replace(seal, _seal_of(target))

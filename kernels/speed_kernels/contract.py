@@ -109,3 +109,9 @@ def choose(
         if strict:
             raise BackendError(f"kernels.strict forbids a fallback for {op}: {refusals[-1]}")
     raise BackendError(f"no backend of {op} runs on {device.type}: {'; '.join(refusals)}")
+
+
+@functools.cache  # what can run does not change, and asking reads folders
+def fastest(op: str, device: torch.device, requested: str = "auto") -> str:
+    """The backend to run `op` with: the requested one, or the fastest that runs on `device`. Raises BackendError."""
+    return requested if requested != "auto" else choose(op, device).backend

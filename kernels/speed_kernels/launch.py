@@ -23,6 +23,11 @@ def unavailable() -> str | None:
     return None
 
 
+def capturing(device: torch.device) -> bool:
+    """Whether what is launched on `device` now goes into a CUDA graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 def signed_key(seed: int) -> tuple[int, int]:
     """The two words of a seed's key as signed integers of the same bits: kernels take words as int32."""
     low, high = (word - 2**32 if word >= 2**31 else word for word in philox.key_of(seed))

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,9 +24,9 @@ STREAM_EPS = 1  # the noise of the forward process
 STREAM_LABEL_DROP = 2
 STREAM_FLIP = 3
 STREAM_ORDER = 4
-STREAM_POSTERIOR = 5  # a draw from the autoencoder's posterior
 STREAM_SAMPLE = 6  # noise of the samplers
 STREAM_CONDITION_DROP = 7  # of conditions other than labels
+STREAM_DROPOUT = 9  # of a network's activations; the layer's number is in the 24 bits above
 
 MAX_SEED = 2**63 - 1
 
@@ -35,10 +36,11 @@ _MASK = 0xFFFFFFFF
 _GOLDEN = 0.6180339887498949
 
 
-def philox4x32(counter: Tensor, key: tuple[int, int]) -> Tensor:
+def philox4x32(counter: Tensor, key: tuple[int | Tensor, int | Tensor]) -> Tensor:
     """Philox4x32-10 of every counter.
 
-    `counter` is int64 [..., 4] with words in [0, 2**32); so is the result. `key` is two 32-bit words.
+    `counter` is int64 [..., 4] with words in [0, 2**32); so is the result. `key` is two 32-bit words,
+    numbers or 0-d int64 tensors.
     """
     c0, c1, c2, c3 = (counter & _MASK).unbind(-1)
     k0, k1 = key
@@ -89,6 +91,35 @@ def random_bits(
         dim=-1,
     )
     return philox4x32(counter_BK4, key_of(seed))
+
+
+def first_words(
+    seed: int,
+    step: int | np.ndarray,
+    slot: int | np.ndarray,
+    stream: int,
+    block: int | np.ndarray = 0,
+) -> np.ndarray:
+    """The first word of every block: uint64 below 2**32, of the common shape of step, slot and block (integers).
+
+    The same bits as `random_bits(...)[..., 0]`, in NumPy, at a tenth of the cost for the few hundred decisions that a
+    step of the data takes on the host, and for many steps in one call.
+    """
+    mask, half, (k0, k1) = np.uint64(_MASK), np.uint64(32), key_of(seed)
+    m0, m1 = map(np.uint64, _MULTIPLIERS)
+    c0, c1, c2, c3 = (
+        np.asarray(each).astype(np.uint64) & mask for each in (block, slot, step, stream)
+    )
+    for _ in range(10):  # what is the same for all slots stays one number until it meets a slot
+        p0, p1 = c0 * m0, c2 * m1
+        c0, c1, c2, c3 = (
+            (p1 >> half) ^ c1 ^ np.uint64(k0),
+            p1 & mask,
+            (p0 >> half) ^ c3 ^ np.uint64(k1),
+            p0 & mask,
+        )
+        k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
+    return c0
 
 
 def uniforms(

@@ -54,3 +54,11 @@ def configured(args: argparse.Namespace) -> RunConfig:
     from speed_engine.config import load
 
     return load(args.config, args.overrides)
+
+
+def refuse_folder(out: Path) -> None:
+    """Raises ValueError where a file is to be written and `out` is a folder."""
+    if out.is_dir():
+        raise ValueError(
+            f"--out {out} is a folder; give the file to write, {out}/weights.safetensors"
+        )

@@ -7,7 +7,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from speed_engine.commands import run_arguments
+from speed_engine.commands import refuse_folder, run_arguments
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,13 +21,15 @@ def run(args: argparse.Namespace) -> int:
     from speed_engine.reports.run_folder import open_run
     from speed_engine.weights import file as weights_file
 
+    if args.format == "safetensors":
+        refuse_folder(args.out)
     run = open_run(args.run, args.trust)
     model: Any = run.model(args.weights)
     if args.format == "diffusers":
-        from speed_engine.weights.dit_diffusers import export_diffusers
+        from speed_engine.weights.diffusers_folder import adapter_of_model
 
         with warnings.catch_warnings(action="ignore"):  # the same cautions, told here once
-            cautions = export_diffusers(args.out, model)
+            cautions = adapter_of_model(model).export_diffusers(args.out, model)
         for caution in cautions:
             print(f"note: {caution}")
     else:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from speed_engine.commands import refuse_folder
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
@@ -38,6 +40,7 @@ def run(args: argparse.Namespace) -> int:
 
     if not args.source.exists():
         raise ValueError(f"there is no file or folder {args.source}; check --source")
+    refuse_folder(args.out)
     found = source.read(
         args.source,
         num_classes=args.num_classes,

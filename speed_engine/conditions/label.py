@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Literal
 
+import numpy as np
 import torch
 from pydantic import Field
 from speed_kernels import philox
@@ -58,9 +59,10 @@ class Label:
         label_B = arrays[self.name]
         if self.dropout == 0:
             return {self.name: label_B}
-        slot_B = torch.arange(len(label_B)) + first_slot
-        drawn_B = philox.uniforms(seed, step, slot_B, philox.STREAM_LABEL_DROP, 1)[:, 0]
-        return {self.name: torch.where(drawn_B < self.dropout, self.facts.num_values, label_B)}
+        slot_B = np.arange(first_slot, first_slot + len(label_B))
+        word_B = philox.first_words(seed, step, slot_B, philox.STREAM_LABEL_DROP)
+        dropped_B = torch.from_numpy((word_B + 0.5) * 2.0**-32 < self.dropout)
+        return {self.name: label_B.masked_fill(dropped_B, self.facts.num_values)}
 
     def null(self, batch: int, device: torch.device | str) -> dict[str, Tensor]:
         if not self.facts.null:

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Literal
 
+import numpy as np
 import torch
 from pydantic import Field
 from speed_kernels import philox
@@ -53,10 +54,10 @@ class Vector:
         vector_BK = arrays[self.name].float()
         if self.dropout == 0:
             return {self.name: vector_BK}
-        slot_B = torch.arange(len(vector_BK)) + first_slot
+        slot_B = np.arange(first_slot, first_slot + len(vector_BK))
         stream = philox.STREAM_CONDITION_DROP
-        bits_B = philox.random_bits(seed, step, slot_B, stream, 1, first_block=self.block)[:, 0, 0]
-        kept_B = bits_B >= self.dropout * 2**32
+        word_B = philox.first_words(seed, step, slot_B, stream, self.block)
+        kept_B = torch.from_numpy(word_B >= self.dropout * 2**32)
         return {self.name: vector_BK * kept_B[:, None]}
 
     def null(self, batch: int, device: torch.device | str) -> dict[str, Tensor]:

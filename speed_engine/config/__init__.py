@@ -57,7 +57,17 @@ DEFAULTS = {
     "timesteps": "uniform",
     "engine": "deepspeed",
 }
-SECTIONS = (*KINDS, "optim", "conditions", "train", "kernels", "checkpoint", "log")
+SECTIONS = (
+    *KINDS,
+    "optim",
+    "conditions",
+    "train",
+    "kernels",
+    "checkpoint",
+    "validation",
+    "sample",
+    "log",
+)
 # Checkpoints are named by eight digits of their step.
 MOST_STEPS, LARGEST_BATCH = 10**8 - 1, 2**24
 
@@ -84,6 +94,11 @@ class Train(Section):
         description="draw time steps stratified over the global batch; false: independently",
     )
     flip: bool = Field(default=False, description="mirror half of the samples left to right")
+    resident: Literal["auto"] | bool = Field(
+        default=False,
+        description="hold all samples in the memory of the training device; auto: where they take a sixth of it "
+        "at most",
+    )
     vb_scale: float = Field(
         default=1.0, ge=0, description="factor of the variational term (learned variance only)"
     )
@@ -115,8 +130,63 @@ class Checkpoint(Section):
 
     every: int = Field(default=5000, ge=1, description="steps between two checkpoints")
     keep: int = Field(default=2, ge=1, description="newest checkpoints kept")
+    pin_every: int | None = Field(
+        default=None,
+        ge=1,
+        description="checkpoints at multiples of this many steps are never deleted",
+    )
+    on_error: Literal["end", "go_on"] = Field(
+        default="end",
+        description="when a checkpoint cannot be written (a full disk): end the run, or warn and train on; the last "
+        "one of a run must be written",
+    )
+    asynchronous: bool = Field(
+        default=False,
+        description="a thread writes a copy of the state while training goes on; takes the state's size of host memory",
+    )
     resume: Literal["auto", "must", "never"] = Field(
         default="auto", description="auto continues if the run folder holds a checkpoint"
+    )
+
+
+class Validation(Section):
+    """The loss on samples that are never trained on, at fixed time steps and noise."""
+
+    every: int = Field(
+        default=0,
+        ge=0,
+        description="steps between two measurements, a multiple of log.every; 0: off",
+    )
+    samples: int = Field(
+        default=1024, ge=2, description="how many samples are held out of the data, and judged by"
+    )
+    rows: int = Field(
+        default=8, ge=1, le=256, description="time steps a sample is put to the network at"
+    )
+    weights: Literal["ema", "model"] = Field(
+        default="ema", description="the averaged weights, or those of the last step"
+    )
+
+
+class Sample(Section):
+    """Pictures that are drawn while training runs, always of the same noise and the same requests."""
+
+    every: int = Field(
+        default=0, ge=0, description="steps between two grids, a multiple of log.every; 0: none"
+    )
+    num: int = Field(
+        default=64, ge=1, le=2**16, description="samples in a grid; of classes in turn"
+    )
+    sampler: str = Field(default="ddim", description="ddpm, ddim, dpmpp, heun, or a module")
+    steps: int = Field(default=50, ge=1, description="noise levels that are visited")
+    guidance: float = Field(default=1.0, ge=0, description="1 = off")
+    seed: int = Field(default=0, ge=0, lt=2**63, description="of the samples' noise")
+    weights: Literal["ema", "model"] = Field(
+        default="ema", description="the averaged weights, or those of the last step"
+    )
+    vae: str | None = Field(
+        default=None,
+        description="folder or hub name of the AutoencoderKL that decodes latents",
     )
 
 
@@ -128,6 +198,13 @@ class Log(Section):
         default=False, description="the same numbers for TensorBoard, in the run folder"
     )
     wandb: bool = Field(default=False, description="the same numbers for Weights & Biases")
+    wandb_project: str | None = Field(default=None, description="the project there; default: W&B's")
+    wandb_group: str | None = Field(
+        default=None, description="the group there, for runs that belong together"
+    )
+    wandb_name: str | None = Field(
+        default=None, description="the run's name there; default: that of the run folder"
+    )
 
 
 class RunConfig(Section):
@@ -158,6 +235,8 @@ class RunConfig(Section):
     train: Train = Train()
     kernels: Kernels = Kernels()
     checkpoint: Checkpoint = Checkpoint()
+    validation: Validation = Validation()
+    sample: Sample = Sample()
     log: Log = Log()
 
     @field_validator(*KINDS, mode="before")

@@ -129,7 +129,7 @@ class Source(Protocol):
         indices: Sequence[int] | np.ndarray | Tensor,
         flips: Sequence[bool] | np.ndarray | Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """(stored x [B, C or 2C, *space] on the host, the conditions' arrays by name: [B, ...]).
+        """(stored x [B, C or 2C, *space], the conditions' arrays by name: [B, ...]), on the host.
 
         indices: B integers in [0, len). flips: B booleans, true = mirrored; only where
         `facts.flips`. The names are those of the conditions' `arrays`; integers come as int64.

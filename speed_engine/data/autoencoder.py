@@ -27,7 +27,7 @@ def _loaded(kind: Any, place: str, sub: str) -> tuple[Any, dict[str, Any]]:
 
 
 class Vae:
-    """A diffusers AutoencoderKL, loaded from safetensors only.
+    """A diffusers AutoencoderKL, loaded from safetensors only, computing in `dtype`.
 
     name: its folder, the folder of a pipeline that holds it, or its name on a hub. scale, shift: those of
     its configuration, one number or one a channel. identity: what the index says of it, its name on a hub or the
@@ -35,7 +35,9 @@ class Vae:
     DataError.
     """
 
-    def __init__(self, name: str, device: torch.device | str) -> None:
+    def __init__(
+        self, name: str, device: torch.device | str, dtype: torch.dtype = torch.float32
+    ) -> None:
         try:
             from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
         except ImportError as error:
@@ -56,7 +58,7 @@ class Vae:
                 f"the VAE {name!r} lacks {len(missing)} weights ({missing[0]} ...); give --vae the folder of a whole "
                 "diffusers AutoencoderKL"
             )
-        self.model = vae.to(device).eval().requires_grad_(False)
+        self.model = vae.to(device, dtype).eval().requires_grad_(False)
         self.device = device
         self.identity = folder.resolve().name if folder.exists() else name
         self.factor = 2 ** (len(vae.config.block_out_channels) - 1)
@@ -74,7 +76,7 @@ class Vae:
     def encode(self, pixels_BCHW: np.ndarray, posterior: bool) -> np.ndarray:
         """uint8 [B, C, H, W] -> float16 [B, C', h, w]: the mean, and below it the deviation."""
         x = torch.from_numpy(pixels_BCHW).to(self.device).float().div_(127.5).sub_(1)
-        found = self.model.encode(x).latent_dist
+        found = self.model.encode(x.to(self.model.dtype)).latent_dist
         latent = torch.cat([found.mean, found.std], 1) if posterior else found.mean
         return latent.to(torch.float16).cpu().numpy()
 

@@ -38,7 +38,7 @@ class Config(Section):
 
 def build(config: Config) -> Shards:
     """The digits' shards, written first if they are not there. Raises DataError."""
-    folder = Path(config.path)
+    folder = Path(config.path).expanduser()
     if not (folder / INDEX).exists():
         write(folder, wait=True)
     index = load(folder)

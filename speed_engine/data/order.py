@@ -3,61 +3,74 @@
 The order of the samples, flips and posterior draws come from Philox at an address, never from a stream
 with hidden state: a resume stores one integer, and any number of processes sees the same batch. (The draws of t and
 of the noise happen inside the `noise` kernel, what conditions drop in the conditions, at addresses of the same kind.)
+
+Steps and slots are NumPy arrays that broadcast against each other: a call costs the same for one step as for a hundred.
 """
 
 from __future__ import annotations
 
+import functools
+
+import numpy as np
 import torch
 from speed_kernels import philox
 
 ROUNDS = 6  # of the Feistel network; four already make it a pseudo-random permutation
 
 
-def batch_indices(
-    seed: int, step: int, first_slot: int, num: int, global_batch: int, num_samples: int
-) -> torch.Tensor:
-    """Which samples fill `num` slots of a step, from `first_slot` on. -> int64 [num], on the host.
+def sample_indices(
+    seed: int, step: np.ndarray, slot: np.ndarray, global_batch: int, num_samples: int
+) -> np.ndarray:
+    """Which sample fills a slot (0 .. global_batch - 1) of a step. -> int64, of the common shape.
 
     Slot i of step s is position p = s * global_batch + i of an endless sequence; epoch p // N visits
     each of the N samples exactly once, in an order of its own. Batches run on across epochs' ends.
     """
-    position = torch.arange(num, dtype=torch.int64) + step * global_batch + first_slot
-    epoch = position // num_samples
-    indices = torch.empty_like(position)
-    for one in epoch.unique().tolist():
+    epoch, position = np.divmod(step * np.int64(global_batch) + slot, np.int64(num_samples))
+    indices = np.empty_like(position)
+    for one in np.unique(epoch).tolist():
         here = epoch == one
-        indices[here] = permuted(position[here] % num_samples, num_samples, seed, one)
+        indices[here] = permuted(position[here], num_samples, seed, one)
     return indices
 
 
-def permuted(position: torch.Tensor, num: int, seed: int, epoch: int) -> torch.Tensor:
-    """The keyed permutation of 0..num-1 that belongs to `epoch`, at `position` (int64, any shape).
+def permuted(position: np.ndarray, num: int, seed: int, epoch: int) -> np.ndarray:
+    """The keyed permutation of 0..num-1 that belongs to `epoch`, at `position` (int64 [M]).
 
     A balanced Feistel network over the next even power of two, with Philox as its round function;
     values that fall outside are sent through again until they fall inside (cycle walking), which
-    keeps the map one to one. No table: any position costs the same.
+    keeps the map one to one. No table of the samples: any position costs the same.
     """
     half = max(1, ((num - 1).bit_length() + 1) // 2)
-    mask = (1 << half) - 1
-    result = position.clone()
-    outside = torch.ones_like(result, dtype=torch.bool)
-    while bool(outside.any()):
-        value = result[outside]
-        left, right = value >> half, value & mask
-        for number in range(ROUNDS):
-            bits = philox.random_bits(
-                seed, epoch, right, philox.STREAM_ORDER, 1, first_block=number
-            )
-            left, right = right, left ^ (bits[:, 0, 0] & mask)
-        result[outside] = (left << half) | right
-        outside = result >= num
+    rounds = _round_functions(seed, epoch, half)
+    result = position.copy()
+    outside = np.arange(len(result))
+    value = result
+    while len(outside):
+        left, right = value >> half, value & ((1 << half) - 1)
+        for function in rounds:
+            left, right = right, left ^ function[right]
+        value = (left << half) | right
+        result[outside] = value
+        outside, value = outside[value >= num], value[value >= num]
     return result
 
 
-def flips(seed: int, step: int, first_slot: int, num: int) -> torch.Tensor:
-    """Which samples are mirrored: a fair coin for each slot. bool [num], on the host."""
-    slot_B = torch.arange(num) + first_slot
-    return philox.uniforms(seed, step, slot_B, philox.STREAM_FLIP, 1)[:, 0] < 0.5
+@functools.lru_cache(maxsize=4)
+def _round_functions(seed: int, epoch: int, half: int) -> np.ndarray:
+    """Of each round the answer to every possible half: int64 [ROUNDS, 2**half].
+
+    Half the bits of an index are few (2,048 for 1.3 million samples, 96 KiB), and an epoch asks for
+    each answer some ten thousand times.
+    """
+    right, number = np.arange(1 << half), np.arange(ROUNDS)[:, None]
+    words = philox.first_words(seed, epoch, right, philox.STREAM_ORDER, number)
+    return words.astype(np.int64) & ((1 << half) - 1)
+
+
+def flips(seed: int, step: np.ndarray, slot: np.ndarray) -> np.ndarray:
+    """Which samples are mirrored: a fair coin for each slot of each step. bool, of the common shape."""
+    return philox.first_words(seed, step, slot, philox.STREAM_FLIP) < 2**31
 
 
 def posterior_normals(

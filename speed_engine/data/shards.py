@@ -1,6 +1,6 @@
 """Kind `shards`: pixels or latents in WebDataset tars, read in any order through our index.
 
-A sample is read by its byte position (`preadv`, straight into the batch), not by walking the tar:
+A sample is read by its byte position (`pread`, straight into the batch), not by walking the tar:
 nothing is extracted, nothing is unpickled, and a file that shrinks under a running job is an error
 text and not a bus error. The first time a sample is touched its CRC32 is checked; afterwards a
 batch costs one read per sample and one conversion.
@@ -8,7 +8,9 @@ batch costs one read per sample and one conversion.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import sys
 import time
 import zlib
 from collections.abc import Sequence
@@ -21,12 +23,14 @@ from pydantic import Field
 from torch import Tensor
 
 from speed_engine.conditions.label import described
+from speed_engine.data.expected import Expected
 from speed_engine.data.space import Space
 from speed_engine.kinds import Section
 
 from . import ArrayFacts, ConditionFacts, DataError, Facts
 from .storage import index as index_file
 from .storage.npy import PREFIX, misfit
+from .storage.rows import read_rows, slower
 
 TORCH_DTYPES = {
     "uint8": torch.uint8,
@@ -49,11 +53,28 @@ class Config(Section):
         True, description="refuse latents whose measured size is far from 1 in model space"
     )
     retries: int = Field(3, ge=0, le=20, description="how often a failed read is tried again")
+    expect: Expected | None = Field(
+        None,
+        description="shape and space that the samples must have, {shape: [C, H, W], space: KIND}",
+    )
+    skip_damaged: bool = Field(
+        False,
+        description="take the next sample in the place of one that is damaged, and say so; false: the run is saved "
+        "and ends",
+    )
 
 
 def build(config: Config) -> Shards:
     """Open the set. Raises DataError."""
-    return Shards(Path(config.path), check_scale=config.check_scale, retries=config.retries)
+    folder = Path(config.path).expanduser()
+    if config.expect is not None:  # before the scale, which is another question with other data
+        config.expect.check(facts_of(index_file.load(folder)), str(folder))
+    return Shards(
+        folder,
+        check_scale=config.check_scale,
+        retries=config.retries,
+        skip_damaged=config.skip_damaged,
+    )
 
 
 class Shards:
@@ -71,8 +92,10 @@ class Shards:
         count: int | None = None,
         check_scale: bool = True,
         retries: int = 3,
+        skip_damaged: bool = False,
     ):
-        self.folder, self.retries = folder, retries
+        self.folder, self.retries, self.skip_damaged = folder, retries, skip_damaged
+        self.instead: dict[int, int] = {}  # of a damaged sample, which one is read in its place
         self.index = index = index_file.load(folder)
         if check_scale:
             _check_scale(index, folder)
@@ -86,13 +109,17 @@ class Shards:
         self.facts = facts_of(index)
         odd = odd_channels(self.facts, self.mean, self.std)
         self.remarks = [] if odd is None else [f"{folder}: {odd}"]
+        if reason := slower():
+            self.remarks.append(f"samples are read one by one from Python, more slowly: {reason}")
         whole = self.count == index.count
         self.fingerprint = (
             index.fingerprint if whole else f"{index.fingerprint}[{first}+{self.count}]"
         )
         tables = [index_file.load_entries(folder, index, shard) for shard in index.shards]
         entries = np.concatenate(tables)
-        self._shard = np.repeat(np.arange(len(tables)), [len(table) for table in tables])
+        # 57 bytes a sample in memory, all in all.
+        counts = [len(table) for table in tables]
+        self._shard = np.repeat(np.arange(len(tables), dtype=np.int32), counts)
         self._base = np.cumsum([0] + [len(table) for table in tables])
         self._entries, self._columns = entries, index.columns
         self._offset = entries["offset"].copy()
@@ -109,7 +136,7 @@ class Shards:
                 f"{error.filename} cannot be opened ({error.strerror}); with many shards raise "
                 "`ulimit -n` or write larger ones"
             ) from None
-        self._descriptor = np.array([file.fileno() for file in self._files])[self._shard]
+        self._descriptor = np.array([file.fileno() for file in self._files])  # by shard
 
     def __len__(self) -> int:
         return self.count
@@ -127,6 +154,10 @@ class Shards:
         flipped = None if flips is None else np.asarray(flips, bool)
         if flipped is not None and flipped.shape != chosen.shape:
             raise DataError(f"{len(chosen)} samples need as many flips, not {flipped.shape}")
+        for sample in chosen[~self._checked[chosen]].tolist():
+            self._examine(sample)
+        if self.instead:
+            chosen = np.array([self.instead.get(each, each) for each in chosen.tolist()], np.int64)
         offset = self._offset[chosen]
         if flipped is not None and self.index.kind == "latents":
             if self._flipped is None:
@@ -135,8 +166,6 @@ class Shards:
                     "flips off"
                 )
             offset = np.where(flipped, self._flipped[chosen], offset)
-        for sample in chosen[~self._checked[chosen]].tolist():
-            self._region(sample)
         stored = torch.empty(
             len(chosen), *self.index.stored_shape, dtype=TORCH_DTYPES[self.index.dtype]
         )
@@ -145,6 +174,27 @@ class Shards:
             rows = torch.from_numpy(flipped)
             stored[rows] = stored[rows].flip(-1)
         return stored, self._told(chosen)
+
+    def _examine(self, sample: int) -> None:
+        """Check a sample before its first use. Raises DataError, or notes the next good one in its place."""
+        if sample in self.instead:
+            return
+        try:
+            self._region(sample)
+            return
+        except DataError as error:
+            if not self.skip_damaged:
+                raise
+            reason = error
+        for step in range(1, self.count):
+            other = self.first + (sample - self.first + step) % self.count
+            with contextlib.suppress(DataError):
+                self._region(other)
+                self.instead[sample] = other
+                text = f"{reason}; the next good sample is read in its place ({len(self.instead)} skipped)"
+                print(f"WARNING: {text}", file=sys.stderr, flush=True)
+                return
+        raise DataError(f"no sample of {self.folder} can be read") from reason
 
     def _chosen(self, indices: Sequence[int] | np.ndarray | Tensor) -> np.ndarray:
         """The samples' numbers in the whole set. Raises DataError for what is not an index."""
@@ -177,24 +227,13 @@ class Shards:
         return self.facts.space.to_model(stored, normals)
 
     def _fill(self, stored: Tensor, chosen: np.ndarray, offset: np.ndarray, size: int) -> None:
-        """One read per sample into its row. Anything odd goes through the slow and careful path."""
-        if not len(chosen):
-            return
-        stop = 0
-        target = memoryview(stored.numpy().data).cast("B")
-        preadv = os.preadv
-        for sample, descriptor, place in zip(
-            chosen.tolist(), self._descriptor[chosen].tolist(), offset.tolist(), strict=True
-        ):
-            row = target[stop : stop + size]
-            stop += size
-            try:
-                complete = preadv(descriptor, [row], place) == size
-            except OSError:
-                complete = False
-            if not complete:
-                begin = place - int(self._entries["start"][sample])
-                row[:] = self._region(sample)[begin : begin + size]
+        """One read per sample into its row. What fails goes through the slow and careful path."""
+        rows = stored.view(torch.uint8).numpy().reshape(len(chosen), size)
+        for row in read_rows(rows, self._descriptor[self._shard[chosen]], offset):
+            sample = int(chosen[row])
+            begin = int(offset[row]) - int(self._entries["start"][sample])
+            region = self._region(sample)[begin : begin + size]
+            rows[row] = np.frombuffer(region, np.uint8)
 
     def _region(self, sample: int) -> bytes:
         """All bytes of a sample, CRC32 checked; a failed read is tried again. Raises DataError."""
@@ -205,7 +244,7 @@ class Shards:
             if attempt:
                 time.sleep(min(0.1 * 2 ** (attempt - 1), 5.0))
             try:
-                region = os.pread(self._descriptor[sample], length, start)
+                region = os.pread(int(self._descriptor[self._shard[sample]]), length, start)
             except OSError as error:
                 reason = f"cannot be read ({error.strerror})"
                 continue

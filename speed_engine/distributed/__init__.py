@@ -7,17 +7,20 @@ barriers), which never makes the GPU wait.
 from __future__ import annotations
 
 import datetime
+import functools
 import os
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from speed_engine.distributed.launched import Place, place
+from speed_engine.errors import SaidElsewhere
 
+T = TypeVar("T")
 TIMEOUT = datetime.timedelta(minutes=30)  # the first step compiles kernels and may load large files
 
 
@@ -49,6 +52,43 @@ class Processes:
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.host_group)
         return bool(tensor.item())
 
+    def end_together(self, failure: BaseException | None) -> None:
+        """Raise on every process if one brings a failure, so that none waits for ever for one that has left.
+
+        The lowest of those that failed raises its own, the others SaidElsewhere: one sentence in all. Host only.
+        """
+        if self.world > 1:
+            lowest = torch.tensor([self.rank if failure is not None else self.world])
+            dist.all_reduce(lowest, op=dist.ReduceOp.MIN, group=self.host_group)
+            if int(lowest) not in (self.rank, self.world):
+                raise SaidElsewhere(f"process {int(lowest)} failed") from failure
+        if failure is not None:
+            raise failure
+
+    def attempt(self, action: Callable[[], T]) -> T:
+        """What `action` returns, if it fails on no process; it must not be collective itself."""
+        result, failure = None, None
+        try:
+            result = action()
+        except Exception as error:
+            failure = error
+        self.end_together(failure)
+        return result  # type: ignore[return-value]
+
+    def from_first(self, value: T) -> T:
+        """The first process's value, on all of them; anything that can be pickled."""
+        if self.world == 1:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, src=0, group=self.host_group)
+        return values[0]
+
+    def on_another_channel(self) -> Processes:
+        """The same processes with a group of its own, for another thread. Collective."""
+        if self.world == 1:
+            return self
+        return replace(self, host_group=dist.new_group(backend="gloo", timeout=TIMEOUT))
+
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum of a small host tensor over all processes."""
         if self.world > 1:
@@ -65,6 +105,10 @@ class Processes:
         mean = self.sum(torch.tensor(digest, dtype=torch.float64)).item() / self.world
         if self.any(mean != digest):
             raise RuntimeError(f"{what} differs between processes: a bug in a time-step method")
+
+    def broadcast(self) -> Callable[[torch.Tensor], object] | None:
+        """The first process's tensor to all, in place, on the training device; None for one process alone."""
+        return None if self.world == 1 else functools.partial(dist.broadcast, src=0)
 
     def all_reduce(self) -> Callable[[torch.Tensor], object] | None:
         """A sum over all processes, in place, on the training device; None for one process alone."""

@@ -6,11 +6,17 @@ names. One file an engine; its name is `engine.kind`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import nn
+from torch import save as torch_save  # `torch` becomes the engine of that name in this package
+
+from speed_engine.kinds import Section
+
+Settings = TypeVar("Settings", bound=Section)
 
 
 class Engine(Protocol):
@@ -43,12 +49,21 @@ class Engine(Protocol):
         """The same as a tensor [] on the device or a number, at once."""
         ...
 
-    def save(self, folder: Path) -> None:
-        """Write this process's part of the training state. Collective."""
+    def grad_norm(self) -> float | None:
+        """Norm of the last update's whole gradient before clipping; None where nothing needed it. Waits for the
+        device."""
+        ...
+
+    def state(self, folder: Path) -> dict[str, Any]:
+        """What this process is to write into `folder` with `write`: file name -> value. Collective.
+
+        Nothing is written, so that a disk that refuses never leaves another process waiting. The
+        tensors are the living ones: write or copy them before the next step.
+        """
         ...
 
     def load(self, folder: Path) -> None:
-        """Read what `save` wrote, at the same number of processes. Collective."""
+        """Read what `state` gave and `write` wrote, at the same number of processes. Collective."""
         ...
 
     def weights(self, ema: bool) -> dict[str, torch.Tensor] | None:
@@ -58,6 +73,28 @@ class Engine(Protocol):
     def facts(self) -> dict[str, Any]:
         """What was decided, for the run's manifest."""
         ...
+
+
+def with_precision(config: Settings, device: torch.device, optimizer: str) -> Settings:
+    """An engine's settings with `precision: auto` decided for `device`; others, and outside engines', as they are.
+
+    bf16 on a CUDA device, whose products in float32 take many times as long; fp32 elsewhere. `optimizer`
+    (`optim.name`): those that update no masters get autocast instead, from an engine that has it.
+    """
+    if getattr(config, "precision", None) != "auto":
+        return config
+    choice = "fp32"
+    if device.type == "cuda":
+        masters = optimizer == "adamw_ema" or getattr(config, "kind", None) == "deepspeed"
+        choice = "bf16" if masters else "autocast"
+    return config.model_copy(update={"precision": choice})
+
+
+def write(state: Mapping[str, Any], folder: Path) -> None:
+    """Write an engine's state into a folder that exists. Raises OSError, RuntimeError (torch's writer)."""
+    for name, value in state.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        torch_save(value, folder / name)
 
 
 def frozen_weights(module: nn.Module) -> dict[str, torch.Tensor]:

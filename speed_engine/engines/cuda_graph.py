@@ -105,11 +105,18 @@ class CapturedStep:
     Every call does the work once, on the inputs given: the eager calls are training steps, too. `inputs` are tensors
     by name, the same names, shapes, dtypes and devices at each call. What is returned is overwritten by the next call.
     `work` may change tensors in place, but nothing on the host that matters at a replay, and it must leave gradients
-    None, so that the captured backward pass allocates them from the graph's memory.
+    None, so that the captured backward pass allocates them from the graph's memory. `before_replays` is called once,
+    when the capture has ended: it writes to the device what the graph reads there and only the capture could tell.
     """
 
-    def __init__(self, work: Callable[..., Any], recorder: Recorder) -> None:
+    def __init__(
+        self,
+        work: Callable[..., Any],
+        recorder: Recorder,
+        before_replays: Callable[[], object] = lambda: None,
+    ) -> None:
         self.work = work
+        self.before_replays = before_replays
         self.recorder = recorder
         self.calls = 0
         self.replay: Callable[[], None] | None = None
@@ -124,6 +131,7 @@ class CapturedStep:
             return self.recorder.eagerly(self._work)
         if self.replay is None:
             self._result, self.replay = self.recorder.record(self._work)
+            self.before_replays()
         self.replay()
         return self._result
 

@@ -17,11 +17,18 @@ from pydantic import Field
 from torch import nn
 
 from speed_engine.distributed import Processes
-from speed_engine.engines import frozen_weights, optimizer
+from speed_engine.engines import frozen_weights, optimizer, with_precision
 from speed_engine.engines.deepspeed_json import merged_with, read, users_part
 from speed_engine.kinds import Section
 
 TAG = "zero"
+# Of ZeRO 1 and 2 on GPUs, unless a JSON says otherwise. DeepSpeed's own are false and 5e8: most of a model in one
+# bucket, whose sum waits for the end of the backward pass.
+OVERLAPPED = {
+    "overlap_comm": True,
+    "reduce_bucket_size": 50_000_000,
+    "allgather_bucket_size": 50_000_000,
+}
 
 
 class Config(Section):
@@ -31,8 +38,9 @@ class Config(Section):
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="auto: a GPU if there is one"
     )
-    precision: Literal["fp32", "bf16"] = Field(
-        "fp32", description="bf16: bf16 weights and compute, float32 master weights"
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto",
+        description="bf16: bf16 weights and compute, float32 master weights; auto: bf16 on CUDA, else fp32",
     )
     zero: Literal[0, 1, 2, 3] = Field(1, description="ZeRO stage")
     json_file: str | None = Field(
@@ -57,6 +65,7 @@ class DeepSpeedEngine:
         import deepspeed
         import deepspeed.ops
 
+        config = with_precision(config, processes.device, optim_config.name)
         # On CPUs DeepSpeed would first compile a shared-memory all-reduce for most of a minute;
         # gloo does the same sums.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -72,6 +81,8 @@ class DeepSpeedEngine:
             "steps_per_print": 2**31,
         }
         settings = merged_with(config.json_file, settings)
+        if processes.device.type == "cuda" and config.zero in (1, 2):
+            settings["zero_optimization"] = OVERLAPPED | settings["zero_optimization"]
         self.users = users_part(read(config.json_file)) if config.json_file else {}
         own_guard = _guard_ourselves(settings, optim_config)
         self.config = config
@@ -79,6 +90,10 @@ class DeepSpeedEngine:
         self.processes = processes
         self.compute_dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
         model = model.to(processes.device)
+        for (
+            parameter
+        ) in model.parameters():  # it sends them as bytes, which other strides cannot be
+            parameter.data = parameter.data.contiguous()
         self.frozen = frozen_weights(model)
         self.trained = [p for p in model.parameters() if p.requires_grad]
         self.unwrapped = config.zero == 0 and config.precision == "fp32"
@@ -124,8 +139,23 @@ class DeepSpeedEngine:
     def skip_count(self) -> torch.Tensor | int:
         return optimizer.skip_count(self.optimizer) + int(self.engine.skipped_steps)
 
-    def save(self, folder: Path) -> None:
-        self.engine.save_checkpoint(str(folder), tag=TAG, save_latest=False)
+    def grad_norm(self) -> float | None:
+        found = optimizer.grad_norm(self.optimizer)
+        theirs = self.engine.get_global_grad_norm()
+        # 0 is what DeepSpeed says of a norm that it did not take.
+        return float(theirs) if found is None and theirs else found
+
+    def state(self, folder: Path) -> dict[str, Any]:
+        collected, writer = _Collected(), self.engine.checkpoint_engine
+        self.engine.checkpoint_engine = collected
+        self.engine._copy_recovery_script = lambda path: (
+            None
+        )  # a script to merge what we export whole
+        try:
+            self.engine.save_checkpoint(str(folder), tag=TAG, save_latest=False)
+        finally:
+            self.engine.checkpoint_engine = writer
+        return {os.path.relpath(path, folder): value for path, value in collected.files.items()}
 
     def load(self, folder: Path) -> None:
         path, _ = self.engine.load_checkpoint(str(folder), tag=TAG)
@@ -176,6 +206,37 @@ class DeepSpeedEngine:
         }
 
 
+class _Collected:
+    """Stands where DeepSpeed has its writer of files: keeps what would be written.
+
+    DeepSpeed waits for all processes after it has written, so that one whose disk refuses leaves the others waiting.
+    """
+
+    def __init__(self) -> None:
+        self.files: dict[str, Any] = {}
+
+    def save(self, state_dict: Any, path: str) -> None:
+        self.files[path] = state_dict
+
+    def create(self, info: Any) -> None:
+        """Nothing is begun."""
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        """No folder is needed yet."""
+
+    def commit(self, info: Any) -> bool:
+        return True
+
+    def is_decoupled(self) -> bool:
+        return False
+
+    def is_data_parallel_writer(self, rank: int) -> bool:
+        return rank == 0
+
+    def preserves_storage_sharing(self) -> bool:
+        return True
+
+
 @contextlib.contextmanager
 def _local_rank_told(local_rank: int) -> Iterator[None]:
     """DeepSpeed insists on LOCAL_RANK, even alone; afterwards the environment is as it was."""
@@ -202,6 +263,9 @@ def _guard_ourselves(settings: dict[str, Any], optim_config: optimizer.Config) -
         return False
     if zero.get("offload_optimizer") or zero.get("zenflow"):  # these need DeepSpeed's norm
         return False
+    sums = settings.get("data_types", {}).get("grad_accum_dtype")
+    if zero["stage"] == 1 and sums == "fp32" and settings["bf16"]["enabled"]:
+        return False  # another wrapper of DeepSpeed's, which insists on its own norm
     settings["gradient_clipping"] = 0.0
     zero["compute_grad_norm"] = False
     settings["bf16"]["check_grad_overflow"] = False

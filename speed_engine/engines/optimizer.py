@@ -276,6 +276,14 @@ def skip_count(optimizer: torch.optim.Optimizer) -> Tensor | int:
     return 0 if count is None else count
 
 
+def grad_norm(optimizer: torch.optim.Optimizer) -> float | None:
+    """Norm of the last update's whole gradient before clipping, where AdamWEMA took it. Waits for the device."""
+    if not isinstance(optimizer, AdamWEMA) or optimizer.grad_norm is None:
+        return None
+    taken = optimizer.guard or any(group["clip_norm"] > 0 for group in optimizer.param_groups)
+    return float(optimizer.grad_norm) if taken else None
+
+
 def reset(optimizer: torch.optim.Optimizer) -> None:
     """Forget all state, as if no step had been made (see AdamWEMA.reset)."""
     if isinstance(optimizer, AdamWEMA):

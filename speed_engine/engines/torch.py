@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from speed_engine.distributed import Processes
-from speed_engine.engines import frozen_weights, optimizer
+from speed_engine.engines import frozen_weights, optimizer, with_precision
 from speed_engine.engines.cuda_graph import (
     CapturedStep,
     CudaRecorder,
@@ -38,9 +38,10 @@ class Config(Section):
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="auto: a GPU if there is one"
     )
-    precision: Literal["fp32", "bf16", "autocast"] = Field(
-        "fp32",
-        description="bf16: bf16 weights and compute, float32 master weights; autocast: bf16 products, float32 weights",
+    precision: Literal["auto", "fp32", "bf16", "autocast"] = Field(
+        "auto",
+        description="bf16: bf16 weights and compute, float32 master weights; autocast: bf16 products, float32 weights; "
+        "auto: bf16 on CUDA, else fp32",
     )
     compile: Literal["off", "block", "model"] = Field(
         "off", description="torch.compile each block of the network, or all of it"
@@ -77,6 +78,7 @@ class TorchEngine:
                 optim_config.name,
                 config.compile != "off",
             )
+        config = with_precision(config, processes.device, optim_config.name)
         bf16 = config.precision == "bf16"
         if bf16 and optim_config.name != "adamw_ema":
             raise ValueError(
@@ -106,7 +108,10 @@ class TorchEngine:
         self.network: nn.Module = self.module
         if processes.world > 1:
             ids = [processes.device.index] if processes.device.type == "cuda" else None
-            self.network = DistributedDataParallel(self.module, device_ids=ids)
+            # Buffers are the same everywhere already, and a gradient needs no memory beside its bucket.
+            self.network = DistributedDataParallel(
+                self.module, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
+            )
         if config.compile == "model":
             self.network.compile()
 
@@ -164,7 +169,8 @@ class TorchEngine:
             self._update()
             return result
 
-        graph = self.graph = CapturedStep(work, recorder or CudaRecorder(self.processes.device))
+        recorder = recorder or CudaRecorder(self.processes.device)
+        graph = self.graph = CapturedStep(work, recorder, before_replays=optimizer.refresh)
 
         def step(lr: float, inputs: Mapping[str, torch.Tensor]) -> Any:
             self._set_rate(lr)
@@ -179,10 +185,14 @@ class TorchEngine:
     def skip_count(self) -> torch.Tensor | int:
         return optimizer.skip_count(self.optimizer)
 
-    def save(self, folder: Path) -> None:
-        if self.processes.first:  # all processes hold the same state
-            state = {"model": self.masters.state_dict(), "optimizer": self.optimizer.state_dict()}
-            torch.save(state, folder / "state.pt")
+    def grad_norm(self) -> float | None:
+        return optimizer.grad_norm(self.optimizer)
+
+    def state(self, folder: Path) -> dict[str, Any]:
+        if not self.processes.first:  # all processes hold the same state
+            return {}
+        state = {"model": self.masters.state_dict(), "optimizer": self.optimizer.state_dict()}
+        return {"state.pt": state}
 
     def load(self, folder: Path) -> None:
         if self.graph is not None and self.graph.replay is not None:

@@ -13,7 +13,6 @@ DiT checkpoints. This file knows nothing of noise, losses or data.
 from __future__ import annotations
 
 import functools
-import math
 from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Literal, NamedTuple, cast
@@ -30,6 +29,7 @@ from speed_engine.models.parts.blocks import Block, FinalLayer, Recompute, Strea
 from speed_engine.models.parts.fp8 import convert, fp8_unavailable
 from speed_engine.models.parts.glue import OPS, Glue
 from speed_engine.models.parts.modulation import project_all
+from speed_engine.models.parts.time import MAX_PERIOD, TimeEmbedder
 
 
 class Size(NamedTuple):
@@ -51,7 +51,6 @@ TAKES = ("label", "vector")
 KERNELS = OPS  # the ops of speed_kernels that `build` can use
 COMPUTE_KEYS = ("attention", "residual", "recompute", "products")
 NUM_FREQUENCIES = 128  # a cosine and a sine of each: 256 numbers tell the network the time
-MAX_PERIOD = 10_000.0
 
 
 class Config(Section):
@@ -135,24 +134,6 @@ class PatchProjection(nn.Conv2d):
         return F.linear(patches, self.weight.flatten(1), self.bias)
 
 
-class TimeEmbedder(nn.Module):
-    """Time [B] -> [B, D]: cosines, then sines, of the time times F frequencies from 1 down to 1/10000,
-    in fp32, then an MLP."""
-
-    def __init__(self, hidden_size: int, frequency_shift: int) -> None:
-        super().__init__()
-        self.step = -math.log(MAX_PERIOD) / (NUM_FREQUENCIES - frequency_shift)
-        first = nn.Linear(2 * NUM_FREQUENCIES, hidden_size)
-        self.mlp = nn.Sequential(first, nn.SiLU(), nn.Linear(hidden_size, hidden_size))
-
-    def forward(self, time_B: Tensor, dtype: torch.dtype) -> Tensor:
-        # Made on the device at each call, with nothing copied from the host; a buffer would be
-        # ruined by casting the module to bf16, where 999 times a frequency is radians off.
-        index_F = torch.arange(NUM_FREQUENCIES, device=time_B.device, dtype=torch.float32)
-        angle_BF = time_B.float()[:, None] * torch.exp(index_F * self.step)
-        return self.mlp(torch.cat([angle_BF.cos(), angle_BF.sin()], dim=1).to(dtype))
-
-
 class DiT(nn.Module):
     """The whole network; made and initialised by `build`, whose arguments it keeps as attributes.
 
@@ -187,7 +168,7 @@ class DiT(nn.Module):
         self.attention_choice = self.choose_attention(config.attention)
         projection = PatchProjection(channels, hidden_size, patch_size, stride=patch_size)
         self.x_embedder = nn.Sequential(OrderedDict(proj=projection))
-        self.t_embedder = TimeEmbedder(hidden_size, config.frequency_shift)
+        self.t_embedder = TimeEmbedder(hidden_size, NUM_FREQUENCIES, config.frequency_shift)
         self.y_embedder = self.vector_embedder = None
         if (label := facts.conditions.get("label")) is not None:
             table = nn.Embedding(label.num_values + label.null, hidden_size)
@@ -276,10 +257,10 @@ class DiT(nn.Module):
         if self.config.residual == "fp32":
             x_BTD = x_BTD.to(torch.promote_types(x_BTD.dtype, torch.float32))
         stream = Stream(x_BTD + self.pos_embed.to(x_BTD.dtype))
-        *modulations, last = project_all(c_BD, self.projections())
-        for block, modulation_BX in zip(self.blocks, modulations, strict=True):
-            stream = block(stream, modulation_BX)
-        out_BTX = self.final_layer(stream, last)
+        modulations = project_all(c_BD, self.projections())
+        for block in self.blocks:
+            stream = block(stream, next(modulations))
+        out_BTX = self.final_layer(stream, next(modulations))
         patch = self.sample_size // self.grid
         tiles = out_BTX.unflatten(1, (self.grid, self.grid)).unflatten(3, (patch, patch, -1))
         return tiles.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 import yaml
 
 from speed_engine.conditions import label
@@ -12,14 +13,18 @@ from speed_engine.config import RunConfig
 from speed_engine.data import Facts
 from speed_engine.data.space import Space
 from speed_engine.data.storage.index import INDEX
+from speed_engine.engines import with_precision
 from speed_engine.kinds import find
 from speed_engine.training.assembly import (
     build_model,
     build_source,
     build_table,
     macs_per_sample,
+    parted,
     told,
 )
+from speed_engine.training.preview import share_of_training as grids_share
+from speed_engine.training.validation import share_of_training
 
 # What the plan assumes while the data do not exist yet: latents of a 256x256 image, 1000 classes.
 ASSUMED = Facts(
@@ -61,10 +66,19 @@ def run(config: RunConfig) -> int:
         ]
         dropped = f"dropped at {getattr(config.conditions[name], 'dropout', 0):g}"
         print(f"condition       {name}: {', '.join(filter(None, [values, *arrays, dropped]))}")
-    print(f"parameters      {parameters:,} ({parameters / 1e6:.0f} M), {trained:,} of them trained")
+    print(f"parameters      {parameters:,} ({parameters / 1e6:.4g} M), {trained:,} of them trained")
     print(f"forward pass    {macs / 1e9:.3g} GMAC = {2 * macs / 1e9:.3g} GFLOP a sample")
     batch, steps = config.train.global_batch, config.train.steps
     print(f"training        {steps:,} steps of {batch}: {6.0 * macs * batch * steps:.2e} FLOP")
+    if share := share_of_training(config):
+        print(
+            f"validation      {config.validation.samples} held-out samples every {config.validation.every} steps: "
+            f"{share:.1%} of the training's FLOP"
+        )
+    if share := grids_share(config):
+        print(
+            f"samples         {config.sample.num} every {config.sample.every} steps: {share:.1%} of the training's FLOP"
+        )
     _print_memory(config, facts, trained)
     expected = float((table.density * table.weight).sum())
     print(
@@ -82,7 +96,7 @@ def _data(config: RunConfig) -> tuple[Facts, str, Sequence[str]]:
     # The digits are made by training where they are missing; a plan writes nothing.
     made = config.data.kind == "digits"
     if path is None or (Path(path) / INDEX if made else Path(path)).exists():
-        source = build_source(config)
+        source, _ = parted(config, build_source(config))
         return source.facts, str(path or config.data.kind), getattr(source, "remarks", ())
     return (DIGITS, "digits", ()) if made else (ASSUMED, f"assumed, for {path} does not exist", ())
 
@@ -90,7 +104,10 @@ def _data(config: RunConfig) -> tuple[Facts, str, Sequence[str]]:
 def _print_memory(config: RunConfig, facts: Facts, parameters: int) -> None:
     """One line for each ZeRO stage, on 1, 8 and 64 processes."""
     module = find("model", config.model.kind)
-    precision = getattr(config.engine, "precision", "fp32")
+    has_gpu = getattr(config.engine, "device", "auto") != "cpu" and torch.cuda.is_available()
+    where = torch.device("cuda" if has_gpu else "cpu")
+    engine = with_precision(config.engine, where, config.optim.name)
+    precision = getattr(engine, "precision", "fp32")
     print(
         f"memory          weights, gradients, optimizer and EMA on a process, {precision} (estimate):"
     )

@@ -9,14 +9,13 @@ increments are the business of plots_table.py.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from speed_engine.reports.style import BLUE, GREY, GRID, STYLE, save
+from speed_engine.reports import plots_validation
+from speed_engine.reports.style import BLUE, GREY, figure, log_scale, write_value
 from speed_engine.training import metrics_file, sealed
 
 SMOOTHING = 0.02  # the smoothed curve's window, as a share of the lines
@@ -36,6 +35,10 @@ def plot_run(run: Path, out: Path) -> list[Path]:
     paths = [plot_loss(lines, subtitle, out / "loss.png")]
     if any(_buckets(line) is not None for line in lines):
         paths.append(plot_loss_by_t(lines, subtitle, out / "loss_by_t.png"))
+    if judged := plots_validation.measured(lines):
+        paths.append(plots_validation.plot_validation(judged, subtitle, out / "validation.png"))
+        path = out / "validation_by_log_snr.png"
+        paths.append(plots_validation.plot_by_log_snr(judged, subtitle, path))
     return paths
 
 
@@ -68,13 +71,13 @@ def plot_loss(lines: list[dict[str, Any]], subtitle: str, path: Path) -> Path:
     loss = np.array([line["loss"] for line in lines])
     window = max(1, round(SMOOTHING * len(lines)))
     smoothed = smooth(loss, window)
-    with _figure("Training loss", subtitle, path) as axes:
+    with figure("Training loss", subtitle, path) as axes:
         marker = "o" if len(lines) < 30 else None  # a few points are not read from a line alone
         axes.plot(steps, loss, color=BLUE, alpha=0.3, linewidth=1, marker=marker, label="as logged")
         axes.plot(steps, smoothed, color=BLUE, linewidth=2.2, label=f"mean of {window} log lines")
-        _write_value(axes, steps[-1], smoothed[-1])
+        write_value(axes, steps[-1], smoothed[-1])
         if (loss > 0).all():
-            _log_scale(axes)
+            log_scale(axes)
         axes.xaxis.set_major_formatter("{x:,.0f}")
         axes.set_xlim(steps[0], max(steps[-1], steps[0] + 1))
         axes.set_xlabel("optimizer step")
@@ -96,7 +99,7 @@ def plot_loss_by_t(lines: list[dict[str, Any]], subtitle: str, path: Path) -> Pa
     kept = [(step, row) for step, row in kept if len(row) == len(kept[-1][1])]
     size = max(1, round(FINAL_SHARE * len(kept)))
     centres = (np.arange(len(kept[-1][1])) + 0.5) / len(kept[-1][1])
-    with _figure("Error by time step", subtitle, path) as axes:
+    with figure("Error by time step", subtitle, path) as axes:
         if len(kept) >= 2 * size and len(kept) > 1:
             early = _columns(kept[:size])
             label = f"{_span(kept[:size])}, mean"
@@ -109,7 +112,7 @@ def plot_loss_by_t(lines: list[dict[str, Any]], subtitle: str, path: Path) -> Pa
         axes.fill_between(centres, low, high, color=BLUE, alpha=0.18, linewidth=0)
         axes.plot(centres, late.mean(0), color=BLUE, linewidth=2.2, marker="o", ms=5, label=label)
         if (late > 0).any():
-            _log_scale(axes)
+            log_scale(axes)
         axes.set_xlim(0, 1)
         axes.set_xlabel("time step t / T   (0 = clean, 1 = noise)")
         axes.set_ylabel("squared error, unweighted (mean per element)")
@@ -154,41 +157,3 @@ def _span(rows: list[tuple[int, list[float]]]) -> str:
     """The steps of some lines, in words."""
     first, last = rows[0][0], rows[-1][0]
     return f"step {first:,}" if first == last else f"steps {first:,} to {last:,}"
-
-
-def _log_scale(axes: Any) -> None:
-    """A logarithmic y axis that is labelled with plain numbers, also within one decade."""
-    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
-
-    axes.set_yscale("log")
-    low, high = axes.get_ylim()
-    decades = math.log10(high / low)
-    digits = (1.0,) if decades > 4 else (1.0, 2.0, 5.0)
-    narrow = decades < 0.8  # 1, 2, 5 would leave the axis almost bare
-    axes.yaxis.set_major_locator(MaxNLocator(6) if narrow else LogLocator(subs=digits))
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter(NullFormatter())
-
-
-def _write_value(axes: Any, x: float, y: float) -> None:
-    """The last value of a curve, beside its end."""
-    place = {"xytext": (6, 0), "textcoords": "offset points", "va": "center"}
-    axes.annotate(f"{y:.3g}", (x, y), color=BLUE, fontweight="bold", annotation_clip=False, **place)
-
-
-@contextmanager
-def _figure(title: str, subtitle: str, path: Path) -> Iterator[Any]:
-    """Axes to draw in; written to `path` as a PNG at the end."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(8, 4.8), layout="constrained")
-        axes = figure.add_subplot()
-        axes.grid(True, which="major", color=GRID, linewidth=0.8)
-        axes.set_axisbelow(True)
-        axes.set_title(title, fontsize=14, fontweight="bold", loc="left", pad=26)
-        place = {"xytext": (0, 9), "textcoords": "offset points", "va": "bottom"}
-        axes.annotate(subtitle, (0, 1), xycoords="axes fraction", fontsize=10, color=GREY, **place)
-        yield axes
-        save(figure, path)

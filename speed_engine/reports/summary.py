@@ -40,6 +40,7 @@ def gather(folder: Path, started: float | None, trusted: Collection[str] = ()) -
         "engine": f"{manifest['engine']}, {manifest['distribution']}",
         "kernels": ", ".join(f"{k['op']} {k['backend']}" for k in manifest["kernels"]),
         "loss": lines[-1].get("loss") if lines else None,
+        "validation_loss": _last(lines, "validation_loss"),
         "images_per_s": statistics.median(rates) if rates else None,
     }
     score = folder / "samples" / "score.json"
@@ -49,6 +50,11 @@ def gather(folder: Path, started: float | None, trusted: Collection[str] = ()) -
         facts["wall_seconds"] = round(time.time() - started, 1)
     facts["pictures"] = str(folder)
     return facts
+
+
+def _last(lines: list[dict[str, Any]], key: str) -> float | None:
+    """The newest value of a key that only some lines have."""
+    return next((line[key] for line in reversed(lines) if line.get(key) is not None), None)
 
 
 def _score_facts(score: dict[str, Any]) -> dict[str, Any]:

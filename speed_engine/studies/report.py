@@ -96,8 +96,8 @@ def read(folder: Path) -> tuple[Path, dict[str, Any]]:
         stored = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
         stored = None
-    wanted = {"study", "cells", "commit", "versions"}
-    if not isinstance(stored, dict) or stored.get("format") != FORMAT or not wanted <= set(stored):
+    parts = {"study", "cells", "commit", "versions"}
+    if not isinstance(stored, dict) or stored.get("format") != FORMAT or not parts <= set(stored):
         raise StudyError(f"{path} is no report of this version; run compare")
     return out, stored
 

@@ -31,6 +31,7 @@ from speed_engine.progress import progress
 from speed_engine.studies.study import Cell, Study
 from speed_engine.training import checkpoint, metrics_file, sealed
 from speed_engine.training.loop import DONE, NOT_FINITE
+from speed_engine.training.run_lock import RunLock
 
 POLL_SECONDS = 0.3
 LOCK = "lock"
@@ -58,7 +59,7 @@ def claim(folder: Path, study: Study) -> Any:
     said, path = study.model_dump(mode="json"), folder / "study.json"
     if not path.exists() and any(each.name != LOCK for each in folder.iterdir()):
         raise StudyError(f"{folder} holds something else than a study; choose another --out")
-    held = checkpoint.lock(folder)
+    held = RunLock(folder)
     if path.exists():
         before = json.loads(path.read_text(encoding="utf-8"))
         changed = [key for key in {**before, **said} if before.get(key) != said.get(key)]

@@ -31,7 +31,7 @@ TAKEN = {
     "run_dir": "--out",
     "log.every": "cadence",
     "train.steps": "steps",
-    "validate": "cadence and samples",
+    "validation": "cadence and samples",
 }
 
 
@@ -210,7 +210,7 @@ def _decided(study: Study) -> dict[str, Any]:
         "log": {"every": study.cadence},
     }
     if study.metric.startswith("validation"):
-        tree["validate"] = {"every": study.cadence, "samples": study.samples}
+        tree["validation"] = {"every": study.cadence, "samples": study.samples}
     return tree
 
 

@@ -42,6 +42,7 @@ class Config(MethodConfig):
             if part.normalise or part.weight_vb:
                 raise ValueError(
                     "timesteps.parts: normalise and weight_vb have no effect in a part; set them beside parts"
+                    " (and in a part that has them by default: weight_vb: false)"
                 )
         return parts
 

@@ -6,16 +6,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from speed_kernels.contract import Choice, choose
+from speed_kernels.contract import FILES, BackendError, Choice, choose
 from torch import nn
 
 from speed_engine import kinds
 from speed_engine.conditions import Condition
 from speed_engine.config import RunConfig
-from speed_engine.data import Facts, Source
+from speed_engine.data import Facts, Source, resident
 from speed_engine.data.loader import Loader
+from speed_engine.data.split import split
 from speed_engine.distributed import Processes
-from speed_engine.engines import Engine
+from speed_engine.engines import Engine, with_precision
 from speed_engine.models import refuse_unknown_conditions
 from speed_engine.step_table import StepTable, build_step_table
 from speed_engine.timesteps.online.policy import Reach
@@ -30,18 +31,22 @@ OPS = ("noise", "loss", "adamw_ema")  # of every training step
 class Parts:
     """Everything of a run but its engine. Nothing is written yet.
 
-    config: with the conditions' settings filled in. facts: what the network is told of the data.
+    config: with the conditions' settings filled in. source: what training reads. held_out: what it never reads, where
+    `validation.every` asks for it. facts: what the network is told of the data. feed: where the loader reads the
+    samples, and why.
     """
 
     config: RunConfig
     processes: Processes
     source: Source
+    held_out: Source | None
     facts: Facts
     conditions: dict[str, Condition]
     choices: list[Choice]
     model: nn.Module
     table: StepTable
     loader: Loader
+    feed: str
 
     @property
     def backends(self) -> dict[str, str]:
@@ -61,15 +66,24 @@ def build(
     """
     micro_batch, _ = split_batch(config, processes.world)
     optim = config.optim.in_updates(config.train.global_batch)
-    config = config.model_copy(update={"optim": optim})
-    choices = choose_kernels(config, processes.device)
+    engine = with_precision(config.engine, processes.device, optim.name)
+    config = config.model_copy(update={"engine": engine, "optim": optim})
+    choices = agreed_kernels(config, processes)
     backends = {choice.op: choice.backend for choice in choices}
     source = build_source(config) if source is None else source
+    source, held_out = parted(config, source)
     config, conditions, facts = told(config, source.facts)
     network = model or build_model(config, facts, processes.device, backends)
     agree_on_attention(network, processes)
-    loader = Loader(
+    residence = resident.choose(
         source,
+        config.train.resident,
+        flip=config.train.flip,
+        device=processes.device,
+        world=processes.world,
+    )
+    loader = Loader(
+        residence.source,
         conditions,
         config.seed,
         config.train.global_batch,
@@ -79,7 +93,19 @@ def build(
         backends["noise"],
     )
     table = build_table(config).to(processes.device)
-    return Parts(config, processes, source, facts, conditions, choices, network, table, loader)
+    return Parts(
+        config,
+        processes,
+        source,
+        held_out,
+        facts,
+        conditions,
+        choices,
+        network,
+        table,
+        loader,
+        residence.reason,
+    )
 
 
 def open_engine(parts: Parts) -> Engine:
@@ -153,6 +179,19 @@ def build_source(config: RunConfig) -> Source:
     return source
 
 
+def parted(config: RunConfig, source: Source) -> tuple[Source, Source | None]:
+    """(what training reads, what validation reads). Raises ValueError for a cadence or a size that cannot be."""
+    every, log_every = config.validation.every, config.log.every
+    if not every:
+        return source, None
+    if every % log_every:
+        raise ValueError(
+            f"validation.every={every} is no multiple of log.every={log_every}, with whose lines it is written; "
+            f"choose {max(1, round(every / log_every)) * log_every}"
+        )
+    return split(source, config.validation.samples)
+
+
 def told(config: RunConfig, data: Facts) -> tuple[RunConfig, dict[str, Condition], Facts]:
     """What the network is told of the data: (config with every condition's settings and the schedule for samples of
     this shape, conditions by name, facts).
@@ -217,6 +256,35 @@ def choose_kernels(config: RunConfig, device: torch.device) -> list[Choice]:
     return [choose(op, device, kernels.backend, kernels.strict) for op in ops]
 
 
+def agreed_kernels(config: RunConfig, processes: Processes) -> list[Choice]:
+    """`choose_kernels`, the same on all processes: of each op the best backend that all of them have. Collective.
+
+    Raises BackendError on all processes where one of them has none, or where `kernels.strict` forbids what remains.
+    """
+    refusal, choices = None, []
+    try:
+        choices = choose_kernels(config, processes.device)
+    except BackendError as error:
+        refusal = error
+    if processes.any(refusal is not None):
+        raise refusal or BackendError(
+            "another process cannot run the kernels; its message is above"
+        )
+    agreed = []
+    for choice in choices:
+        word = [word for word in FILES if processes.any(choice.backend == word)][-1]
+        if processes.any(config.kernels.strict and choice.backend != word):
+            raise BackendError(
+                f"kernels.strict forbids a fallback for {choice.op}: one process has only {word}"
+            )
+        if word != choice.backend:
+            choice = Choice(
+                choice.op, word, f"all that every process has; here {choice.backend}", True
+            )
+        agreed.append(choice)
+    return agreed
+
+
 def num_outputs(config: RunConfig, facts: Facts) -> int:
     """Channels of the network's output: those of a sample, twice with a learned variance."""
     return facts.shape[0] * (1 + config.learned_variance)
@@ -233,7 +301,8 @@ def build_model(
     facts: as `told` gives them. backends: op -> backend for the network's fused kernels; None:
     plain torch.
     """
-    precision = getattr(config.engine, "precision", "fp32")
+    engine = with_precision(config.engine, torch.device(device), config.optim.name)
+    precision = getattr(engine, "precision", "fp32")
     return kinds.find("model", config.model.kind).build(
         config.model,
         facts,

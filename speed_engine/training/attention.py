@@ -31,7 +31,10 @@ def attending(model: nn.Module) -> Attends | None:
 
 
 def agree_on_attention(model: nn.Module, processes: Processes) -> None:
-    """All processes use what the first one measured to be fastest. Collective."""
+    """All processes use what the first one measured to be fastest. Collective.
+
+    Raises BackendError on all of them where it cannot run on one.
+    """
     attends = attending(model)
     if attends is None:
         return
@@ -39,8 +42,17 @@ def agree_on_attention(model: nn.Module, processes: Processes) -> None:
     words = list(BACKENDS)
     mine = float(words.index(choice.backend)) if processes.first else 0.0
     word = words[int(processes.sum(torch.tensor(mine, dtype=torch.float64)).item())]
-    if word != choice.backend:
-        attends.attend_by(word)
+    why_not = None
+    try:
+        if word != choice.backend:
+            attends.attend_by(word)
+    except BackendError as error:
+        why_not = str(error)
+    if processes.any(why_not is not None):
+        raise BackendError(
+            f"the first process chose attention by {word}, and {why_not or 'another process cannot'}; set "
+            "model.attention to one that all have"
+        )
 
 
 def keep_attention(

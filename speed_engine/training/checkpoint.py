@@ -8,16 +8,17 @@ from a run folder of one's own: DeepSpeed's files are pickles. To share weights,
 
 from __future__ import annotations
 
-import fcntl
-import os
+import contextlib
+import hashlib
 import re
 import shutil
-import socket
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import IO, Any
+from typing import Any
+
+import torch
 
 from speed_engine.atomic_files import sync, write_json, write_text
 from speed_engine.distributed import Processes
@@ -41,24 +42,9 @@ class Found:
     manifest: dict[str, Any]
 
 
-def lock(run: Path) -> IO[str]:
-    """Hold the run folder for this run; the lock ends with the process, however it ends.
-
-    Raises CheckpointError if another run holds it.
-    """
-    file = (run / "lock").open("a+", encoding="utf-8")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        file.seek(0)
-        holder = file.read().strip() or "another process"
-        raise CheckpointError(
-            f"{run} is in use by {holder}; wait for it to end, or choose another run_dir"
-        ) from error
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}")
-    file.flush()
-    return file
+def partial_folder(run: Path, step: int) -> Path:
+    """Where a checkpoint is written before it is committed."""
+    return run / "checkpoints" / f"step-{step:08d}.partial"
 
 
 def save(
@@ -69,43 +55,100 @@ def save(
     facts: dict[str, Any],
     keep: int,
 ) -> Path:
-    """Commit a checkpoint. `write(folder)` puts this process's files into it. Collective.
+    """`prepare` and `commit`. Collective."""
+    prepare(run, step, processes)
+    return commit(run, step, processes, write, facts, keep)
 
-    Raises OSError or CheckpointError on every process if any process fails; the previous
-    checkpoints are then untouched.
+
+def prepare(run: Path, step: int, processes: Processes) -> None:
+    """Make the empty folder that a checkpoint is written into. Collective; raises as `commit` does."""
+    partial = partial_folder(run, step)
+    _on_first(processes, lambda: _make_empty(partial), partial)
+
+
+def commit(
+    run: Path,
+    step: int,
+    processes: Processes,
+    write: Callable[[Path], None],
+    facts: dict[str, Any],
+    keep: int,
+    pin_every: int | None = None,
+    size: int = 0,
+) -> Path:
+    """Commit a checkpoint. `write(folder)` puts this process's files, about `size` bytes, into it. Collective.
+
+    keep, pin_every: see `prune`. `write` must not be collective.
+    Raises CheckpointError if any process fails, on that one, and SaidElsewhere on the others; the previous checkpoints
+    are then untouched.
     """
-    folder = run / "checkpoints" / f"step-{step:08d}"
-    partial = folder.with_name(folder.name + ".partial")
-    failure: Exception | None = None
+    partial = partial_folder(run, step)
+    folder = partial.with_suffix("")
+    total = int(processes.sum(torch.tensor(float(size), dtype=torch.float64)).item())
+    _on_first(processes, lambda: _refuse_small_disk(partial, total), partial)
+    _together(processes, lambda: write(partial), partial)
+    _on_first(processes, lambda: _seal(partial, folder, step, facts), partial)
     if processes.first:
-        failure = _attempt(lambda: _make_empty(partial))
-    _raise_if_any(processes, failure, folder)
-    failure = _attempt(lambda: write(partial))
-    _raise_if_any(processes, failure, folder)
-    if processes.first:
-        failure = _attempt(lambda: _commit(partial, folder, step, facts))
-    _raise_if_any(processes, failure, folder)
-    if processes.first:
-        for path in prune(run, keep, step):
+        for path in prune(run, keep, step, pin_every):
             print(f"WARNING: {path} is not needed any more and cannot be deleted", flush=True)
     return folder
 
 
-def _attempt(action: Callable[[], None]) -> Exception | None:
+def _on_first(processes: Processes, action: Callable[[], None], partial: Path) -> None:
+    _together(processes, action if processes.first else lambda: None, partial)
+
+
+def _together(processes: Processes, action: Callable[[], None], partial: Path) -> None:
+    """Raise on all processes if the action fails on one; what was written until then takes no room any more."""
+    failure = _failure_of(action, partial.with_suffix(""))
+    if processes.any(failure is not None):
+        if processes.first:
+            shutil.rmtree(partial, ignore_errors=True)
+        processes.end_together(failure)
+
+
+def _failure_of(action: Callable[[], None], folder: Path) -> Exception | None:
+    """What went wrong: a CheckpointError in one sentence, or a bug of ours as it is."""
     try:
         action()
-    except (OSError, ValueError, RuntimeError) as error:
-        return error
+    except Exception as error:
+        if not isinstance(error, (OSError, ValueError, RuntimeError, MemoryError)):
+            return error
+        result = CheckpointError(
+            f"cannot write the checkpoint {folder}: {why_not_written(error, folder.parents[1])}; "
+            "older checkpoints are intact"
+        )
+        result.__cause__ = error
+        return result
     return None
 
 
-def _raise_if_any(processes: Processes, failure: Exception | None, folder: Path) -> None:
-    """Every process learns of a failure on any, so that none waits for ever."""
-    if processes.any(failure is not None):
-        raise CheckpointError(
-            f"cannot write the checkpoint {folder}: "
-            f"{failure or 'another process failed'}; older checkpoints are intact"
-        ) from failure
+def why_not_written(error: Exception, where: Path) -> str:
+    """The reason why a writer failed. torch's says only that less was written than was to be."""
+    text = " ".join(str(error).split())[:200] or type(error).__name__
+    if isinstance(error, MemoryError) or "memory" in text.lower():
+        return f"not enough memory ({text})"
+    if not isinstance(error, OSError) and ("unexpected pos" in text or "Writer failed" in text):
+        with contextlib.suppress(OSError):
+            free = shutil.disk_usage(where).free
+            return f"the file could not be written whole; {human(free)} are free there, or a limit was met"
+    return text
+
+
+def human(size: float) -> str:
+    """Bytes for a person: 1.5 GB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} TB"
+
+
+def _refuse_small_disk(folder: Path, size: int) -> None:
+    """Raises OSError where the disk has not the room for `size` bytes."""
+    free = shutil.disk_usage(folder).free
+    if size > free:
+        raise OSError(f"it takes {human(size)}, and only {human(free)} are free; make room")
 
 
 def _make_empty(folder: Path) -> None:
@@ -114,13 +157,13 @@ def _make_empty(folder: Path) -> None:
     folder.mkdir(parents=True)
 
 
-def _commit(partial: Path, folder: Path, step: int, facts: dict[str, Any]) -> None:
+def _seal(partial: Path, folder: Path, step: int, facts: dict[str, Any]) -> None:
     """Make the files durable, write the manifest last, rename."""
     files = _files(partial)
     entries = {}
     for name, path in files.items():
         sync(path)
-        entries[name] = {"bytes": path.stat().st_size, "crc32": _crc(path)}
+        entries[name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
     write_json(partial / MANIFEST, sealed.seal({"step": step, **facts, "files": entries}))
     for inner in {p.parent for p in files.values()} | {partial}:
         sync(inner)
@@ -131,13 +174,18 @@ def _commit(partial: Path, folder: Path, step: int, facts: dict[str, Any]) -> No
     write_text(folder.parent / "latest", folder.name)
 
 
-def prune(run: Path, keep: int, committed: int) -> list[Path]:
+def prune(run: Path, keep: int, committed: int, pin_every: int | None = None) -> list[Path]:
     """Delete all but the newest `keep` checkpoints up to the step `committed`, every abandoned partial folder, and
-    what lies behind `committed` and is damaged: a resume passed it over. Returns what could not be deleted."""
+    what lies behind `committed` and is damaged: a resume passed it over. Those of the multiples of `pin_every` are
+    neither counted nor deleted. Returns what could not be deleted."""
     folders = sorted(_folders(run))
     done = [path for path in folders if step_of(path) <= committed]
+    if pin_every is not None:
+        done = [path for path in done if step_of(path) % pin_every or step_of(path) == committed]
     useless = done[:-keep] + [p for p in folders if step_of(p) > committed and not _is_sound(p)]
     useless += (run / "checkpoints").glob("step-*.partial")
+    for scrap in (run / "checkpoints").glob(".latest.*.partial"):
+        scrap.unlink(missing_ok=True)
     for path in useless:
         shutil.rmtree(path, ignore_errors=True)
     return [path for path in useless if path.exists()]
@@ -182,6 +230,34 @@ def newest(run: Path, warn: Callable[[str], None]) -> Found | None:
     return None
 
 
+def agreed_newest(run: Path, warn: Callable[[str], None], processes: Processes) -> Found | None:
+    """`newest`, chosen and verified by the first process; every other one must see the same files. Collective.
+
+    Raises CheckpointError, on one process (SaidElsewhere on the others), also where one sees another folder.
+    """
+    found = processes.attempt(lambda: newest(run, warn) if processes.first else None)
+    found = processes.from_first(found)
+
+    def see() -> None:
+        if found is None or processes.first:
+            return
+        try:
+            mine = sealed.read(found.folder / MANIFEST)
+            sizes = {name: (found.folder / name).stat().st_size for name in mine["files"]}
+            same = mine == found.manifest
+            same = same and all(sizes[name] == e["bytes"] for name, e in mine["files"].items())
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            same = False
+        if not same:
+            raise CheckpointError(
+                f"process {processes.rank} does not see the checkpoint {found.folder} as process 0 does; "
+                "choose a run_dir that all machines share"
+            )
+
+    processes.attempt(see)
+    return found
+
+
 def verified(folder: Path) -> Found:
     """Check a checkpoint's files against its manifest. Raises CheckpointError naming the file."""
     try:
@@ -197,11 +273,11 @@ def verified(folder: Path) -> Found:
         raise CheckpointError(
             f"{folder} is not the checkpoint of step {step}: its manifest says {manifest.get('step')!r}"
         )
-    for name, (size, crc) in entries.items():
+    for name, (size, digest) in entries.items():
         path = folder / name
         if not path.is_file():
             raise CheckpointError(f"the checkpoint {folder} lacks its file {name}")
-        if path.stat().st_size != size or _crc(path) != crc:
+        if path.stat().st_size != size or digest != _digest(path, digest):
             raise CheckpointError(f"the file {name} of the checkpoint {folder} is damaged")
     strange = _files(folder).keys() - entries.keys() - {MANIFEST}
     if strange:
@@ -211,17 +287,18 @@ def verified(folder: Path) -> Found:
     return Found(step, folder, manifest)
 
 
-def _entries(folder: Path, manifest: dict[str, Any]) -> dict[str, tuple[int, int]]:
-    """Name -> (bytes, CRC32) of the files that the manifest lists. Raises CheckpointError."""
+def _entries(folder: Path, manifest: dict[str, Any]) -> dict[str, tuple[int, int | str]]:
+    """Name -> (bytes, SHA-256, or CRC32 of earlier versions) of the files of a manifest. Raises CheckpointError."""
     entries = {}
     listed = manifest.get("files")
     for name, entry in listed.items() if isinstance(listed, dict) else ():
-        numbers = (entry.get("bytes"), entry.get("crc32")) if isinstance(entry, dict) else ()
+        entry = entry if isinstance(entry, dict) else {}
+        size, digest = entry.get("bytes"), entry.get("sha256", entry.get("crc32"))
         path = PurePosixPath(name)
         inside = not path.is_absolute() and ".." not in path.parts and str(path) == name
-        if not inside or len(numbers) != 2 or any(type(n) is not int for n in numbers):
+        if not inside or type(size) is not int or type(digest) not in (int, str):
             raise CheckpointError(f"{folder / MANIFEST} is damaged: its entry {name!r} is none")
-        entries[name] = numbers
+        entries[name] = (size, digest)
     missing = [name for name in WEIGHTS if name not in entries]
     if not any(name.startswith("state/") for name in entries):
         missing.append("state/")
@@ -241,19 +318,16 @@ def _files(folder: Path) -> dict[str, Path]:
     }
 
 
-def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
-    """`key: old -> new` for every value in which two nested mappings differ."""
-    found = []
-    for key in sorted(old.keys() | new.keys()):
-        a, b = old.get(key), new.get(key)
-        if isinstance(a, dict) and isinstance(b, dict):
-            found += differences(a, b, f"{prefix}{key}.")
-        elif a != b:
-            found.append(f"{prefix}{key}: {a} -> {b}")
-    return found
+def _digest(path: Path, like: int | str) -> int | str:
+    return _sha256(path) if isinstance(like, str) else _crc32(path)
 
 
-def _crc(path: Path) -> int:
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _crc32(path: Path) -> int:
     value = 0
     with path.open("rb") as file:
         while block := file.read(1 << 22):

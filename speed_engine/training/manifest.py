@@ -17,11 +17,30 @@ from speed_engine.config import KINDS, ConfigError, RunConfig, build
 from speed_engine.data import Facts
 from speed_engine.data.space import Space
 from speed_engine.engines.deepspeed_json import read, users_part
-from speed_engine.training.assembly import Parts
+from speed_engine.training.assembly import Parts, build_model
 from speed_engine.training.attention import attention_facts
+from speed_engine.weights.file import without_places
 
-# What may differ between a run and its continuation; everything else changes the result.
-FREE_TO_CHANGE = {"name", "run_dir", "log", "checkpoint", "kernels"}
+# What may differ between a run and its continuation, and why; everything else changes what is learned. DESIGN.md
+# shows the same table.
+MAY_CHANGE = {
+    "name": "a word",
+    "run_dir": "a run folder can be moved",
+    "log": "only told",
+    "sample": "only told",
+    "checkpoint": "only kept",
+    "kernels": "the same formulas, to rounding",
+    "train.steps": "longer, or shorter",
+    "train.micro_batch": "the same sum of gradients in other parts, to rounding",
+    "train.resident": "the same samples from another place",
+    "train.max_bad_steps": "when to give up",
+    "data": "another place or way to read; the fingerprint of what is there must be the same",
+    "model.recompute": "the same activations, computed again",
+    "engine.device": "the same formulas, to rounding",
+    "engine.compile": "the same formulas, to rounding",
+    "engine.cuda_graph": "the same kernels, launched at once",
+    "processes": "engine torch alone: ZeRO's shards fit one number of processes",
+}
 
 
 def describe(parts: Parts, engine_facts: dict[str, Any]) -> dict[str, Any]:
@@ -32,31 +51,41 @@ def describe(parts: Parts, engine_facts: dict[str, Any]) -> dict[str, Any]:
     else:
         device = f"{platform.machine()} CPU"
     return {
-        "config": config.model_dump(mode="json"),
+        "config": without_places(config.model_dump(mode="json")),
         "data": {
-            **facts.to_json(),
+            **without_places(facts.to_json()),
             "num_samples": len(parts.source),
             "fingerprint": parts.source.fingerprint,
         },
-        "parameters": sum(p.numel() for p in model.parameters()),
+        "validation": None
+        if parts.held_out is None
+        else {"samples": len(parts.held_out), "fingerprint": parts.held_out.fingerprint},
+        "feed": parts.feed,
+        "parameters": sum(p.numel() for p in build_model(config, facts, "meta").parameters()),
         "kernels": [dataclasses.asdict(choice) for choice in parts.choices],
         "attention": attention_facts(model),
         "processes": processes.world,
         "device": device,
         "threads": torch.get_num_threads(),
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
-        **engine_facts,
+        **without_places(engine_facts),
     }
 
 
 def upgraded(manifest: dict[str, Any], where: Path) -> dict[str, Any]:
     """A manifest as this version writes it, from one of any version. `where`: its checkpoint.
 
-    Raises ValueError for one that does not hold what the rest of the engine reads: a damaged one of
-    the first format, which has no hash.
+    Places are only last names, as in a new one. Raises ValueError for one that does not hold what
+    the rest of the engine reads: a damaged one of the first format, which has no hash.
     """
     try:
         manifest = _upgraded(manifest)
+        places = {
+            key: without_places(manifest[key])
+            for key in ("config", "deepspeed_config", "deepspeed_json")
+            if key in manifest
+        }
+        manifest = {**manifest, **places}
         _check(manifest)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         what = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
@@ -75,7 +104,7 @@ def _check(manifest: dict[str, Any]) -> None:
     words = [choice[key] for choice in choices for key in ("op", "backend", "reason")]
     words += [manifest[key] for key in ("engine", "distribution", "device")]
     words += [facts.space.kind, manifest["config"]["model"]["kind"]]
-    numbers += [manifest["parameters"], manifest["processes"]]
+    numbers += [manifest["parameters"] + 1, manifest["processes"]]  # ZeRO 3 once counted none
     for value, kind in [*((n, int) for n in numbers), *((w, str) for w in words)]:
         if type(value) is not kind or (kind is int and value < 1):
             raise TypeError(f"{value!r} is not what belongs there")
@@ -141,13 +170,46 @@ def run_folder(config: RunConfig, fingerprint: str, world: int) -> Path:
 
 
 def comparable(manifest: dict[str, Any]) -> dict[str, Any]:
-    """The part of a manifest that must be equal for a resume to continue the same run."""
-    config = {k: v for k, v in manifest["config"].items() if k not in FREE_TO_CHANGE}
-    config["train"] = {k: v for k, v in config["train"].items() if k != "steps"}
-    config["data"] = manifest["data"]["fingerprint"]  # wherever the files are now
+    """The part of a manifest that must be equal for a resume to continue the same run: all but MAY_CHANGE."""
+    config = {k: v for k, v in manifest["config"].items() if k not in MAY_CHANGE}
+    for section in ("train", "model", "engine"):
+        kept = {k: v for k, v in config[section].items() if f"{section}.{k}" not in MAY_CHANGE}
+        config[section] = kept
+    config["data"] = manifest["data"]["fingerprint"]
     if config["engine"].get("json_file") is not None:  # what it says, wherever it lies
-        config["engine"] = {**config["engine"], "json_file": manifest["deepspeed_json"] or None}
+        config["engine"]["json_file"] = manifest["deepspeed_json"] or None
     result = {"config": config}
-    if manifest["config"]["engine"]["kind"] == "deepspeed":  # ZeRO's shards fit one world size
+    if manifest["config"]["engine"]["kind"] == "deepspeed":
         result["processes"] = manifest["processes"]
     return result
+
+
+def free_changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """`key: old -> new` of what may change and did, for what the numbers depend on to rounding.
+
+    Both are manifests of one run.
+    """
+    quiet = {"name", "run_dir", "log", "sample", "checkpoint", "data", "train"}
+    old, new = (
+        {
+            **{k: v for k, v in each["config"].items() if k not in quiet},
+            "train": {"micro_batch": each["config"]["train"]["micro_batch"]},
+            "processes": each["processes"],
+        }
+        for each in (before, now)
+    )
+    for each in (old, new):
+        each["engine"] = {k: v for k, v in each["engine"].items() if k != "json_file"}
+    return differences(old, new)
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """`key: old -> new` for every value in which two nested mappings differ."""
+    found = []
+    for key in sorted(old.keys() | new.keys()):
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            found.append(f"{prefix}{key}: {a} -> {b}")
+    return found

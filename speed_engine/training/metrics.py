@@ -6,19 +6,27 @@ Nothing here makes the device wait except `Meter.read`, once an interval.
 from __future__ import annotations
 
 import contextlib
+import shlex
 import time
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from speed_kernels.contract import Choice
 
 from speed_engine.config import RunConfig
 from speed_engine.distributed import Processes
 from speed_engine.progress import progress
+from speed_engine.training.boards import open_boards
 from speed_engine.training.metrics_file import cut_off_after, finite, line_of
 
+Each = TypeVar("Each")
+
 BUCKETS = 16  # equal parts of the table's rows for the loss against t
+SLOW_DATA = 0.1  # share of the time that is worth a word to the person who watches
 
 # Dense bfloat16 TFLOP/s of the datasheets, by the whole name that the driver gives. An unknown device has no peak:
 # a guess from a part of the name would call a PCIe card by its faster sister's peak.
@@ -60,6 +68,22 @@ class Meter:
             self.bucket_sums[0].index_add_(0, bucket_B, losses_3B[1].double())
             self.bucket_sums[1].index_add_(0, bucket_B, torch.ones_like(losses_3B[1]).double())
 
+    def state(self, processes: Processes) -> torch.Tensor:
+        """The open interval: every process's sums since the last reading, float64 [world, .], host. Collective."""
+        own = torch.cat([self.sums, self.bucket_sums.flatten()]).cpu()
+        every = torch.zeros(processes.world, own.numel(), dtype=torch.float64)
+        every[processes.rank] = own
+        return processes.sum(every)
+
+    def load_state(self, every: torch.Tensor, processes: Processes) -> None:
+        """Go on with what `state` gave. At another number of processes the first one takes it all."""
+        if len(every) == processes.world:
+            own = every[processes.rank]
+        else:
+            own = every.sum(0) * processes.first
+        self.sums.copy_(own[:4])
+        self.bucket_sums.copy_(own[4:].view(2, BUCKETS))
+
     def read(self, processes: Processes) -> dict[str, Any]:
         """Means over all processes since the last reading; then start again. Waits for the device."""
         both = torch.cat([self.sums, self.bucket_sums.flatten()]).cpu()
@@ -80,11 +104,17 @@ class Rate:
         self.flop = 6.0 * macs_per_sample  # forward and backward: three times two a multiply-add
         self.processes = processes
         self.step, self.clock = first_step, time.monotonic()
+        self.waited = 0.0  # seconds for data since the last reading
 
-    def read(self, step: int, global_batch: int) -> dict[str, float | None]:
-        """The rate since the last reading; `mfu` is None for a device whose peak is not known."""
+    def read(self, step: int, global_batch: int) -> dict[str, float | str | None]:
+        """The rate since the last reading; `mfu` is None for a device whose peak is not known.
+
+        time: now, UTC. data_wait: share of the time in which this process had no batch to go on with; a GPU may have
+        been busy meanwhile.
+        """
         seconds, images = time.monotonic() - self.clock, (step - self.step) * global_batch
-        self.step, self.clock = step, time.monotonic()
+        data_wait = self.waited / seconds
+        self.step, self.clock, self.waited = step, time.monotonic(), 0.0
         tflops = self.flop * images / seconds / self.processes.world * 1e-12
         peak = None
         if self.processes.device.type == "cuda":
@@ -94,7 +124,27 @@ class Rate:
             "images_per_s": images / seconds,
             "tflops_per_device": tflops,
             "mfu": tflops / peak if peak else None,
+            "data_wait": data_wait,
+            "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
         }
+
+    def without(self, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """What `work` returns; its time belongs to no interval."""
+        started = time.monotonic()
+        result = work()
+        self.clock += time.monotonic() - started
+        return result
+
+    def waiting(self, batches: Iterator[Each]) -> Iterator[Each]:
+        """The same; the time until each is there is counted."""
+        while True:
+            started = time.monotonic()
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            self.waited += time.monotonic() - started
+            yield batch
 
 
 class Journal:
@@ -112,8 +162,10 @@ class Journal:
         from rich.console import Console
 
         self.console = Console(stderr=True)
+        self.refused: set[str] = set()
         self.num_steps, self.first_step = config.train.steps, first_step
-        self.boards = _boards(run, config.log.tensorboard, config.log.wandb)
+        self.run = run
+        self.boards = open_boards(run, first_step, config, self.say)
         path = run / "metrics.jsonl"
         cut_off_after(path, first_step)
         self.file = path.open("a", encoding="utf-8")
@@ -124,6 +176,8 @@ class Journal:
         if first_step:
             done = " nothing to do" if first_step >= self.num_steps else ""
             self.say(f"{run} is at step {first_step};{done or ' going on from there'}")
+        else:
+            self.say(f"{run} holds no checkpoint; training starts at step 0")
         self.started = time.monotonic()
         steps, watched = self.num_steps, self.console.is_terminal
         self.watched = watched
@@ -137,32 +191,65 @@ class Journal:
     def __exit__(self, *exception: object) -> None:
         if not self.silent:
             self.open.close()
-            self.file.close()
-            for _, close in self.boards:
-                close()
+            self.told_or_not("metrics.jsonl", self.file.close)
+            self.boards.each(lambda board: board.close())
 
     def say(self, text: str) -> None:
-        """A line for the person who watches."""
+        """A line for the person who watches; lost where the output cannot take it."""
         if not self.silent:
-            self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+            with contextlib.suppress(OSError):
+                self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def told_or_not(self, what: str, action: Callable[[], object]) -> None:
+        """Do what only tells of the run; where it fails, training is worth more, and that is said once."""
+        try:
+            action()
+        except Exception as error:
+            if what not in self.refused:
+                self.refused.add(what)
+                reason = " ".join(str(error).split())[:200] or type(error).__name__
+                self.say(f"WARNING: {what} cannot be written ({reason}); training goes on")
 
     def advance(self, step: int) -> None:
         """Move the progress bar: `step` steps are done."""
         if not self.silent:
             self.bar.at(step)
 
+    def finished(self, step: int) -> None:
+        """The last words of a run that has made all its steps: where it is, and what comes next."""
+        if self.silent:
+            return
+        run, command = shlex.quote(str(self.run)), "python -m speed_engine"
+        self.say(
+            f"finished: step {step} is saved in {self.run}; next:\n"
+            f"  {command} sample --run {run} --out {shlex.quote(str(self.run / 'samples'))}\n"
+            f"  {command} plot --run {run}"
+        )
+
+    def picture(self, name: str, pixels_HWC: np.ndarray, step: int) -> None:
+        """A picture for the boards."""
+        if not self.silent:
+            self.boards.each(lambda board: board.picture(name, pixels_HWC, step))
+
+    def _write(self, text: str) -> None:
+        """What does not fit on the disk now stays in the buffer, and is written once there is room."""
+        self.file.write(text)
+        self.file.flush()
+
     def write(self, line: dict[str, Any]) -> None:
         """One line of metrics; `line` holds at least step, loss and images_per_s."""
         if self.silent:
             return
         line = finite(line)
-        self.file.write(line_of(line))
-        self.file.flush()
+        self.told_or_not("metrics.jsonl", lambda: self._write(line_of(line)))
         scalars = {k: v for k, v in line.items() if isinstance(v, (int, float))}
-        for show, _ in self.boards:
-            show(scalars, line["step"])
+        self.boards.each(lambda board: board.numbers(scalars, line["step"]))
         loss = "not finite" if line["loss"] is None else f"{line['loss']:.4f}"
         text = f"loss {loss}  {line['images_per_s']:.0f} images/s"
+        if (judged := line.get("validation_loss")) is not None:
+            text += f"  validation {judged:.4f}"
+        if line.get("data_wait", 0) >= SLOW_DATA:
+            text += f"  waiting for data {100 * line['data_wait']:.0f} %"
         if line.get("mfu"):
             text += f"  MFU {100 * line['mfu']:.1f} %"
         if self.watched:
@@ -171,28 +258,3 @@ class Journal:
         per_step = (time.monotonic() - self.started) / max(1, line["step"] - self.first_step)
         minutes, seconds = divmod(int(per_step * (self.num_steps - line["step"])), 60)
         self.say(f"step {line['step']}/{self.num_steps}  {text}  {minutes}:{seconds:02d} left")
-
-
-def _boards(run: Path, tensorboard: bool, wandb: bool) -> list[tuple[Any, Any]]:
-    """(show(scalars, step), close()) of the services asked for. Raises ValueError if one is missing."""
-    boards = []
-    if tensorboard:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise ValueError("log.tensorboard=true needs: pip install tensorboard") from error
-        writer = SummaryWriter(str(run / "tensorboard"))
-
-        def to_tensorboard(scalars: dict[str, float], step: int) -> None:
-            for name, value in scalars.items():
-                writer.add_scalar(name, value, step)
-
-        boards.append((to_tensorboard, writer.close))
-    if wandb:
-        try:
-            import wandb as service
-        except ImportError as error:
-            raise ValueError("log.wandb=true needs: pip install wandb") from error
-        session = service.init(dir=str(run), name=run.name)
-        boards.append((lambda scalars, step: session.log(scalars, step=step), session.finish))
-    return boards

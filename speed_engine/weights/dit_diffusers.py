@@ -1,9 +1,7 @@
 """A DiT to and from a folder of Hugging Face diffusers (`DiTTransformer2DModel`).
 
-The folder is two plain files, a JSON and a safetensors, so diffusers itself is not needed here. Its
-layout differs from the public checkpoints': q, k and v are separate, the position embedding is not
-stored, and the embedders of time and label are stored once per block. A third file of ours says
-what diffusers' JSON cannot, so that a model comes back bit-equal.
+The layout differs from the public checkpoints': q, k and v are separate, the position embedding is not
+stored, and the embedders of time and label are stored once per block.
 
 One difference is mathematical: diffusers spaces the 128 time frequencies by 10000^(1/127), the
 public code by 10000^(1/128). `model.frequency_shift` 1 is diffusers' way.
@@ -11,7 +9,6 @@ public code by 10000^(1/128). `model.frequency_shift` 1 is diffusers' way.
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -20,9 +17,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from speed_engine.atomic_files import atomic, write_text
 from speed_engine.data import Facts
 from speed_engine.models import dit
+from speed_engine.weights.diffusers_folder import (
+    own_header,
+    read_json,
+    read_weights,
+    write_folder,
+)
 from speed_engine.weights.dit_public import (
     TABLE as OUR_TABLE,
 )
@@ -32,18 +34,9 @@ from speed_engine.weights.dit_public import (
     named_config,
     refuse_other_size,
 )
-from speed_engine.weights.file import (
-    build,
-    checked,
-    described,
-    read_safetensors,
-    write_safetensors,
-)
+from speed_engine.weights.file import build
 from speed_engine.weights.fit import blueprint, filled, merged
-from speed_engine.weights.pickles import read_pt
 
-SIDECAR = "speed_engine.json"
-WEIGHTS = "diffusion_pytorch_model.safetensors"
 # What every DiT of diffusers has; another value is another network.
 FIXED = {
     "norm_type": "ada_norm_zero",
@@ -104,19 +97,7 @@ def export_diffusers(
     }
     cautions = list(_cautions(model))
     theirs = {key: tensor.clone() for key, tensor in _to_theirs(tensors, depth)}
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    header = described(model, theirs, cautions=cautions)
-    with atomic(folder / WEIGHTS) as partial:
-        write_safetensors(partial, theirs, {"format": "pt", "checksum": header["checksum"]})
-    for name, content in (
-        (SIDECAR, header),
-        ("config.json", description),  # last: without it the folder is no model
-    ):
-        text = json.dumps(content, indent=2) + "\n"
-        write_text(folder / name, text)
-    for caution in cautions:
-        warnings.warn(caution, stacklevel=2)
+    write_folder(folder, model, theirs, description, cautions)
     return cautions
 
 
@@ -135,15 +116,10 @@ def import_diffusers(
     DiT, whose blocks hold different embedders, or where our own folder was changed.
     """
     folder, source = Path(folder), str(folder)
-    weights = _read(folder)
-    own = folder / SIDECAR
-    if own.exists():
-        cure = (
-            f"take another copy of it, or remove {SIDECAR} if the weights were trained on elsewhere"
-        )
-        header = checked(_json(own), weights, source, cure)
-    else:
-        header = _described(_json(folder / "config.json"), weights, source, num_classes)
+    weights = read_weights(folder)
+    header = own_header(folder, weights) or _described(
+        read_json(folder / "config.json"), weights, source, num_classes
+    )
     try:
         if frequency_shift is not None:
             header["model"]["config"]["frequency_shift"] = frequency_shift
@@ -200,19 +176,6 @@ def _num_classes(model: dit.DiT) -> int:
     return told.num_values if told else 0
 
 
-def _json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(
-            f"{path.parent} is no folder of diffusers: {path.name} is missing"
-        ) from None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(
-            f"{path.parent} has a JSON file that says nothing usable: {error}"
-        ) from error
-
-
 def _described(
     config: Any, weights: Mapping[str, Tensor], source: str, num_classes: int | None
 ) -> dict[str, Any]:
@@ -227,7 +190,9 @@ def _described(
     wrong = [f"{key} {config[key]}" for key in FIXED if config.get(key, FIXED[key]) != FIXED[key]]
     if not is_dit or wrong:
         found = f"{name} with {', '.join(wrong)}" if wrong else name
-        raise ValueError(f"{source} holds {found}; only a DiTTransformer2DModel can be imported")
+        raise ValueError(
+            f"{source} holds {found}; only a DiTTransformer2DModel or a UNet2DModel can be imported"
+        )
     keys = ("num_attention_heads", "attention_head_dim", "num_layers", "patch_size")
     try:
         num_heads, head_dim, depth, patch = (int(config[key]) for key in keys)
@@ -264,16 +229,6 @@ def _described(
         },
         "facts": Facts(shape, space, labels(rows, num_classes, source)).to_json(),
     }
-
-
-def _read(folder: Path) -> dict[str, Tensor]:
-    """The folder's tensors, from safetensors, or from the pickle of older folders (read as data)."""
-    if (folder / WEIGHTS).exists():
-        return read_safetensors(folder / WEIGHTS)[0]
-    old = folder / "diffusion_pytorch_model.bin"
-    if old.exists():
-        return read_pt(old)
-    raise ValueError(f"{folder} has no weights: {WEIGHTS} is missing")
 
 
 def _to_theirs(ours: Mapping[str, Tensor], depth: int) -> Iterator[tuple[str, Tensor]]:

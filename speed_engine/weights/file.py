@@ -91,7 +91,9 @@ def read_safetensors(path: Path | str) -> tuple[dict[str, Tensor], dict[str, str
         raise ValueError(f"{path} is not a sound safetensors file: {error}") from error
 
 
-def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+def write_safetensors(
+    path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
+) -> None:
     """Raises OSError where the disk refuses (a full disk is an error of safetensors' own otherwise)."""
     try:
         save_file(tensors, path, metadata)

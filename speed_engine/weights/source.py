@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from speed_engine.weights import dit_diffusers, dit_public
+from speed_engine.weights import diffusers_folder, dit_public
 from speed_engine.weights import file as weights_file
 
 
@@ -44,8 +44,9 @@ def read(
     if path.is_dir():
         if num_heads is not None:
             raise ValueError("a diffusers folder says its number of heads; leave out --num-heads")
-        model = dit_diffusers.import_diffusers(path, frequency_shift, num_classes=num_classes)
-        ours = (path / dit_diffusers.SIDECAR).exists()  # our own folder leaves nothing open
+        adapter = diffusers_folder.adapter_of_folder(path)
+        model = adapter.import_diffusers(path, frequency_shift, num_classes=num_classes)
+        ours = (path / diffusers_folder.SIDECAR).exists()  # our own folder leaves nothing open
         return Found(model, {}, () if ours else dit_public.assumptions(model.facts))
     if frequency_shift is not None:
         raise ValueError("--frequency-shift is for diffusers folders; a .pt has the public one, 0")

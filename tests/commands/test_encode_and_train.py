@@ -104,7 +104,7 @@ def lines_of(run: Path) -> list[dict]:
 
 def numbers_of(run: Path) -> list[dict]:
     """The metrics without the clock."""
-    clock = {"images_per_s", "tflops_per_device", "mfu"}
+    clock = {"images_per_s", "tflops_per_device", "mfu", "data_wait", "time"}
     return [{k: v for k, v in line.items() if k not in clock} for line in lines_of(run)]
 
 

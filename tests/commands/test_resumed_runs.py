@@ -12,8 +12,12 @@ from speed_engine.training import sealed
 def numbers_of(run: Path) -> list[dict]:
     """The metrics without the clock."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    clock = {"images_per_s", "tflops_per_device", "mfu"}
+    clock = {"images_per_s", "tflops_per_device", "mfu", "data_wait", "time"}
     return [{k: v for k, v in line.items() if k not in clock} for line in lines]
+
+
+def manifest_of(run: Path) -> dict:
+    return json.loads((run / "manifest.json").read_text())
 
 
 @pytest.fixture
@@ -35,6 +39,11 @@ def test_a_longer_run_goes_on_where_it_ended(train, run, tmp_path):
     lines = numbers_of(tmp_path / "run")
     assert lines[:2] == numbers_of(run)
     assert [line["step"] for line in lines] == [10, 20, 24]
+    shutil.copytree(run, tmp_path / "resident")  # the same samples, from memory
+    answer = train(tmp_path / "resident", "train.steps=24", "train.resident=auto")
+    assert "samples are resident" in answer.err and numbers_of(tmp_path / "resident") == lines
+    feeds = [manifest_of(tmp_path / name)["feed"] for name in ("run", "resident")]
+    assert feeds[0].endswith("train.resident=false") and "samples are resident" in feeds[1]
 
 
 def test_each_run_has_a_folder_of_its_own(train, tmp_path, monkeypatch):
@@ -73,3 +82,25 @@ def test_a_resumed_run_attends_as_before(train, run, tmp_path, before, now, reas
         assert warned == (before != now and steps == 22), answer
         resumed = json.loads((copy / "manifest.json").read_text())
         assert (resumed["attention"]["backend"], resumed["attention"]["reason"]) == (now, reason)
+
+
+def test_the_line_of_an_interrupted_interval_is_that_of_an_undisturbed_run(train, run, tmp_path):
+    """Stopped after step 15, between the lines of steps 10 and 20."""
+    settings = ["checkpoint.every=5", "checkpoint.keep=9"]
+    train(tmp_path / "run", *settings)
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000020")
+    answer = train(tmp_path / "run", *settings)
+    assert "is at step 15" in answer.err
+    assert numbers_of(tmp_path / "run") == numbers_of(run)
+
+
+def test_a_run_says_where_it_begins_and_what_comes_next(train, good, tmp_path):
+    answer = train(tmp_path / "run", "train.steps=1")
+    assert "starts at step 0" in answer.err
+    lines = answer.err.splitlines()
+    told = [line.split("speed_engine ")[1] for line in lines if "-m speed_engine" in line]
+    assert [words.split()[0] for words in told] == ["sample", "plot"]
+    for words in told:
+        brief = ["--num", "2", "--steps", "2"] if words.startswith("sample") else []
+        good(*words.split(), *brief)
+    assert (tmp_path / "run" / "samples" / "grid.png").exists()

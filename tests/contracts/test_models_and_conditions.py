@@ -19,6 +19,7 @@ from speed_engine.models import refuse_unknown_conditions
 # The smallest settings of each network.
 SMALL: dict[str, dict[str, Any]] = {
     "dit": {"size": "tiny/2", "hidden_size": 16, "depth": 2, "num_heads": 2},
+    "unet": {"size": "tiny", "width": 8, "num_blocks": 1, "num_heads": 2},
 }
 # What a set says for each condition, and something a person may ask for.
 DATA: dict[str, tuple[ConditionFacts, str]] = {

@@ -81,8 +81,10 @@ class Launcher:
         here = ["--num_accelerators", str(world), "--master_port", free_port()]
         return [starter, *here, str(TRAIN)]
 
-    def start(self, world: int, arguments: list[str], cwd: Path | None = None) -> list:
-        return start_ranks([sys.executable, str(TRAIN), *arguments], world, cwd or self.folder)
+    def start(
+        self, world: int, arguments: list[str], cwd: Path | None = None, program: Path = TRAIN
+    ) -> list:
+        return start_ranks([sys.executable, str(program), *arguments], world, cwd or self.folder)
 
     def wait(self, processes: list, expect: int | None = 0) -> str:
         outputs = [process.communicate(timeout=240)[0] for process in processes]

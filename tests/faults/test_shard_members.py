@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from speed_engine.data import DataError
-from speed_engine.data.storage.index import reindex
+from speed_engine.data.shards import Shards
+from speed_engine.data.storage.index import reindex, verify
 from speed_engine.data.storage.writer import SetWriter
 
 
@@ -47,13 +48,14 @@ WRONG: dict[str, tuple[list[tuple[tarfile.TarInfo, bytes]], str]] = {
     "upward": ([member("../1.npy")], "not allowed"),
     "upward inside": ([member("a/../1.npy")], "not allowed"),
     "empty": ([member("")], "not allowed"),
-    "dot": ([member("./1.npy")], "not allowed"),
+    "dot inside": ([member("a/./1.npy")], "not allowed"),
     "hidden": ([member(".npy")], "not allowed"),
     "blank": ([member("1 2.npy")], "not allowed"),
     "no ending": ([member("1")], "not allowed"),
     "non-ascii": ([member("é.npy")], "not allowed"),
     "nul": ([member("1\0x.npy")], "after a NUL"),
-    "long": ([member(f"{LONG}.npy")], "a GNU long name"),
+    "too long": ([member(f"{LONG}{LONG}{LONG}.npy")], "not allowed"),
+    "long and upward": ([member(f"{LONG}/../1.npy")], "not allowed"),
     "pickle": ([member("1.npy"), member("1.pkl")], "'1.pkl' is not allowed"),
     "pyd": ([member("1.npy"), member("1.pyd")], "not allowed"),
     "pth": ([member("1.pth")], "not allowed"),
@@ -71,11 +73,11 @@ WRONG: dict[str, tuple[list[tuple[tarfile.TarInfo, bytes]], str]] = {
     "hard link": ([member("1.npy", b"", type=b"1", linkname="0.npy")], "a hard link"),
     "device": ([member("1.npy", b"", type=b"3")], "character device"),
     "fifo": ([member("1.npy", b"", type=b"6")], "a pipe"),
-    "directory": ([member("d", b"", type=b"5")], "a directory"),
+    "directory": ([member("d", b"1234", type=b"5")], "the folder 'd/' has"),
     "sparse": ([member("1.npy", type=b"S")], "a sparse file"),
     "unknown type": ([member("1.npy", type=b"Z")], "only regular files"),
     "pax size": ([member("1.npy", pax_headers={"size": "4"})], "overrides b'size'"),
-    "pax path": ([member("1.npy", pax_headers={"path": "/x.npy"})], "overrides b'path'"),
+    "pax path": ([member("1.npy", pax_headers={"path": "/x.npy"})], "'/x.npy' is not allowed"),
     "no array": ([member("1.cls", b"3")], "has no .npy member"),
     "not an array": ([member("1.npy", b"\x80\x04pickle")], "not a npy file"),
     "object array": ([member("1.npy", npy(np.array([[[None]]])))], "dtype '|O'"),
@@ -123,6 +125,25 @@ def test_wrong_members_are_refused_with_their_place(tmp_path: Path, case: str) -
     number = {"duplicate member": 0, "apart": 2}.get(case, 1)
     assert re.search(rf"^some\.tar, sample {number}: .*{re.escape(reason)}", str(caught.value))
     assert [entry.name for entry in path.parent.iterdir()] == ["some.tar"]  # nothing written
+
+
+def test_what_tar_and_webdataset_write_is_read(tmp_path: Path) -> None:
+    """`./` before names, entries of folders, a global PAX header, long names of both kinds, CRLF behind a label."""
+    parts = [member("./", b"", type=b"5"), member("./0.cls", b"1\r\n"), member("./0.npy")]
+    parts += [member("d", b"", type=b"5"), member("d/1.npy"), member("d/1.cls", b"0")]
+    parts += [member(f"{LONG}.cls", b"2\n"), member(f"{LONG}.npy")]
+    for name, form in (("gnu", tarfile.GNU_FORMAT), ("pax", tarfile.PAX_FORMAT)):
+        (tmp_path / name).mkdir()
+        headers = {"comment": "by somebody"} if name == "pax" else None
+        with tarfile.open(tmp_path / name / "a.tar", "w", format=form, pax_headers=headers) as tar:
+            for info, body in parts:
+                tar.addfile(info, io.BytesIO(body) if body else None)
+        index = reindex(tmp_path / name)
+        assert (index.count, index.num_classes) == (3, 3)
+        assert not verify(tmp_path / name)
+        source = Shards(tmp_path / name)
+        stored, told = source.read([0, 1, 2])
+        assert told["label"].tolist() == [1, 0, 2] and not stored.any()
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])

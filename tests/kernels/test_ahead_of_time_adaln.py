@@ -129,6 +129,7 @@ def test_forward_kernel_in_one_type() -> None:
     found = forward_report(90, 1152, "bf16", "bf16")
     assert_no_spills(found)
     assert found.registers <= 80 and found.shared_bytes <= 64
+    assert found.sass.count("BAR.SYNC") <= 3  # no row is spread over warps
     assert dict(found.loads) == {128: 6 * 4, 64: 6} and dict(found.stores) == {128: 8, 64: 2, 32: 2}
 
 

@@ -46,6 +46,31 @@ def test_builds_once_and_reuses(sources: Path) -> None:
     assert libraries() == [library] and library.stat().st_mtime_ns == written
 
 
+@pytest.mark.parametrize("damage", [b"", b"\x7fELF garbage", None])
+def test_a_damaged_library_is_built_anew(sources: Path, damage: bytes | None) -> None:
+    """A truncated one would kill the process that loads it."""
+    build.load("answer.cpp")
+    (library,) = libraries()
+    whole = library.read_bytes()
+    library.unlink()  # it is loaded in this process: its own file must not change
+    library.write_bytes(whole[: len(whole) // 2] if damage is None else damage)
+    build.load.cache_clear()
+    assert build.load("answer.cpp").answer() == 42
+    assert len(library.read_bytes()) == len(whole)
+
+
+@pytest.mark.parametrize("words", ["", "fake 1.0"])
+def test_a_compiler_that_makes_nothing_is_told(
+    sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: str
+) -> None:
+    fake = tmp_path / "fake"
+    fake.write_text(f"#!/bin/sh\necho {words}\n" if words else "#!/bin/sh\n")
+    fake.chmod(0o755)
+    monkeypatch.setenv("CXX", str(fake))
+    with pytest.raises(build.BuildError, match=r"makes no library of answer\.cpp"):
+        build.load("answer.cpp")
+
+
 def test_a_changed_header_is_another_library(sources: Path) -> None:
     build.load("answer.cpp")
     (sources / "number.h").write_text("constexpr int kNumber = 43;\n")

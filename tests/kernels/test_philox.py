@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from speed_kernels import philox
@@ -46,6 +47,20 @@ def test_addresses_are_the_counter_words() -> None:
     assert bits.shape == (2, 2, 4) and bits.dtype == torch.int64
     counter = torch.tensor([8, 2**32 - 1, 9, 3])
     assert torch.equal(bits[1, 1], philox.philox4x32(counter, (0xA4093822, 0x299F31D0)))
+
+
+def test_first_words_are_those_of_the_reference() -> None:
+    step, slot = np.array([[0], [2**32 - 1], [2**40 + 3]]), np.array([0, 5, 2**32 - 1, 2**31])
+    for seed, block in ((0, 0), (2**63 - 1, 2**32 - 1)):
+        found = philox.first_words(seed, step, slot, philox.STREAM_FLIP, block)
+        for row, one in zip(found, step[:, 0].tolist(), strict=True):
+            bits = philox.random_bits(
+                seed, one, torch.from_numpy(slot), philox.STREAM_FLIP, 1, first_block=block
+            )
+            assert row.tolist() == bits[:, 0, 0].tolist()
+    assert philox.first_words(1, 2, 3, 4).shape == ()
+    with pytest.raises(ValueError, match="seed=-1"):
+        philox.first_words(-1, 0, 0, 0)
 
 
 def test_seed_outside_its_range_is_refused() -> None:

@@ -184,9 +184,20 @@ def _as_provider(
     """`by_hand`: a bias and the sum of its gradient are not part of the function (see adaln_providers)."""
     by_hand = by_hand and problem.summed is not None
     call = direction(function, problem, case.direction, by_hand)
-    # Autograd runs a backward pass on the stream of its forward pass, which is not the one that captures.
-    device_part = call if case.direction == "forward" else None
-    return Provider(lambda: check(function, small, by_hand), call, device_part, facts, never_waits)
+    part, base = on_device(function, problem, case.direction, by_hand)
+    gate = lambda: check(function, small, by_hand)  # noqa: E731
+    return Provider(gate, call, part, facts, never_waits, base)
+
+
+def on_device(
+    function: Function, problem: Problem, which: str, by_hand: bool
+) -> tuple[Callable[[], object], Callable[[], object]]:
+    """What a CUDA graph replays, and what of it is not timed: autograd runs a backward pass on the stream of its
+    forward pass, so that both must be captured."""
+    if which == "forward":
+        return lambda: function(*problem.inputs), lambda: None
+    both = lambda: gradients(function(*problem.inputs), problem, by_hand)  # noqa: E731
+    return both, lambda: function(*problem.inputs)
 
 
 def direction(
@@ -253,5 +264,7 @@ def _compiled(case: OpCase, problem: Problem, small: Problem, settings: Settings
     trial = alternate(calls, Stopwatch(problem.device), 1.0, 2, 10)
     best = min(trial, key=lambda mode: median(trial[mode]))
     facts: dict[str, Any] = {"compile_mode": best} | ({"compile_failed": failed} if failed else {})
-    device_part = calls[best] if case.direction == "forward" else None
-    return Provider(lambda: None, calls[best], device_part, facts)  # the gate was green above
+    part, base = on_device(built[best][0], problem, case.direction, by_hand=False)
+    return Provider(
+        lambda: None, calls[best], part, facts, device_base=base
+    )  # the gate was green above

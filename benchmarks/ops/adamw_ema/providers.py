@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import torch
 from speed_kernels import contract
-from speed_kernels.adamw_ema import layout, op
+from speed_kernels.adamw_ema import op
 from speed_kernels.adamw_ema.layout import Ema
 from speed_kernels.adamw_ema.optimizer import AdamWEMA
 from torch import Tensor
@@ -45,11 +45,15 @@ class Problem:
 
 @dataclass(frozen=True)
 class Stepper:
-    """One step, and the EMA it keeps (a function, because ours exists after the first step only)."""
+    """One step, and the EMA it keeps (a function, because ours exists after the first step only).
+
+    after_capture: to be called between the capture of `step` and its first replay.
+    """
 
     step: Callable[[], object]
     emas: Callable[[], Sequence[Tensor]]
     facts: dict[str, Any]
+    after_capture: Callable[[], object] = lambda: None
 
 
 def dit_shapes(depth: int, width: int) -> list[tuple[int, ...]]:
@@ -228,45 +232,29 @@ def deepspeed(problem: Problem) -> Stepper:
 
 
 def ours(problem: Problem) -> Stepper:
-    """AdamWEMA; in recipe mixed the ops below it, since torch keeps a gradient in its weight's dtype."""
+    """AdamWEMA; in recipe mixed over masters, from the gradients of their bf16 copies."""
     choice = contract.choose(op.NAME, problem.device)
     if choice.fallback:
         raise Unavailable(choice.reason)
-    facts = {"backend": choice.backend}
-    if not problem.mixed:
-        optimizer = AdamWEMA(
-            problem.params,
-            LR,
-            BETAS,
-            EPS,
-            WEIGHT_DECAY,
-            ema=Ema("constant", problem.decay),
-            guard=False,
-        )
-        return Stepper(
-            optimizer.step, lambda: [ema for _, ema in optimizer.ema_parameters()], facts
-        )
-    params = [param.detach() for param in problem.params]
-    emas = clones(params)
-    moments, squares = ([torch.zeros_like(param) for param in params] for _ in range(2))
-    counter = torch.zeros((), device=problem.device)
-    numbers = [LR, 1 - BETAS[0], 1 - BETAS[1], EPS, WEIGHT_DECAY, CLIP, 0.0, 1 - problem.decay]
-    numbers += [0.0] * (layout.HYPER_SIZE - len(numbers))
-    hyper = torch.tensor(numbers, device=problem.device)
-
-    def step() -> None:
-        square_sum = op.grad_square_sum(problem.grads, choice.backend)
-        scalars = op.prepare(counter, None, hyper, square_sum, None, choice.backend)
-        op.adamw_ema(
-            params,
-            problem.grads,
-            moments,
-            squares,
-            emas,
-            [],
-            problem.copies,
-            scalars,
-            choice.backend,
-        )
-
-    return Stepper(step, lambda: emas, facts)
+    masters: Sequence[Tensor] = problem.params
+    if problem.mixed:  # a master has no gradient of its own: it takes that of its copy
+        masters = [param.detach() for param in problem.params]
+        for copy, grad in zip(problem.copies, problem.grads, strict=True):
+            copy.grad = grad
+    optimizer = AdamWEMA(
+        masters,
+        LR,
+        BETAS,
+        EPS,
+        WEIGHT_DECAY,
+        ema=Ema("constant", problem.decay),
+        clip_norm=CLIP if problem.mixed else 0.0,
+        guard=problem.mixed,
+        copies=dict(zip(masters, problem.copies, strict=True)) if problem.mixed else None,
+    )
+    return Stepper(
+        optimizer.step,
+        lambda: [ema for _, ema in optimizer.ema_parameters()],
+        {"backend": choice.backend},
+        optimizer.refresh,
+    )

@@ -56,6 +56,7 @@ SIZES = (
     Size("100m-flat", 9, 768, "flat", "cpu"),
     Size("100m-flat-mixed", 9, 768, "flat", "cpu", mixed=True),
     Size("675m-list", 28, 1152, "list", "cuda"),
+    Size("675m-list-mixed", 28, 1152, "list", "cuda", mixed=True),
     Size("675m-flat", 28, 1152, "flat", "cuda"),
     Size("675m-flat-mixed", 28, 1152, "flat", "cuda", mixed=True),
 )
@@ -112,6 +113,7 @@ def measure_size(size: Size, settings: Settings) -> Measured:
             gate=lambda: adamw_gate.check(build, settings.device, size.form, size.mixed),
             call=stepper.step,
             device_part=stepper.step if never_waits else None,
+            after_capture=stepper.after_capture,
             facts=stepper.facts,
             never_waits=never_waits,
         )

@@ -35,6 +35,16 @@ def storage_order(tensor: Tensor) -> Tensor:
     return tensor.as_strided((tensor.numel(),), (1,), tensor.storage_offset())
 
 
+def lies_like(tensor: Tensor, model: Tensor) -> bool:
+    """Whether `tensor` has the type, device, shape and strides of `model`."""
+    return (
+        tensor.dtype == model.dtype
+        and tensor.device == model.device
+        and tensor.shape == model.shape
+        and tensor.stride() == model.stride()
+    )
+
+
 def like_strides(tensor: Tensor, model: Tensor) -> Tensor:
     """`tensor` itself if it lies in memory as `model` does, else a copy that does."""
     if tensor.stride() == model.stride() or (tensor.is_contiguous() and model.is_contiguous()):

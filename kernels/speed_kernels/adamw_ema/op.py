@@ -105,18 +105,8 @@ def adamw_ema(
     float16, one dtype; copies: bfloat16, receives the rounded new weights. second_emas and copies may be empty.
     `scalars` comes from `prepare`. Raises ValueError for other shapes, dtypes or strides.
     """
-    state_dtype = torch.float64 if backend == "reference" else torch.float32
-    for name, tensors in (
-        ("params", params),
-        ("exp_avgs", exp_avgs),
-        ("exp_avg_sqs", exp_avg_sqs),
-        ("emas", emas),
-        *((("second_emas", second_emas),) if second_emas else ()),
-    ):
-        _check(name, tensors, params, {torch.float32, state_dtype})
+    _check_lists(params, exp_avgs, exp_avg_sqs, emas, second_emas, copies, backend)
     _check("grads", grads, params, None)
-    if copies:
-        _check("copies", copies, params, {torch.bfloat16})
     if scalars.dtype != torch.float32 or scalars.shape != (layout.SCALARS_SIZE,):
         raise ValueError(f"scalars must be float32 [{layout.SCALARS_SIZE}], made by prepare")
     if not params:
@@ -138,6 +128,83 @@ def _(
     backend: str,
 ) -> None:
     return None
+
+
+class Update:
+    """`adamw_ema` over tensors that stay the same from step to step: checked once, and without torch's dispatch.
+
+    The lists are those of `adamw_ema`. A captured call is complete only after `fill`. Raises ValueError.
+    """
+
+    def __init__(
+        self,
+        params: Sequence[Tensor],
+        exp_avgs: Sequence[Tensor],
+        exp_avg_sqs: Sequence[Tensor],
+        emas: Sequence[Tensor],
+        second_emas: Sequence[Tensor],
+        copies: Sequence[Tensor],
+        backend: str,
+    ) -> None:
+        self.lists = (params, exp_avgs, exp_avg_sqs, emas, second_emas, copies)
+        _check_lists(*self.lists, backend)
+        self.module = contract.implementation(NAME, backend)
+        in_one = getattr(self.module, "ListUpdate", None) if len(params) > 1 else None
+        self.in_one = None if in_one is None else in_one(*self.lists)
+
+    def __call__(self, grads: Sequence[Tensor], scalars: Tensor) -> None:
+        """One step. `grads`: contiguous, of the parameters' sizes and of one dtype, wherever they lie."""
+        if len({grad.dtype for grad in grads}) > 1:
+            _check("grads", grads, self.lists[0], None)
+        if self.in_one is not None:
+            self.in_one(grads, scalars)
+            return
+        params, *others = self.lists
+        self.module.adamw_ema(params, grads, *others, scalars)
+
+    def fill(self) -> list[Tensor]:
+        """Between a capture and its first replay: writes what the graph reads; returns what must live as long as it."""
+        return [] if self.in_one is None else self.in_one.fill()
+
+
+class Squares:
+    """`grad_square_sum` of gradients of the same sizes from step to step; see `Update`."""
+
+    def __init__(self, grads: Sequence[Tensor], backend: str) -> None:
+        _check("gradient", grads, grads, None)
+        self.module = contract.implementation(NAME, backend)
+        in_one = getattr(self.module, "ListSquares", None) if len(grads) > 1 else None
+        self.in_one = None if in_one is None else in_one(grads)
+
+    def __call__(self, grads: Sequence[Tensor]) -> Tensor:
+        return (self.in_one or self.module.grad_square_sum)(grads)
+
+    def fill(self) -> list[Tensor]:
+        """See `Update.fill`."""
+        return [] if self.in_one is None else self.in_one.fill()
+
+
+def _check_lists(
+    params: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    emas: Sequence[Tensor],
+    second_emas: Sequence[Tensor],
+    copies: Sequence[Tensor],
+    backend: str,
+) -> None:
+    """Refuse all but gradients."""
+    state_dtype = torch.float64 if backend == "reference" else torch.float32
+    for name, tensors in (
+        ("params", params),
+        ("exp_avgs", exp_avgs),
+        ("exp_avg_sqs", exp_avg_sqs),
+        ("emas", emas),
+        *((("second_emas", second_emas),) if second_emas else ()),
+    ):
+        _check(name, tensors, params, {torch.float32, state_dtype})
+    if copies:
+        _check("copies", copies, params, {torch.bfloat16})
 
 
 def _check(

@@ -18,27 +18,17 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from speed_kernels import contract
+from speed_kernels import contract, launch
 from speed_kernels.adamw_ema import flat, layout, op
+from speed_kernels.adamw_ema.bucket import Bucket, Plan
 from speed_kernels.adamw_ema.layout import Ema
 
 EMA_KEYS = ("ema", "ema2")
-
-
-@dataclass
-class _Bucket:
-    """Parameters that were always stepped together: one step counter, one kernel call."""
-
-    group: dict[str, Any]
-    params: list[Tensor]
-    grads: list[Tensor]
-    step: Tensor
 
 
 class AdamWEMA(torch.optim.Optimizer):
@@ -53,7 +43,8 @@ class AdamWEMA(torch.optim.Optimizer):
 
     Counters: all parameters of a group that got gradients together share one `step` tensor; one that misses a
     gradient keeps its own count from then on, as in torch. For a CUDA graph run a step eagerly first, then capture
-    `step`, and call `refresh()` before a replay whenever a group's lr (or another number) changed.
+    `step`, and call `refresh()` before the first replay, and before another whenever a group's lr (or another number)
+    changed.
     Raises ValueError for parameters that are not fp32, not dense or not on one device.
     """
 
@@ -104,8 +95,13 @@ class AdamWEMA(torch.optim.Optimizer):
         self.guard = guard
         self.reduce_square_sum = reduce_square_sum
         self.choice = contract.choose(op.NAME, next(iter(devices)), backend)
+        self._module = contract.implementation(op.NAME, self.choice.backend)
+        self._keys = ("step", "exp_avg", "exp_avg_sq", *EMA_KEYS[: self.num_emas])
         self._copies = dict(copies or {})
         self._steps: dict[Tensor, Tensor] = {}  # the counter that this object made for a parameter
+        self._plans: dict[int, Plan] = {}
+        self._squares: tuple[list[int], op.Squares] | None = None
+        self._of_graphs: list[Tensor] = []  # what captured steps read
         self._skipped: Tensor | None = None
         self._scalars: Tensor | None = None
 
@@ -118,39 +114,38 @@ class AdamWEMA(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        buckets = [bucket for group in self.param_groups for bucket in self._buckets(group)]
-        if not buckets:
+        found = [
+            (bucket, bucket.grads(grads))
+            for group in self.param_groups
+            for grads in ([self._grad(param) for param in group["params"]],)
+            for bucket in self._buckets(group, grads)
+        ]
+        if not found:
             return loss
-        device, backend = buckets[0].step.device, self.choice.backend
+        device, module = found[0][0].step.device, self._module
         square_sum = None
-        if self.guard or any(bucket.group["clip_norm"] > 0.0 for bucket in buckets):
-            grads = [grad for bucket in buckets for grad in flat.joined(bucket.grads)]
-            square_sum = op.grad_square_sum(grads, backend)
+        if self.guard or any(bucket.group["clip_norm"] > 0.0 for bucket, _ in found):
+            square_sum = self._square_sum([grad for _, grads in found for grad in grads])
             if self.reduce_square_sum is not None:
                 self.reduce_square_sum(square_sum)
+            square_sum = square_sum.to(torch.float32)
         skipped = self._skipped = (
             torch.zeros((), device=device) if self._skipped is None else self._skipped
         )
-        for bucket in buckets:
+        for bucket, grads in found:
             hyper = self._hyper(bucket.group, device)
-            scalars = op.prepare(bucket.step, skipped, hyper, square_sum, grad_scale, backend)
+            scalars = module.prepare(bucket.step, skipped, hyper, square_sum, grad_scale)
             skipped = None  # counted once a step
-            self._update(bucket, scalars)
+            bucket.update(grads, scalars)
+            torch.autograd.graph.increment_version(bucket.written)
             self._scalars = scalars
         return loss
 
-    def _update(self, bucket: _Bucket, scalars: Tensor) -> None:
-        keys = ("exp_avg", "exp_avg_sq", *EMA_KEYS[: self.num_emas])
-        tensors = [bucket.params, bucket.grads]
-        tensors += [[self.state[param][key] for param in bucket.params] for key in keys]
-        if self._copies:
-            tensors.append([self._copy(param) for param in bucket.params])
-        lists = [flat.joined(each) for each in tensors]
-        if len({len(each) for each in lists}) > 1:  # not all of them are flat: address each tensor
-            lists = [[flat.storage_order(tensor) for tensor in each] for each in tensors]
-        copies = lists.pop() if self._copies else []
-        second = lists.pop() if self.num_emas == 2 else []
-        op.adamw_ema(*lists, second, copies, scalars, self.choice.backend)
+    def _square_sum(self, grads: list[Tensor]) -> Tensor:
+        sizes = [grad.numel() for grad in grads]
+        if self._squares is None or self._squares[0] != sizes:
+            self._squares = sizes, op.Squares(grads, self.choice.backend)
+        return self._squares[1](grads)
 
     def _copy(self, param: Tensor) -> Tensor:
         copy = self._copies.get(param)
@@ -181,37 +176,57 @@ class AdamWEMA(torch.optim.Optimizer):
             elif copy.grad is not None:
                 copy.grad.detach_().zero_()
 
-    def _buckets(self, group: dict[str, Any]) -> list[_Bucket]:
+    def _buckets(self, group: dict[str, Any], grads: list[Tensor | None]) -> list[Bucket]:
         """The group's parameters with gradients, by their step counter; state is made where it is missing."""
-        grads = {
-            param: grad for param in group["params"] if (grad := self._grad(param)) is not None
-        }
-        present = list(grads)
-        new = [param for param in present if not self.state.get(param)]
+        present = [grad is not None for grad in grads]
+        plan = self._plans.get(id(group))
+        if plan is None or plan.present != present or self._changed(plan):
+            plan = self._plans[id(group)] = self._plan(group, present)
+        return plan.buckets
+
+    def _changed(self, plan: Plan) -> bool:
+        """Whether someone else has replaced a state, or moved a tensor, since the plan was made."""
+        for param, state, tensors in plan.states:
+            if self.state.get(param) is not state:
+                return True
+            for key, tensor in zip(self._keys, tensors, strict=True):
+                if state.get(key) is not tensor:
+                    return True
+        return any(bucket.moved() for bucket in plan.buckets)
+
+    def _plan(self, group: dict[str, Any], present: list[bool]) -> Plan:
+        params = [p for p, there in zip(group["params"], present, strict=True) if there]
+        new = [param for param in params if not self.state.get(param)]
         if new:
             self._initialize(new)
         foreign = [
-            param for param in present if self.state[param]["step"] is not self._steps.get(param)
+            param for param in params if self.state[param]["step"] is not self._steps.get(param)
         ]
         if foreign:
             self._adopt(foreign)
-        by_step: dict[int, list[Tensor]] = {}
-        for param in present:
-            by_step.setdefault(id(self._steps[param]), []).append(param)
-        absent = {
-            id(self._steps[param])
-            for param in group["params"]
-            if param not in grads and param in self._steps
-        }
+        by_step: dict[int, list[int]] = {}
+        absent: set[int] = set()
+        for position, (param, there) in enumerate(zip(group["params"], present, strict=True)):
+            if there:
+                by_step.setdefault(id(self._steps[param]), []).append(position)
+            elif param in self._steps:
+                absent.add(id(self._steps[param]))
         buckets = []
-        for key, params in by_step.items():
-            step = self._steps[params[0]]
+        for key, positions in by_step.items():
+            members = [group["params"][position] for position in positions]
+            step = self._steps[members[0]]
             if key in absent:  # some that share this counter miss this step: part company
                 step = step.clone()
-                self._share(params, step)
-            like = [flat.like_strides(grads[param], param) for param in params]
-            buckets.append(_Bucket(group, params, like, step))
-        return buckets
+                self._share(members, step)
+            states = [[self.state[param][name] for param in members] for name in self._keys[1:]]
+            copies = [self._copy(param) for param in members] if self._copies else []
+            backend = self.choice.backend
+            buckets.append(Bucket(group, positions, step, states, copies, backend))
+        states = [
+            (param, self.state[param], [self.state[param][name] for name in self._keys])
+            for param in params
+        ]
+        return Plan(present, states, buckets)
 
     def _share(self, params: Sequence[Tensor], step: Tensor) -> None:
         for param in params:
@@ -231,7 +246,7 @@ class AdamWEMA(torch.optim.Optimizer):
                     f"{param.stride()}); make it contiguous before building the optimizer"
                 )
         self._share(params, torch.zeros((), device=params[0].device))
-        for key in ("exp_avg", "exp_avg_sq", *EMA_KEYS[: self.num_emas]):
+        for key in self._keys[1:]:
             for param, part in zip(params, flat.parts_like(params), strict=True):
                 self.state[param][key] = part.copy_(param) if key in EMA_KEYS else part
 
@@ -253,9 +268,9 @@ class AdamWEMA(torch.optim.Optimizer):
             by_value.setdefault(float(state.get("step", 0)), []).append(param)
         for value, sharing in by_value.items():
             self._share(sharing, torch.full((), value, device=sharing[0].device))
-            for key in ("exp_avg", "exp_avg_sq", *EMA_KEYS[: self.num_emas]):
+            for key in self._keys[1:]:
                 first = sharing[0]
-                if len(sharing) == 1 and _lies_like(self.state[first][key], first):
+                if len(sharing) == 1 and flat.lies_like(self.state[first][key], first):
                     continue
                 for param, part in zip(sharing, flat.parts_like(sharing), strict=True):
                     self.state[param][key] = part.copy_(self.state[param][key])
@@ -276,7 +291,7 @@ class AdamWEMA(torch.optim.Optimizer):
         known = self._hypers.get(id(group))
         if known is not None and known[1] == values:
             return known[2]
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        if launch.capturing(device):
             raise RuntimeError("a learning rate changed; call refresh() before capturing the step")
         hyper = torch.empty(layout.HYPER_SIZE, device=device) if known is None else known[2]
         hyper.copy_(torch.tensor(values, dtype=torch.float32), non_blocking=True)
@@ -285,13 +300,19 @@ class AdamWEMA(torch.optim.Optimizer):
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Upload changed learning rates (and betas ...) now; needed only between replays of a captured step."""
+        """Upload changed learning rates (and betas ...) now, and to a step just captured where its tensors are; needed
+        only around a captured step: before the first replay, and between replays."""
         for group, _, hyper in list(self._hypers.values()):
             self._hyper(group, hyper.device)
+        for plan in self._plans.values():
+            for bucket in plan.buckets:
+                self._of_graphs += bucket.fill()
+        if self._squares is not None:
+            self._of_graphs += self._squares[1].fill()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._hypers = {}  # keyed by group objects that load_state_dict has just replaced
+        self._hypers, self._plans = {}, {}  # of groups that load_state_dict has just replaced
 
     def reset(self) -> None:
         """Forget all state, as if no step had been made.
@@ -300,6 +321,7 @@ class AdamWEMA(torch.optim.Optimizer):
         """
         self.state.clear()
         self._steps.clear()
+        self._plans.clear()
         self._skipped = self._scalars = None
 
     @torch.no_grad()
@@ -366,12 +388,3 @@ class AdamWEMA(torch.optim.Optimizer):
         param.copy_(values)
         if param in self._copies:
             self._copies[param].copy_(values)
-
-
-def _lies_like(tensor: Tensor, param: Tensor) -> bool:
-    return (
-        tensor.dtype == param.dtype
-        and tensor.device == param.device
-        and tensor.shape == param.shape
-        and tensor.stride() == param.stride()
-    )

@@ -23,8 +23,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from speed_kernels import contract
+from speed_kernels.dispatch import direct
 
 
 def bias_gelu(x: Tensor, bias_D: Tensor | None, *, backend: str) -> Tensor:
@@ -37,7 +39,28 @@ def bias_gelu(x: Tensor, bias_D: Tensor | None, *, backend: str) -> Tensor:
     Any finite u gives a finite y (large ones u or -0), minus infinity gives not a number as torch's does.
     Differentiable once, by x and bias_D. Autocast changes no dtype. Raises ValueError on wrong arguments.
     """
+    if direct(x):
+        y: Any = _BiasGelu.apply(x, bias_D, backend)
+        return y
     return bias_gelu_op(x, bias_D, backend)
+
+
+class _BiasGelu(torch.autograd.Function):
+    """`bias_gelu_op` without torch's dispatcher."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias_D: Tensor | None, backend: str) -> Tensor:  # pyright: ignore
+        _check(x, bias_D, backend)
+        ctx.module = contract.implementation("bias_gelu", backend)
+        ctx.save_for_backward(x, bias_D)
+        return ctx.module.bias_gelu(x, bias_D)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_y: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
+        x, bias_D = ctx.saved_tensors
+        d_x, d_bias_D = ctx.module.bias_gelu_backward(d_y, x, bias_D)
+        return d_x, None if bias_D is None else d_bias_D, None
 
 
 @torch.library.custom_op("speed_kernels::bias_gelu", mutates_args=())

@@ -157,7 +157,7 @@ def column_sum_kernel(
 
 def tile_shape(tile: int, num_columns: int) -> tuple[int, int]:
     """Rows and columns of a tile of `tile` elements."""
-    columns = min(MAX_COLUMNS, max(16, triton.next_power_of_2(num_columns)))
+    columns = min(MAX_COLUMNS, max(16, (1 << (num_columns - 1).bit_length())))
     return tile // columns, columns
 
 
@@ -175,9 +175,9 @@ def bias_gelu(x: Tensor, bias_D: Tensor | None) -> Tensor:
     num_columns = x.shape[-1]
     num_rows = x.numel() // num_columns
     rows, columns = tile_shape(FORWARD_TILE, num_columns)
-    num_blocks = triton.cdiv(num_columns, columns)
+    num_blocks = -(-num_columns // columns)
     with torch.cuda.device_of(x):
-        forward_kernel[(triton.cdiv(num_rows, rows) * num_blocks,)](
+        forward_kernel[(-(-num_rows // rows) * num_blocks,)](
             x,
             x if bias_D is None else bias_D.contiguous(),
             y,
@@ -202,10 +202,10 @@ def bias_gelu_backward(d_y: Tensor, x: Tensor, bias_D: Tensor | None) -> tuple[T
     num_columns = x.shape[-1]
     num_rows = x.numel() // num_columns
     rows, columns = tile_shape(BACKWARD_TILE, num_columns)
-    num_blocks = triton.cdiv(num_columns, columns)
-    num_row_tiles = triton.cdiv(num_rows, rows)
+    num_blocks = -(-num_columns // columns)
+    num_row_tiles = -(-num_rows // rows)
     num_tiles = tiles_per_run(num_row_tiles, num_blocks)
-    num_runs = triton.cdiv(num_row_tiles, num_tiles)
+    num_runs = -(-num_row_tiles // num_tiles)
     has_bias = bias_D is not None
     partial = torch.empty(
         num_runs * num_columns if has_bias else 0, dtype=torch.float32, device=x.device
@@ -227,7 +227,7 @@ def bias_gelu_backward(d_y: Tensor, x: Tensor, bias_D: Tensor | None) -> tuple[T
             num_warps=NUM_WARPS,
         )
         if has_bias:
-            column_sum_kernel[(triton.cdiv(num_columns, SUM_COLUMNS),)](
+            column_sum_kernel[(-(-num_columns // SUM_COLUMNS),)](
                 partial,
                 d_bias_D,
                 num_runs,

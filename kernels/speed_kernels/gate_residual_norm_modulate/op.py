@@ -30,8 +30,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from speed_kernels import contract
+from speed_kernels.dispatch import direct
 
 NAME = "gate_residual_norm_modulate"
 _STREAM = (torch.float32, torch.bfloat16)
@@ -51,6 +53,9 @@ def norm_modulate(
 
     Differentiable once. Raises ValueError on wrong arguments.
     """
+    if direct(x_BTD):
+        y_BTD: Any = _Normed.apply(x_BTD, shift_BD, scale_BD, float(eps), backend)
+        return y_BTD
     return norm_modulate_op(x_BTD, shift_BD, scale_BD, float(eps), backend)[0]
 
 
@@ -76,9 +81,11 @@ def gate_residual_norm_modulate(
 
     x and branch are copied where they are not contiguous. Differentiable once. Raises ValueError on wrong arguments.
     """
-    sum_BTD, y_BTD, _, _ = gate_residual_norm_modulate_op(
-        x_BTD, branch_BTD, gate_BD, bias_D, shift_BD, scale_BD, float(eps), backend
-    )
+    args = (x_BTD, branch_BTD, gate_BD, bias_D, shift_BD, scale_BD, float(eps), backend)
+    if direct(x_BTD):
+        results: Any = _Gated.apply(*args)
+        return results
+    sum_BTD, y_BTD, _, _ = gate_residual_norm_modulate_op(*args)
     return sum_BTD, y_BTD
 
 
@@ -242,6 +249,59 @@ def _differentiate_normed(ctx: Any, d_y_BTD: Tensor, *_: Any) -> tuple[Tensor | 
 norm_modulate_op.register_autograd(_differentiate_normed, setup_context=_keep_normed)
 
 
+class _Gated(torch.autograd.Function):
+    """`gate_residual_norm_modulate_op` without torch's dispatcher."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:  # pyright: ignore
+        x_BTD, branch_BTD, gate_BD, bias_D, shift_BD, scale_BD, eps, backend = inputs
+        _check(x_BTD, branch_BTD, gate_BD, bias_D, shift_BD, scale_BD, eps)
+        module = contract.implementation(NAME, backend)
+        sum_BTD, y_BTD, mean_BT, rstd_BT = module.forward(*inputs[:-1])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(sum_BTD, mean_BT, rstd_BT, branch_BTD, gate_BD, bias_D, scale_BD)
+        ctx.module = module
+        return sum_BTD, y_BTD
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore
+        ctx: Any, d_sum_BTD: Tensor | None, d_y_BTD: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        sum_BTD, mean_BT, rstd_BT, branch_BTD, gate_BD, bias_D, scale_BD = ctx.saved_tensors
+        if d_y_BTD is None:
+            d_y_BTD = torch.zeros(sum_BTD.shape, dtype=scale_BD.dtype, device=scale_BD.device)
+        d_x_BTD, d_branch_BTD, d_gate_BD, d_shift_BD, d_scale_BD, d_bias_D = ctx.module.backward(
+            d_sum_BTD, d_y_BTD, sum_BTD, mean_BT, rstd_BT, branch_BTD, gate_BD, bias_D, scale_BD
+        )
+        return d_x_BTD, d_branch_BTD, d_gate_BD, d_bias_D, d_shift_BD, d_scale_BD, None, None
+
+
+class _Normed(torch.autograd.Function):
+    """`norm_modulate_op` without torch's dispatcher."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:  # pyright: ignore
+        x_BTD, shift_BD, scale_BD, eps, backend = inputs
+        _check(x_BTD, None, None, None, shift_BD, scale_BD, eps)
+        module = contract.implementation(NAME, backend)
+        _, y_BTD, mean_BT, rstd_BT = module.forward(
+            x_BTD, None, None, None, shift_BD, scale_BD, eps
+        )
+        ctx.save_for_backward(x_BTD, mean_BT, rstd_BT, scale_BD)
+        ctx.module = module
+        return y_BTD
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_y_BTD: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
+        x_BTD, mean_BT, rstd_BT, scale_BD = ctx.saved_tensors
+        d_x_BTD, _, _, d_shift_BD, d_scale_BD, _ = ctx.module.backward(
+            None, d_y_BTD, x_BTD, mean_BT, rstd_BT, None, None, None, scale_BD
+        )
+        return d_x_BTD, d_shift_BD, d_scale_BD, None, None
+
+
 def _fake_norm(x_BTD: Tensor, shift_BD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Shapes and dtypes of y, mean and rstd."""
     mean_BT, rstd_BT = (x_BTD.new_empty(x_BTD.shape[:2], dtype=torch.float32) for _ in range(2))
@@ -270,19 +330,19 @@ def _check(
             f"shift_BD is {shift_BD.dtype}; it must be float32, bfloat16 or float16: cast it"
         )
     batch, _, channels = x_BTD.shape
-    expected: list[tuple[str, Tensor | None, tuple[int, ...]]] = [
-        ("branch_BTD", branch_BTD, tuple(x_BTD.shape)),
-        ("gate_BD", gate_BD, (batch, channels)),
+    row = (batch, channels)
+    for name, tensor, shape in (
+        ("branch_BTD", branch_BTD, x_BTD.shape),
+        ("gate_BD", gate_BD, row),
         ("bias_D", bias_D, (channels,)),
-        ("shift_BD", shift_BD, (batch, channels)),
-        ("scale_BD", scale_BD, (batch, channels)),
-    ]
-    for name, tensor, shape in expected:
+        ("shift_BD", shift_BD, row),
+        ("scale_BD", scale_BD, row),
+    ):
         if tensor is None:
             continue
-        if tuple(tensor.shape) != shape:
+        if tensor.shape != shape:
             raise ValueError(
-                f"{name} has the shape {tuple(tensor.shape)} but x_BTD {tuple(x_BTD.shape)} asks for {shape};"
+                f"{name} has the shape {tuple(tensor.shape)} but x_BTD {tuple(x_BTD.shape)} asks for {tuple(shape)};"
                 " pass one row per sample, of as many channels"
             )
         if tensor.dtype != shift_BD.dtype:

@@ -22,8 +22,11 @@ from speed_kernels.gate_residual_norm_modulate.triton_rows import (
     channels,
     load_piece,
     load_sample,
+    over_rows,
     per_lane,
+    per_row,
     store_piece,
+    zeros,
 )
 
 # Rows of `partial`: the sums of d_y, of d_y n, of branch d_x and of d_x.
@@ -56,7 +59,7 @@ def norm(
     FIRST: tl.constexpr, WIDTH: tl.constexpr, RUN: tl.constexpr, VECTOR: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     """A piece of n; zero past the last channel, where a large mean times rstd could overflow."""
-    normed_KRC = (stream_KRC.to(tl.float32) - mean_R[None, :, None]) * rstd_R[None, :, None]
+    normed_KRC = (stream_KRC.to(tl.float32) - per_row(mean_R)) * per_row(rstd_R)
     if FIRST + WIDTH > D:
         normed_KRC = tl.where(channels(FIRST, WIDTH, RUN, VECTOR) < D, normed_KRC, 0.0)
     return normed_KRC
@@ -68,8 +71,8 @@ def through_norm(
 ):
     """d_x of a piece."""
     g_KRC = d_y_KRC * scale_KRC
-    inner_KRC = g_KRC - mean_g_R[None, :, None] - normed_KRC * mean_gn_R[None, :, None]
-    d_x_KRC = rstd_R[None, :, None] * inner_KRC
+    inner_KRC = g_KRC - per_row(mean_g_R) - normed_KRC * per_row(mean_gn_R)
+    d_x_KRC = per_row(rstd_R) * inner_KRC
     if HAS_D_SUM:
         d_x_KRC += d_sum_KRC.to(tl.float32)
     return d_x_KRC
@@ -83,12 +86,12 @@ def store_sums(
     """Adds the rows' sums of a piece and writes them."""
     channel_KC = FIRST + (tl.arange(0, WIDTH // RUN) * RUN)[:, None] + tl.arange(0, RUN)[None, :]
     mask_KC = channel_KC < D
-    tl.store(ptr + SHIFT * D + channel_KC, tl.sum(shift_KRC, axis=1), mask=mask_KC)
-    tl.store(ptr + SCALE * D + channel_KC, tl.sum(scale_KRC, axis=1), mask=mask_KC)
+    tl.store(ptr + SHIFT * D + channel_KC, over_rows(shift_KRC), mask=mask_KC)
+    tl.store(ptr + SCALE * D + channel_KC, over_rows(scale_KRC), mask=mask_KC)
     if NUM_SUMS > GATE:
-        tl.store(ptr + GATE * D + channel_KC, tl.sum(gate_KRC, axis=1), mask=mask_KC)
+        tl.store(ptr + GATE * D + channel_KC, over_rows(gate_KRC), mask=mask_KC)
     if NUM_SUMS > D_X:
-        tl.store(ptr + D_X * D + channel_KC, tl.sum(d_x_KRC, axis=1), mask=mask_KC)
+        tl.store(ptr + D_X * D + channel_KC, over_rows(d_x_KRC), mask=mask_KC)
 
 
 @triton.jit
@@ -152,7 +155,7 @@ def backward_kernel(
     main_scale_KRC = 1.0 + load_sample(scale_ptr, always_R, 0, MAIN, RUN, VECTOR, D)
     if GATED:
         main_gate_KRC = load_sample(gate_ptr, always_R, 0, MAIN, RUN, VECTOR, D)
-    zeros_KRC = tl.zeros([MAIN // RUN, ROWS, RUN], tl.float32)
+    zeros_KRC = zeros(MAIN, RUN, ROWS)
     main_shift_sum, main_scale_sum, main_gate_sum, main_d_x_sum = (
         zeros_KRC, zeros_KRC, zeros_KRC, zeros_KRC,
     )  # fmt: skip
@@ -160,7 +163,7 @@ def backward_kernel(
         rest_scale_KRC = 1.0 + load_sample(scale_ptr, always_R, MAIN, REST, REST_RUN, VECTOR, D)
         if GATED:
             rest_gate_KRC = load_sample(gate_ptr, always_R, MAIN, REST, REST_RUN, VECTOR, D)
-        zeros_KRC = tl.zeros([REST // REST_RUN, ROWS, REST_RUN], tl.float32)
+        zeros_KRC = zeros(REST, REST_RUN, ROWS)
         rest_shift_sum, rest_scale_sum, rest_gate_sum, rest_d_x_sum = (
             zeros_KRC, zeros_KRC, zeros_KRC, zeros_KRC,
         )  # fmt: skip

@@ -19,6 +19,7 @@ from speed_kernels.gate_residual_norm_modulate.triton_rows import (
     load_piece,
     load_sample,
     per_lane,
+    per_row,
     store_piece,
 )
 
@@ -52,7 +53,7 @@ def centred(
     FIRST: tl.constexpr, WIDTH: tl.constexpr, RUN: tl.constexpr, VECTOR: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     """The piece less the mean, zero past the last channel."""
-    distance_KRC = stream_KRC - mean_R[None, :, None]
+    distance_KRC = stream_KRC - per_row(mean_R)
     if FIRST + WIDTH > D:
         distance_KRC = tl.where(channels(FIRST, WIDTH, RUN, VECTOR) < D, distance_KRC, 0.0)
     return distance_KRC
@@ -76,7 +77,7 @@ def modulate(
     y_ptr, shift_ptr, scale_ptr, distance_KRC, error_R, rstd_R, offset_R, mask_R,
     FIRST: tl.constexpr, WIDTH: tl.constexpr, RUN: tl.constexpr, VECTOR: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    normed_KRC = (distance_KRC - error_R[None, :, None]) * rstd_R[None, :, None]
+    normed_KRC = (distance_KRC - per_row(error_R)) * per_row(rstd_R)
     scale_KRC = load_sample(scale_ptr, mask_R, FIRST, WIDTH, RUN, VECTOR, D)
     shift_KRC = load_sample(shift_ptr, mask_R, FIRST, WIDTH, RUN, VECTOR, D)
     y_KRC = normed_KRC * (1.0 + scale_KRC) + shift_KRC

@@ -17,7 +17,6 @@ import functools
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from speed_kernels import launch
@@ -87,16 +86,16 @@ def chunks(
 
     A processor holds one program at a time. A chunk is less than 2^30 elements long.
     """
-    turns = triton.cdiv(num_tokens, rows)
-    fewest = triton.cdiv(num_tokens * num_channels, 2**30)
-    most = max(fewest, min(turns, triton.cdiv(4 * processors, batch)))
+    turns = -(-num_tokens // rows)
+    fewest = -(-num_tokens * num_channels // 2**30)
+    most = max(fewest, min(turns, -(-4 * processors // batch)))
 
     def cost(num_chunks: int) -> int:
-        waves = triton.cdiv(batch * num_chunks, processors)
-        return waves * (triton.cdiv(turns, num_chunks) + FIXED_TURNS)
+        waves = -(-batch * num_chunks // processors)
+        return waves * (-(-turns // num_chunks) + FIXED_TURNS)
 
-    chunk_rows = rows * triton.cdiv(turns, min(range(fewest, most + 1), key=cost))
-    return triton.cdiv(num_tokens, chunk_rows), chunk_rows
+    chunk_rows = rows * -(-turns // (min(range(fewest, most + 1), key=cost)))
+    return -(-num_tokens // chunk_rows), chunk_rows
 
 
 def rows_of(tensor_BD: Tensor) -> Tensor:
@@ -128,7 +127,7 @@ def forward(
         return sum_BTD, y_BTD, mean_BT, rstd_BT
     width = vector(x_BTD.element_size(), shift_BD.element_size())
     constants = forward_constants(num_channels, width)
-    num_chunks = triton.cdiv(num_tokens, constants["ROWS"])
+    num_chunks = -(-num_tokens // constants["ROWS"])
     with torch.cuda.device_of(x_BTD):
         forward_kernel[(batch * num_chunks,)](
             x_BTD,
@@ -209,9 +208,9 @@ def backward(
         batch, num_chunks, num_sums, num_channels, dtype=torch.float32, device=sum_BTD.device
     )
     gate_stride = 0 if gate_BD is None else gate_BD.stride(0)
-    num_programs = batch * triton.cdiv(num_channels, FINISH["WIDTH"])
+    num_programs = batch * -(-num_channels // FINISH["WIDTH"])
     if bias_D is not None:
-        num_programs += triton.cdiv(num_channels, FINISH["BIAS_WIDTH"])
+        num_programs += -(-num_channels // FINISH["BIAS_WIDTH"])
     with torch.cuda.device_of(sum_BTD):
         backward_kernel[(batch * num_chunks,)](
             d_sum_BTD,

@@ -31,8 +31,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from speed_kernels import contract, table
+from speed_kernels.dispatch import direct
 
 
 def diffusion_loss(
@@ -69,7 +71,7 @@ def diffusion_loss(
     Differentiable once, by `out` through `total` alone. Raises ValueError on wrong arguments.
     """
     scale = 1.0 / max(out.shape[0], 1) if grad_scale is None else grad_scale
-    total, losses_3B, _ = loss_op(
+    args = (
         out,
         x0,
         row_B,
@@ -84,7 +86,33 @@ def diffusion_loss(
         unit_upstream,
         ticket,
     )
+    if direct(out):
+        results: Any = _Loss.apply(*args)
+        return results
+    total, losses_3B, _ = loss_op(*args)
     return total, losses_3B
+
+
+class _Loss(torch.autograd.Function):
+    """`loss_op` without torch's dispatcher."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:  # pyright: ignore
+        *arguments, backend, unit_upstream, ticket = inputs
+        out, x0, row_B, rows_T8, address_2, seed, learned_variance, *_ = arguments
+        _check(out, x0, row_B, rows_T8, address_2, seed, learned_variance, ticket, backend)
+        module = contract.implementation("loss", backend)
+        total, losses_3B, grad_out = module.loss(*arguments, ticket)
+        ctx.mark_non_differentiable(losses_3B)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(grad_out)
+        ctx.unit_upstream = unit_upstream
+        return total, losses_3B
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:  # pyright: ignore
+        return _backward(ctx, upstream)
 
 
 @torch.library.custom_op("speed_kernels::loss", mutates_args=())

@@ -336,11 +336,11 @@ def loss(
     total = torch.empty((), dtype=torch.float32, device=device)
     num_elements = x0.numel() // batch
     num_tiles = launch.tiles_per_program(batch, num_elements, TILE, device)
-    num_chunks = triton.cdiv(num_elements, num_tiles * TILE)
+    num_chunks = -(-num_elements // (num_tiles * TILE))
     partial = torch.empty(2 * num_chunks * batch, dtype=torch.float32, device=device)
     if ticket is None:
         ticket = torch.zeros(1, dtype=torch.int32, device=device)
-    samples = min(LAST_SAMPLES, triton.next_power_of_2(batch))
+    samples = min(LAST_SAMPLES, (1 << (batch - 1).bit_length()))
     with torch.cuda.device_of(x0):
         loss_kernel[(batch * num_chunks,)](
             out,

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from speed_kernels import contract, table
+from speed_kernels.dispatch import direct
 
 
 def noise(
@@ -57,7 +58,8 @@ def noise(
     Differentiable by x0: the gradient is A[row_B] times the upstream gradient. Raises ValueError on wrong arguments.
     """
     out_dtype = x0.dtype if dtype is None else dtype
-    return noise_op(
+    noise_or_op = _noise if direct(x0) and not x0.requires_grad else noise_op
+    return noise_or_op(
         x0, cdf_T, rows_T8, time_T, address_2, seed, num_slots, stratified, out_dtype, backend
     )
 
@@ -93,8 +95,7 @@ def normals(address_2: Tensor, shape: Sequence[int], *, seed: int, backend: str)
     return normals_op(address_2, shape, seed, backend)
 
 
-@torch.library.custom_op("speed_kernels::noise", mutates_args=())
-def noise_op(
+def _noise(
     x0: Tensor,
     cdf_T: Tensor | None,
     rows_T8: Tensor,
@@ -113,6 +114,9 @@ def noise_op(
     return module.noise(
         x0, cdf_T, rows_T8, time_T, address_2, seed, num_slots, stratified, dtype, row_B
     )
+
+
+noise_op = torch.library.custom_op("speed_kernels::noise", _noise, mutates_args=())
 
 
 @noise_op.register_fake

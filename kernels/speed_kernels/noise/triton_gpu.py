@@ -206,7 +206,7 @@ def _launch(
     num_elements = x_t.numel() // batch
     num_tiles = launch.tiles_per_program(batch, num_elements, TILE, x_t.device)
     # A sample without elements still draws its row.
-    num_chunks = max(1, triton.cdiv(num_elements, num_tiles * TILE))
+    num_chunks = max(1, -(-num_elements // (num_tiles * TILE)))
     with torch.cuda.device_of(x_t):
         noise_kernel[(batch * num_chunks,)](
             *tensors,

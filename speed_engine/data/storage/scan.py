@@ -23,6 +23,7 @@ from pydantic import BaseModel, ConfigDict
 
 from .. import DataError
 from .npy import DTYPES, NAMED_DTYPES, PREFIX, NamedArray, array_of, layout, name_fault
+from .pictures import ENDINGS
 from .tar import Member, MemberError, members
 
 # offset, flipped: bytes of the arrays behind their npy headers (flipped = -1 without one). start,
@@ -129,9 +130,11 @@ class _Scanner:
                 name, _, ending = part.partition(".")
                 fault = name_fault(name) if ending == "npy" else ""
                 if fault or ending != "npy":
+                    image = f".{part.rpartition('.')[2]}" in ENDINGS
+                    cure = "; tars of images are for `encode --images`" if image else ""
                     raise MemberError(
                         f"the member {member.name!r} is not allowed; a shard holds .npy, .cls, "
-                        f".flipped.npy and named arrays as .NAME.npy only{fault and f' ({fault})'}"
+                        f".flipped.npy and named arrays as .NAME.npy only{fault and f' ({fault})'}{cure}"
                     )
             if sample is None:
                 if key in seen:
@@ -191,7 +194,7 @@ class _Scanner:
 
     def _label(self, member: Member) -> int:
         text = bytes(self.view[member.data : member.data + min(member.size, 40)])
-        if not re.fullmatch(rb"-?[0-9]{1,10}\n?", text):
+        if not re.fullmatch(rb"-?[0-9]{1,10}\r?\n?", text):
             raise MemberError(f"the label {text!r} is not an integer")
         label = int(text)
         if not 0 <= label <= MAX_LABEL:

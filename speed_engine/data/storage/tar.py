@@ -2,9 +2,9 @@
 
 Python's tarfile takes a damaged header for the end of the archive and so loses samples without a
 word. Here every header must be right: checksum, type, name, size, and the two empty blocks at the
-end. Only regular files with plain names pass. Of the PAX extensions only those that change neither
-name, size nor type are accepted (webdataset's own writer produces one per member, for fractions of
-a second in the time stamp).
+end. Only regular files with plain names pass, and folders are passed over. Of the extensions those
+are accepted that change neither size nor type: PAX headers of one member or of all, which may give a
+longer name, and GNU's long names. A `./` before a name, as tar writes it, is no part of it.
 """
 
 from __future__ import annotations
@@ -16,21 +16,19 @@ from typing import NamedTuple
 BLOCK = 512
 MAX_MEMBER_BYTES = 1 << 28
 MAX_PAX_BYTES = 4096
-HARMLESS_PAX = {"mtime", "atime", "ctime", "uid", "gid", "uname", "gname"}
+HARMLESS_PAX = {"mtime", "atime", "ctime", "uid", "gid", "uname", "gname", "comment"}
 NAME = re.compile(r"(?:[A-Za-z0-9_][A-Za-z0-9_-]*/)*[A-Za-z0-9_][A-Za-z0-9_-]*(?:\.[A-Za-z0-9_]+)+")
 MAX_NAME = 255
+EXTENSIONS = (b"x", b"g", b"L")  # PAX of one member, PAX of all, GNU's long name
 TYPES = {
     b"1": "a hard link",
     b"2": "a symbolic link",
     b"3": "a character device",
     b"4": "a block device",
-    b"5": "a directory",
     b"6": "a pipe",
     b"7": "a contiguous file",
     b"S": "a sparse file",
     b"K": "a GNU long link name",
-    b"L": "a GNU long name",
-    b"g": "a global PAX header",
     b"V": "a volume label",
     b"M": "a multi-volume continuation",
 }
@@ -52,12 +50,15 @@ class Member(NamedTuple):
     stop: int
 
 
-def members(buffer: memoryview) -> Iterator[Member]:
+def members(buffer: memoryview, any_name: bool = False) -> Iterator[Member]:
     """The members of the archive in `buffer`, in order. Raises MemberError at the first thing that
     is not right.
+
+    any_name: names are not looked at; nothing may be made of them but text.
     """
     position = 0
-    start: int | None = None  # where the member's extension header begins, if it has one
+    start: int | None = None  # where the member's extension headers begin, if it has any
+    kinds, renamed = b"", ""
     while True:
         header = bytes(buffer[position : position + BLOCK])
         if len(header) < BLOCK:
@@ -72,15 +73,24 @@ def members(buffer: memoryview) -> Iterator[Member]:
         stop = data + -(-size // BLOCK) * BLOCK
         if stop > len(buffer):
             raise MemberError("the archive ends in the middle of a member (truncated)")
-        if kind == b"x":
-            if start is not None:
+        body = bytes(buffer[data : data + size]) if kind in EXTENSIONS else b""
+        if kind == b"g":
+            _check_pax(body, HARMLESS_PAX)
+        elif kind in EXTENSIONS:
+            if kind in kinds:
                 raise MemberError("two extension headers in a row")
-            _check_pax(bytes(buffer[data : data + size]))
-            start = position
+            long = _text(body) if kind == b"L" else _check_pax(body, HARMLESS_PAX | {"path"})
+            start = position if start is None else start
+            kinds, renamed = kinds + kind, long or renamed
         else:
-            _check_name(name)
-            yield Member(name, position if start is None else start, data, size, stop)
-            start = None
+            name = (renamed or name).removeprefix("./")
+            if kind == b"5" and size:
+                raise MemberError(f"the folder {name[:80]!r} has {size} bytes")
+            if kind == b"0":
+                if not any_name:
+                    _check_name(name)
+                yield Member(name, position if start is None else start, data, size, stop)
+            start, kinds, renamed = None, b"", ""
         position = stop
 
 
@@ -93,12 +103,12 @@ def _header(header: bytes) -> tuple[bytes, str, int]:
     if not posix and header[257:265] != b"ustar  \0":
         raise MemberError("a header is not of the ustar kind")
     kind = b"0" if header[156:157] == b"\0" else header[156:157]
-    if kind not in (b"0", b"x"):
+    if kind not in (b"0", b"5", *EXTENSIONS):
         raise MemberError(f"holds {TYPES.get(kind, f'type {kind!r}')}; only regular files may be")
     name = _text(header[:100])
     prefix = _text(header[345:500]) if posix else ""
     size = _octal(header[124:136], "size")
-    limit = MAX_PAX_BYTES if kind == b"x" else MAX_MEMBER_BYTES
+    limit = MAX_PAX_BYTES if kind in EXTENSIONS else MAX_MEMBER_BYTES
     if size > limit:
         raise MemberError(f"a member of {size} bytes is larger than the limit of {limit}")
     return kind, f"{prefix}/{name}" if prefix else name, size
@@ -126,20 +136,24 @@ def _check_name(name: str) -> None:
         )
 
 
-def _check_pax(body: bytes) -> None:
-    """Accept time stamps and owners only: whatever changes a path, a size or a type could hide a
-    member.
+def _check_pax(body: bytes, allowed: set[str]) -> str:
+    """The name that the header gives, or nothing. Raises MemberError for what is not `allowed`: a size or a type
+    could hide a member.
     """
+    name = ""
     while body:
         length, space, _ = body.partition(b" ")
         if not space or not re.fullmatch(rb"[1-9][0-9]{0,4}", length):
             raise MemberError("a PAX header is damaged")
         record, body = body[: int(length)], body[int(length) :]
-        key, equals, _ = record[len(length) + 1 :].partition(b"=")
+        key, equals, value = record[len(length) + 1 :].partition(b"=")
         if len(record) != int(length) or not equals or not record.endswith(b"\n"):
             raise MemberError("a PAX header is damaged")
-        if key.decode("ascii", errors="backslashreplace") not in HARMLESS_PAX:
+        if key.decode("ascii", errors="backslashreplace") not in allowed:
             raise MemberError(f"a PAX header overrides {key[:40]!r}")
+        if key == b"path":
+            name = _text(value[:-1])
+    return name
 
 
 def _check_end(buffer: memoryview, position: int) -> None:

@@ -202,7 +202,8 @@ class SetWriter:
                 shutil.rmtree(self.partial, ignore_errors=True)
                 return
             raise DataError(
-                f"{self.out} is not empty and is not the same set; give another --out or remove it"
+                f"{self.out} is not empty and is not the same set; choose another folder (--out, or data.path of a "
+                "run) or remove it"
             )
         if not self._same_plan(self.partial) and not (self.partial / PROGRESS).exists():
             # Never begun, or stopped before the first shard was whole: nothing is lost.

@@ -4,16 +4,23 @@ Where the weights lie one behind the other in memory (where an engine keeps all 
 buffer, in the order that the model asks for) the many small products are one large one, forward and
 backward. Elsewhere (DeepSpeed has its own places for parameters) each is made by itself; the numbers
 are the same up to rounding.
+
+Among several processes the product is cut by depth. The gradients of one are complete only after the
+last block's backward pass, with nothing left beside which their sum over processes, a third of all,
+could travel; those of the parts of the deeper blocks set off earlier. For that a part must be made
+just before its first block: autograd takes what was made last first.
 """
 
 # Shape suffixes: B samples, D hidden size, X outputs of one projection, S outputs of all.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import chain, pairwise
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -56,9 +63,20 @@ class _OneProduct(torch.autograd.Function):
         return grad_BS @ _joined(weights), *grad_weights, *grad_BS.sum(0).split(ctx.sizes)
 
 
-def project_all(c_BD: Tensor, linears: Sequence[nn.Linear]) -> list[Tensor]:
+PARTS = 4  # of the product, among several processes
+
+
+def parts(num_layers: int) -> list[slice]:
+    """The layers of each product."""
+    alone = not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1
+    num_parts = 1 if alone else min(PARTS, num_layers)
+    ends = [num_layers * part // num_parts for part in range(num_parts + 1)]
+    return [slice(*pair) for pair in pairwise(ends)]
+
+
+def project_all(c_BD: Tensor, linears: Sequence[nn.Linear]) -> Iterator[Tensor]:
     """[B, D] -> for every layer [B, X]: rows of one large product, so with its stride, or tensors
-    of their own."""
+    of their own. Take each when it is needed."""
     # autocast casts the weights one by one, and a compiler cannot look at addresses.
     alone = torch.is_autocast_enabled(c_BD.device.type) or torch.compiler.is_compiling()
     # Not by attribute: ZeRO 3 would fetch every parameter that is touched, and all at once.
@@ -68,6 +86,12 @@ def project_all(c_BD: Tensor, linears: Sequence[nn.Linear]) -> list[Tensor]:
         for weight, linear in zip(weights, linears, strict=True)
     )
     if alone or not (here and adjacent(weights) and adjacent(biases)):
-        return [linear(c_BD) for linear in linears]
-    outputs_BS = _OneProduct.apply(c_BD, *weights, *biases)
+        return iter([linear(c_BD) for linear in linears])
+    if len(cut := parts(len(weights))) == 1:
+        return iter(_product(c_BD, weights, biases))
+    return chain.from_iterable(_product(c_BD, weights[part], biases[part]) for part in cut)
+
+
+def _product(c_BD: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> list[Tensor]:
+    outputs_BS: Any = _OneProduct.apply(c_BD, *weights, *biases)
     return list(outputs_BS.split([weight.shape[0] for weight in weights], dim=1))

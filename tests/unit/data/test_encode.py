@@ -135,10 +135,10 @@ def test_the_digits(tmp_path: Path) -> None:
         (["--images", ".", "--out", "x", "--scale", "1"], "--scale and --shift belong to latents"),
         (["--images", ".", "--out", "x", "--posterior"], "--posterior belongs to --arrays or"),
         (["--arrays", "a", "--out", "x", "--size", "8"], "--size belongs to --images, not to"),
-        (["--reindex", "a", "--out", "x"], "--out belongs to --images or --arrays, not to"),
+        (["--reindex", "a", "--out", "x"], "--out belongs to --images or --arrays or --latents"),
         (["--verify", "a", "--scale", "1"], "not to --verify; leave it out"),
         (["--arrays", "nowhere", "--out", "x"], "nowhere cannot be read as arrays"),
-        (["--verify", "nowhere"], "nowhere holds no data set"),
+        (["--verify", "nowhere"], "there is no folder nowhere"),
         (["--reindex", "nowhere"], "nowhere holds no *.tar"),
     ],
 )
@@ -217,6 +217,20 @@ def test_latents_mean_only_from_a_pipeline_folder(tmp_path: Path, vae: Path) -> 
         mean_only=True,
     )
     assert not index.posterior and not index.flipped and index.stored_shape == (4, 4, 4)
+
+
+def test_a_vae_in_bf16_gives_about_the_same(tmp_path: Path, vae: Path) -> None:
+    images = image_folder(tmp_path / "images", num=3)
+    told: dict[str, Any] = {"size": 8, "mode": "latents", "vae": str(vae), "mean_only": True}
+    for precision in ("fp32", "bf16"):
+        encode(images, tmp_path / precision, precision=precision, **told)
+    full, half = (
+        Shards(tmp_path / name, check_scale=False).read(range(3))[0].float()
+        for name in ("fp32", "bf16")
+    )
+    assert 0 < (full - half).abs().max() < 0.03 * full.abs().max()
+    with pytest.raises(DataError, match="is not the same set"):
+        encode(images, tmp_path / "fp32", precision="bf16", **told)
 
 
 def test_wrong_vaes_are_refused(tmp_path: Path, vae: Path) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from speed_engine import config as configuration
+from speed_engine import engines
 from speed_engine.conditions import label
 from speed_engine.data import Batch, Facts
 from speed_engine.data.space import Space
@@ -209,7 +210,7 @@ def test_state_is_loaded_before_the_capture(tmp_path: Path) -> None:
     source = batches("cpu")
     for step in range(WARM_UP):
         do(step, source)
-    graph.engine.save(tmp_path)
+    engines.write(graph.engine.state(tmp_path), tmp_path)
     graph.engine.load(tmp_path)
     do(WARM_UP, source)
     with pytest.raises(RuntimeError, match="load before it runs"):

@@ -160,7 +160,7 @@ def test_position_embedding_is_column_then_row():
 
 @pytest.mark.parametrize("shift", [0, 1])
 def test_time_embedding_frequencies(shift):
-    embedder: Any = dit.TimeEmbedder(8, shift)
+    embedder: Any = dit.TimeEmbedder(8, dit.NUM_FREQUENCIES, shift)
     embedder.mlp = torch.nn.Identity()
     for time in (torch.tensor([0, 1, 999]), torch.tensor([0.37, -1.25, 80.0])):
         waves = embedder(time, torch.float32)
@@ -273,10 +273,10 @@ def test_bf16_parameters_and_autocast_stay_near_fp32():
 
 def test_time_survives_bf16_parameters():
     """Frequencies cast to bf16 would be off by radians at t = 999."""
-    embedder: Any = dit.TimeEmbedder(8, 0).bfloat16()
+    embedder: Any = dit.TimeEmbedder(8, dit.NUM_FREQUENCIES, 0).bfloat16()
     embedder.mlp = torch.nn.Identity()
     time = torch.tensor([999.0])
-    exact: Any = dit.TimeEmbedder(8, 0)
+    exact: Any = dit.TimeEmbedder(8, dit.NUM_FREQUENCIES, 0)
     exact.mlp = torch.nn.Identity()
     difference = embedder(time, torch.bfloat16).float() - exact(time, torch.float32)
     assert difference.abs().max() < 5e-3

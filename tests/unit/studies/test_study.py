@@ -80,7 +80,7 @@ def test_cells_are_methods_by_seeds_by_settings(file):
     assert last.name == "cosine/speed/seed1"
     assert last.tree["seed"] == 1 and last.tree["schedule"]["kind"] == "cosine"
     assert last.tree["train"] == {"steps": 80, "global_batch": 128}
-    assert last.tree["log"]["every"] == 10 and "validate" not in last.tree
+    assert last.tree["log"]["every"] == 10 and "validation" not in last.tree
     assert chosen.reference == "uniform"
 
 

@@ -130,20 +130,6 @@ def test_latest_is_never_followed(tmp_path):
     assert find(tmp_path)[0].step == 10
 
 
-def test_two_runs_cannot_share_a_folder(tmp_path):
-    held = checkpoint.lock(tmp_path)
-    with pytest.raises(CheckpointError, match=f"process {os.getpid()}"):
-        checkpoint.lock(tmp_path)
-    held.close()
-    checkpoint.lock(tmp_path).close()
-
-
-def test_differences():
-    old = {"a": 1, "b": {"c": 2, "d": 3}}
-    new = {"a": 1, "b": {"c": 5, "d": 3}, "e": 4}
-    assert checkpoint.differences(old, new) == ["b.c: 2 -> 5", "e: None -> 4"]
-
-
 def test_written_json_is_whole(tmp_path):
     path = tmp_path / "x.json"
     atomic_files.write_json(path, {"a": 1})

@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from speed_engine.data import ArrayFacts, ConditionFacts
 from speed_engine.models import dit
-from speed_engine.weights.dit_diffusers import WEIGHTS, export_diffusers, import_diffusers
+from speed_engine.weights.diffusers_folder import WEIGHTS
+from speed_engine.weights.dit_diffusers import export_diffusers, import_diffusers
 
 SMALL = dit.Config(size="tiny/2", hidden_size=24, depth=3, num_heads=3, frequency_shift=1)
 

@@ -1,0 +1,1 @@
+"""The whole feed: order, reading, decoding, the way to the device."""

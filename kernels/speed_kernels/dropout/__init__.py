@@ -1,0 +1,1 @@
+"""The dropout op: addressed dropout of images."""

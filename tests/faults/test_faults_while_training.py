@@ -1,0 +1,166 @@
+"""What breaks while a run trains: what could be saved is saved, and one sentence tells."""
+
+import json
+import shutil
+import sys
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+
+from speed_engine import train
+from speed_engine.data import digits
+from speed_engine.training import checkpoint, metrics, saving
+
+SMALL = {
+    "model.depth": 1,
+    "train.global_batch": 8,
+    "train.steps": 6,
+    "checkpoint.every": 2,
+    "log.every": 2,
+    "engine": "torch",
+    "kernels.backend": "reference",
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("digits") / "data"
+    digits.write(folder)
+    return folder
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capfd, data):
+    """run(overrides...) -> (exit code, everything printed) of a tiny run in tmp_path / run."""
+
+    def call(*overrides: str) -> tuple[int, str]:
+        small = {"run_dir": tmp_path / "run", "data.kind": "shards", "data.path": data, **SMALL}
+        small |= dict(override.split("=", 1) for override in overrides)
+        arguments = [f"{key}={value}" for key, value in small.items()]
+        monkeypatch.setattr(sys, "argv", ["train.py", "--config", "digits_dit_tiny", *arguments])
+        code = train.main()
+        answer = capfd.readouterr()
+        return code, answer.out + answer.err
+
+    return call
+
+
+def steps(run: Path) -> list[int]:
+    return sorted(int(p.name[5:]) for p in (run / "checkpoints").glob("step-*"))
+
+
+def test_a_damaged_sample_ends_the_run_after_a_checkpoint_or_is_passed_over(run, tmp_path, data):
+    """The first read of a sample that no later step of a short run needs is not reached."""
+    damaged = tmp_path / "damaged"
+    shutil.copytree(data, damaged)
+    for shard in damaged.glob("*.tar"):
+        content = bytearray(shard.read_bytes())
+        for place in range(0, len(content), 40_000):
+            content[place : place + 512] = bytes(512)
+        shard.write_bytes(content)
+    words = (
+        f"data.path={damaged}",
+        "train.global_batch=16",
+        "train.steps=40",
+        "checkpoint.every=50",
+    )
+    code, output = run(*words)
+    assert code == 2 and "Traceback" not in output
+    assert output.count("damaged, its CRC32 does not fit") == 1
+    (step,) = steps(tmp_path / "run")
+    assert f"stopped at step {step}, which is saved" in output
+    code, output = run(*words, "data.skip_damaged=true")
+    assert code == 0, output
+    assert "the next good sample is read in its place (1 skipped)" in output
+    assert f"is at step {step}; going on" in output
+
+
+def test_no_room_for_a_line_of_metrics_ends_nothing(run, tmp_path, monkeypatch):
+    def full(self, text):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(metrics.Journal, "_write", full)
+    code, output = run()
+    assert code == 0
+    assert output.count("WARNING: metrics.jsonl cannot be written") == 1
+    assert "No space left" in output and steps(tmp_path / "run") == [4, 6]
+
+
+def test_a_board_that_fails_ends_nothing(run, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "tensorboard").write_text("in the way")
+    code, output = run("log.tensorboard=true")
+    assert code == 0 and output.count("WARNING: log.tensorboard cannot be written") == 1
+    assert "training goes on" in output
+
+
+def test_a_thread_writes_the_same_bytes(run, tmp_path):
+    assert run()[0] == 0
+    (tmp_path / "run").rename(tmp_path / "one")
+    code, output = run("checkpoint.asynchronous=true")
+    assert code == 0, output
+    one, other = tmp_path / "one", tmp_path / "run"
+    assert steps(one) == steps(other) == [4, 6]
+    for step in ("step-00000004", "step-00000006"):
+        state = [folder / "checkpoints" / step / "state" / "state.pt" for folder in (one, other)]
+        assert state[0].read_bytes() == state[1].read_bytes()
+    assert run("checkpoint.asynchronous=true", "train.steps=7")[0] == 0
+
+
+def test_a_failure_of_the_thread_ends_the_run(run, tmp_path, monkeypatch):
+    write = saving.engines.write
+
+    def full(state, folder):
+        if "step-00000004" in str(folder):
+            raise OSError(28, "No space left on device")
+        write(state, folder)
+
+    monkeypatch.setattr(saving.engines, "write", full)
+    code, output = run("checkpoint.asynchronous=true", "train.steps=60", "checkpoint.every=2")
+    assert code == 2 and output.count("No space left on device") == 1
+    assert steps(tmp_path / "run") == [2]
+
+
+def test_the_room_is_looked_at_before_a_save(run, tmp_path, monkeypatch):
+    Usage = namedtuple("Usage", "total used free")
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: Usage(10**9, 10**9, 10**5))
+    code, output = run("checkpoint.on_error=go_on")
+    assert code == 2 and "Traceback" not in output  # the last one of a run must be written
+    assert output.count("training goes on (checkpoint.on_error=go_on)") == 2
+    assert "only 100 kB are free; make room" in output and steps(tmp_path / "run") == []
+
+
+def test_pinned_checkpoints_stay(run, tmp_path):
+    words = ("checkpoint.keep=1", "checkpoint.pin_every=3", "checkpoint.every=1", "train.steps=7")
+    assert run(*words)[0] == 0
+    assert steps(tmp_path / "run") == [3, 6, 7]
+
+
+def test_a_folder_that_was_removed_is_told_and_saved_again(run, tmp_path, monkeypatch):
+    commit = saving.checkpoint.commit
+
+    def removed(where, step, *rest):
+        result = commit(where, step, *rest)
+        if step == 2:
+            shutil.rmtree(where)
+        return result
+
+    monkeypatch.setattr(saving.checkpoint, "commit", removed)
+    code, output = run()
+    assert code == 2 and "was removed while the run used it; step 4 is saved there again" in output
+    assert steps(tmp_path / "run") == [4]
+    assert run()[0] == 0 and steps(tmp_path / "run") == [4, 6]
+
+
+def test_settings_that_change_last_bits_at_most_are_told(run, tmp_path):
+    assert run()[0] == 0
+    code, output = run("train.steps=8", "train.micro_batch=4")
+    assert code == 0 and "train.micro_batch: None -> 4" in output
+    told = json.loads((tmp_path / "run" / "manifest.json").read_text())["continued"]
+    assert told == [{"step": 6, "changed": ["train.micro_batch: None -> 4"]}]
+
+
+def test_a_refused_run_leaves_nothing(run, tmp_path):
+    code, _ = run("checkpoint.resume=must", f"run_dir={tmp_path / 'a' / 'b'}")
+    assert code == 2 and not (tmp_path / "a").exists()
