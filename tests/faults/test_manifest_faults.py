@@ -44,7 +44,7 @@ def step_2(run: Path) -> Path:
 
 def first_format(manifest: dict) -> dict:
     """The same run as the first version wrote it."""
-    old = copy.deepcopy({k: v for k, v in manifest.items() if k not in ("format", "sha256")})
+    old = copy.deepcopy({k: v for k, v in manifest.items() if k in sealed.FIRST_FORMAT})
     config, data = old["config"], old["data"]
     config["model"]["label_dropout"] = config.pop("conditions")["label"]["dropout"]
     shape, samples, print_ = data["shape"], data["num_samples"], data["fingerprint"]

@@ -216,14 +216,15 @@ ONLINE = {
     "task_curriculum": {"every": 5, "patience": 5, "num_clusters": 4, "tolerance": 1.0},
     "clts": {"every": 4, "total_steps": 60},
     "clts_speed_release": {"every": 4, "total_steps": 60, "mu": 12},
+    "curriculum": {"first": {"kind": "infonoise", "every": 6, "warmup_steps": 6}, "then": "uniform", "at": 24, "ramp": 12},
     "combine": {"parts": [{"kind": "infonoise", "every": 6, "warmup_steps": 6}, {"kind": "ant_uw", "every": 3}]},
 }  # fmt: skip
 
 
 def test_every_online_method_is_in_the_list():
     for kind in kinds.names("timesteps"):
-        options = {"parts": ["uniform"]} if kind == "combine" else {}
-        method = parse({"kind": kind, **options})
+        needed = {"combine": {"parts": ["uniform"]}, "curriculum": ONLINE["curriculum"]}
+        method = parse({"kind": kind, **needed.get(kind, {})})
         table = build_step_table(config("schedules", "linear"), config("objectives", "v"), method)
         assert not table.changes or kind in ONLINE or kind == "adaptive", kind
 
