@@ -9,6 +9,10 @@ from collections.abc import Callable
 BAD_INPUT, INTERRUPTED = 2, 130  # exit codes
 
 
+class ToldElsewhere(ValueError):
+    """A mistake that another process of the run tells of; this one ends quietly, with the same code."""
+
+
 def told_in_one_sentence(action: Callable[[], int]) -> int:
     """Run `action`; ValueError and OSError are what a user can mend, everything else is our bug and
     keeps its traceback. Of many processes the first one speaks plainly."""
@@ -20,6 +24,8 @@ def told_in_one_sentence(action: Callable[[], int]) -> int:
     except BrokenPipeError:  # the reader of our output has seen enough (`| head`)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except ToldElsewhere:
+        return BAD_INPUT
     except (ValueError, OSError) as error:
         return _say(str(error))
     except (MemoryError, RuntimeError) as error:

@@ -12,6 +12,7 @@ if sys.path and os.path.realpath(sys.path[0]) == _HERE:
     )  # last: a user's own module (`my_lab.mine`) is found, and hides none
 
 import argparse  # noqa: E402
+import contextlib  # noqa: E402
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,6 +52,7 @@ if __name__ == "__main__":
     # Everything is closed by now. In a few of about a hundred runs of two processes the interpreter's
     # own end aborted ("terminate called without an active exception"; cause not found), which would
     # turn a finished run into a failed one.
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, AttributeError):  # the terminal is gone, or never was
+            stream.flush()
     os._exit(exit_code)

@@ -99,6 +99,16 @@ class Train(Section):
         ge=1,
         description="consecutive non-finite (skipped) steps after which the run stops, at the next line of the log",
     )
+    stall_seconds: float = Field(
+        default=300.0,
+        ge=0,
+        description="without a step for so long the run names the process it waits for and ends with code 4; 0 = off",
+    )
+    first_step_seconds: float = Field(
+        default=1800.0,
+        ge=0,
+        description="the same until the first step is done, which compiles, and while a checkpoint is written",
+    )
 
 
 class Kernels(Section):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +17,11 @@ from speed_engine.data import Batch, Source, order
 from speed_engine.distributed import Processes
 
 AHEAD = 4  # batches read before they are needed
+JOIN = 2.0  # seconds that a read under way may still take at the end
+
+
+class StoppedWaiting(Exception):
+    """A batch was waited for when the end was asked for."""
 
 
 @dataclass(frozen=True)
@@ -48,9 +53,11 @@ class Loader:
         """Micro-batches of one process in one step."""
         return self.global_batch // (self.micro_batch * self.processes.world)
 
-    def batches(self, first_step: int, end_step: int) -> Generator[Batch]:
+    def batches(
+        self, first_step: int, end_step: int, stopping: Callable[[], bool] = lambda: False
+    ) -> Generator[Batch]:
         """The micro-batches of steps first_step .. end_step - 1, in order; errors of the reading
-        thread are raised here."""
+        thread are raised here. Raises StoppedWaiting where a batch is not there and `stopping()`."""
         ready: queue.Queue[Batch | BaseException] = queue.Queue(maxsize=AHEAD)
         stopped = threading.Event()
 
@@ -74,7 +81,7 @@ class Loader:
         thread.start()
         try:
             for _ in range((end_step - first_step) * self.accumulation):
-                item = ready.get()
+                item = _next(ready, stopping)
                 if isinstance(item, BaseException):
                     raise item
                 yield item
@@ -82,7 +89,7 @@ class Loader:
             stopped.set()
             while not ready.empty():
                 ready.get_nowait()
-            thread.join()
+            thread.join(JOIN)  # storage that hangs is left behind with its thread
 
     def _on_device(self, step: int, micro: int) -> Batch:
         num, seed = self.micro_batch, self.seed
@@ -110,3 +117,14 @@ class Loader:
         if self.processes.device.type == "cpu":
             return tensor
         return tensor.pin_memory().to(self.processes.device, non_blocking=True)
+
+
+def _next(
+    ready: queue.Queue[Batch | BaseException], stopping: Callable[[], bool]
+) -> Batch | BaseException:
+    while True:
+        try:
+            return ready.get(timeout=0.5)
+        except queue.Empty:
+            if stopping():
+                raise StoppedWaiting from None

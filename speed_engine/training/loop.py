@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,51 +18,75 @@ from safetensors.torch import load_file, save_file
 
 from speed_engine.atomic_files import write_json
 from speed_engine.config import RunConfig
-from speed_engine.distributed import Processes, start, stop
+from speed_engine.data.loader import StoppedWaiting
+from speed_engine.distributed import Processes, lost_connection, start, stop
+from speed_engine.distributed.launched import place
 from speed_engine.engines import Engine, optimizer
-from speed_engine.training import assembly, checkpoint, init_from, metrics, sealed
+from speed_engine.training import (
+    agreement,
+    assembly,
+    checkpoint,
+    heartbeat,
+    init_from,
+    metrics,
+    sealed,
+)
 from speed_engine.training import manifest as manifests
 from speed_engine.training.assembly import Parts
 from speed_engine.training.attention import attention_facts, keep_attention
 from speed_engine.training.guard import Guard
-from speed_engine.training.interrupt import Interrupt
+from speed_engine.training.heartbeat import Pulse
+from speed_engine.training.interrupt import REQUEUE, REQUEUED, Interrupt
+from speed_engine.training.watch import LOST, Watch, kept
 from speed_engine.weights import file as weights_file
 
 METHOD_STATE = "timesteps.safetensors"  # of a method that changes while training runs
-STOP_EVERY = 10  # steps between two agreements of many processes on whether to stop
-DONE, NOT_FINITE = 0, 3  # exit codes
+DONE, NOT_FINITE = 0, 3  # exit codes; LOST, REQUEUED
+FOLDER_GONE = REQUEUE + 1  # what processes agree on beside STOP and REQUEUE
 
 
 def train(config: RunConfig) -> int:
     """Train as `config` says, continuing what its run folder holds. Returns the exit code.
 
-    0: done, or stopped on request with a checkpoint. 3: gradients were not finite for too long.
+    0: done, or stopped on request with a checkpoint. 75: the same by SIGUSR1, unfinished. 3: gradients were not finite
+    for too long. 4: another process is gone or frozen.
     Raises ValueError (a user's mistake, in one sentence; CheckpointError, DataError are such).
     """
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    processes = start(config.engine.device)
-    try:
-        code = _train(config, processes)
-    except BaseException:
-        stop(together=False)  # the others may be waiting for this process somewhere else
-        raise
-    stop(together=True)
+    pulse = Pulse()
+    told = place(os.environ)
+    rank, world = (told.rank, told.world) if told else (0, 1)
+    with Interrupt() as interrupt, Watch(interrupt, pulse, rank, world) as watch:
+        try:
+            code = _train(config, start(config.engine.device), interrupt, watch)
+        except BaseException as error:
+            if lost_connection(error) and watch.folder is not None:
+                who = heartbeat.missing(watch.folder, rank, world)
+                print(f"error (process {rank}): {who}; {kept(pulse)}", file=sys.stderr, flush=True)
+                stop(together=False)
+                return LOST
+            watch.ended(str(error) or type(error).__name__)
+            stop(together=False)  # the others may be waiting for this process somewhere else
+            raise
+        stop(together=True)
+        pulse.beat("ended")
     return code
 
 
-def _train(config: RunConfig, processes: Processes) -> int:
+def _train(config: RunConfig, processes: Processes, interrupt: Interrupt, watch: Watch) -> int:
     # ------------------------------------------------------------------ the parts
     parts = assembly.build(config, processes)
     config, table = parts.config, parts.table
     blueprint = assembly.build_model(config, parts.facts, "meta")
     run = manifests.run_folder(config, parts.source.fingerprint, processes.world)
-    run.mkdir(parents=True, exist_ok=True)
-    held = checkpoint.lock(run) if processes.first else None
-    begun = _begin(parts, run)
+    held = agreement.hold(run, processes)
+    watch.at_work(run, config.train.stall_seconds, config.train.first_step_seconds)
+    found = _found(parts, run)
+    begun = _begin(parts) if found is None else {}
     engine = assembly.open_engine(parts)
     manifest = manifests.describe(parts, engine.facts()) | begun
     do = assembly.open_step(parts, engine)
-    first_step = resume(parts, run, engine, manifest)
+    first_step = 0 if found is None else resume(parts, run, found, engine, manifest)
     if processes.first:
         write_json(run / "manifest.json", sealed.seal(manifest))
     journal = metrics.Journal(run, first_step, config, parts.choices, silent=not processes.first)
@@ -71,7 +97,12 @@ def _train(config: RunConfig, processes: Processes) -> int:
     if getattr(config.engine, "cuda_graph", False):
         do = do.captured()
 
+    pulse = watch.pulse
+    pulse.step, pulse.saved = first_step, first_step if found else None
+
     def save(step: int) -> None:
+        pulse.beat("save")
+        agreement.still_held(watch.folder_is_there(), run, step, processes)
         method = table.state_dict(do.reach.all_reduce)
         processes.assert_equal(method, "the table of time steps")
 
@@ -88,16 +119,26 @@ def _train(config: RunConfig, processes: Processes) -> int:
                     weights_file.save(folder / f"{name}.safetensors", blueprint, weights, notes)
 
         checkpoint.save(run, step, processes, write, manifest, config.checkpoint.keep)
+        pulse.saved = step
+        pulse.beat("step")
 
     # ------------------------------------------------------------------ the loop
-    step, saved, code = first_step, first_step, DONE
+    step, code, wanted = first_step, DONE, 0
     guard = Guard(config.train.max_bad_steps, engine.skip_count())
     steps, log_every = config.train.steps, config.log.every
-    batches = parts.loader.batches(first_step, steps)
-    with Interrupt() as interrupt, journal, contextlib.closing(batches):
+    alone = processes.world == 1  # can save wherever it waits for data; many must agree first
+    stopping = (lambda: interrupt.requested) if alone else (lambda: False)
+    batches = parts.loader.batches(first_step, steps, stopping)
+    agreed = processes.largest_later(0)  # looked at a step later, so that nobody waits for it
+    with journal, contextlib.closing(batches):
         while step < steps:
-            do(step, batches)
+            try:
+                do(step, heartbeat.noted(batches, pulse))
+            except StoppedWaiting:
+                wanted = interrupt.wanted
+                break
             step += 1
+            pulse.beat("step", step)
             guard.update(engine.skip_count())
             journal.advance(step)
             if step % log_every == 0 or step == steps:
@@ -118,23 +159,27 @@ def _train(config: RunConfig, processes: Processes) -> int:
                     break
             if step == steps or step % config.checkpoint.every == 0:
                 save(step)
-                saved = step
-            if processes.world == 1 or step % STOP_EVERY == 0:
-                if not processes.any(interrupt.requested):
-                    continue
-                if saved != step:
-                    save(step)
-                journal.say(f"stopped on request; step {step} is saved in {run}")
+            asked = FOLDER_GONE if watch.gone else interrupt.wanted
+            wanted, agreed = agreed(), processes.largest_later(asked)
+            if wanted := (asked if alone else wanted):
                 break
+        agreed()
+        if wanted == FOLDER_GONE:
+            agreement.still_held(False, run, step, processes)
+        if wanted and step < steps:
+            if pulse.saved != step:
+                save(step)
+            journal.say(f"stopped on request; step {step} is saved in {run}")
+            code = REQUEUED if wanted == REQUEUE else DONE
     if held is not None:
         held.close()
     return code
 
 
-def _begin(parts: Parts, run: Path) -> dict[str, Any]:
+def _begin(parts: Parts) -> dict[str, Any]:
     """The weights of `train.init_from` in the model of a run that starts; what the manifest says of it."""
     train = parts.config.train
-    if train.init_from is None or checkpoint.newest(run, lambda text: None) is not None:
+    if train.init_from is None:
         return {}
     named = [parts.config.model.kind] if "." in parts.config.model.kind else []
     done = init_from.initialise(parts.model, Path(train.init_from), train.init_weights, named)
@@ -143,32 +188,38 @@ def _begin(parts: Parts, run: Path) -> dict[str, Any]:
     return {"init": done}
 
 
-def resume(parts: Parts, run: Path, engine: Engine, manifest: dict[str, Any]) -> int:
-    """Load the newest good checkpoint and return its step; 0 if there is none. Collective.
+def _warn(text: str) -> None:
+    print(f"WARNING: {text}", flush=True)
 
-    The attention of the model, and what `manifest` says of it, become those of the checkpoint.
-    Raises CheckpointError where `checkpoint.resume` forbids it, or where the run was another one.
+
+def _found(parts: Parts, run: Path) -> checkpoint.Found | None:
+    """The checkpoint that all processes go on from; None: this run starts. Collective.
+
+    Raises CheckpointError where `checkpoint.resume` forbids it.
     """
-
-    config, model, processes = parts.config, parts.model, parts.processes
-
-    def warn(text: str) -> None:
-        if processes.first:
-            print(f"WARNING: {text}", flush=True)
-
-    wanted = config.checkpoint.resume
-    found = checkpoint.newest(run, warn)
-    if found is None:
-        if wanted == "must":
-            raise checkpoint.CheckpointError(
-                f"checkpoint.resume=must, but {run} holds no checkpoint; check run_dir"
-            )
-        return 0
-    if wanted == "never":
+    wanted = parts.config.checkpoint.resume
+    found = agreement.newest(run, parts.processes, _warn)
+    if found is None and wanted == "must":
+        raise checkpoint.CheckpointError(
+            f"checkpoint.resume=must, but {run} holds no checkpoint; check run_dir"
+        )
+    if found is not None and wanted == "never":
         raise checkpoint.CheckpointError(
             f"checkpoint.resume=never, but {run} holds a run at step {found.step}; "
             "choose another run_dir or remove the folder"
         )
+    return found
+
+
+def resume(
+    parts: Parts, run: Path, found: checkpoint.Found, engine: Engine, manifest: dict[str, Any]
+) -> int:
+    """Load a checkpoint and return its step. Collective.
+
+    The attention of the model, and what `manifest` says of it, become those of the checkpoint.
+    Raises CheckpointError where the run was another one.
+    """
+    config, model, processes = parts.config, parts.model, parts.processes
     before = manifests.upgraded(found.manifest, found.folder)
     before = manifests.with_new_keys(before, config)
     changed = checkpoint.differences(manifests.comparable(before), manifests.comparable(manifest))
@@ -177,8 +228,9 @@ def resume(parts: Parts, run: Path, engine: Engine, manifest: dict[str, Any]) ->
             f"{run} holds a run with another configuration ({'; '.join(changed)}); "
             "choose another run_dir, or go back to the old values"
         )
-    if sentence := keep_attention(model, processes, before, manifest):
-        warn(sentence)
+    sentence = keep_attention(model, processes, before, manifest)
+    if sentence and processes.first:
+        _warn(sentence)
     manifest["attention"] = attention_facts(model)
     if "init" in before:
         manifest["init"] = before["init"]

@@ -22,6 +22,7 @@ from speed_engine.training.attention import attention_facts
 
 # What may differ between a run and its continuation; everything else changes the result.
 FREE_TO_CHANGE = {"name", "run_dir", "log", "checkpoint", "kernels"}
+FREE_IN_TRAIN = {"steps", "stall_seconds", "first_step_seconds"}
 
 
 def describe(parts: Parts, engine_facts: dict[str, Any]) -> dict[str, Any]:
@@ -143,7 +144,7 @@ def run_folder(config: RunConfig, fingerprint: str, world: int) -> Path:
 def comparable(manifest: dict[str, Any]) -> dict[str, Any]:
     """The part of a manifest that must be equal for a resume to continue the same run."""
     config = {k: v for k, v in manifest["config"].items() if k not in FREE_TO_CHANGE}
-    config["train"] = {k: v for k, v in config["train"].items() if k != "steps"}
+    config["train"] = {k: v for k, v in config["train"].items() if k not in FREE_IN_TRAIN}
     config["data"] = manifest["data"]["fingerprint"]  # wherever the files are now
     if config["engine"].get("json_file") is not None:  # what it says, wherever it lies
         config["engine"] = {**config["engine"], "json_file": manifest["deepspeed_json"] or None}

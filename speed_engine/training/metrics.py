@@ -144,7 +144,8 @@ class Journal:
     def say(self, text: str) -> None:
         """A line for the person who watches."""
         if not self.silent:
-            self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+            with contextlib.suppress(OSError):  # the terminal may be gone; the run is not
+                self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def advance(self, step: int) -> None:
         """Move the progress bar: `step` steps are done."""
