@@ -31,7 +31,7 @@ def training(launcher):
     yield start
     for process in started:
         process.kill()
-        process.communicate()
+        process.wait()
 
 
 def num_lines(launcher) -> int:
