@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -54,10 +54,16 @@ class Loader:
         return self.global_batch // (self.micro_batch * self.processes.world)
 
     def batches(
-        self, first_step: int, end_step: int, stopping: Callable[[], bool] = lambda: False
+        self,
+        first_step: int,
+        end_step: int,
+        stopping: Callable[[], bool] = lambda: False,
+        left_out: Sequence[int] = (),
     ) -> Generator[Batch]:
         """The micro-batches of steps first_step .. end_step - 1, in order; errors of the reading
-        thread are raised here. Raises StoppedWaiting where a batch is not there and `stopping()`."""
+        thread are raised here. Raises StoppedWaiting where a batch is not there and `stopping()`.
+
+        left_out: see `order.data_step`."""
         ready: queue.Queue[Batch | BaseException] = queue.Queue(maxsize=AHEAD)
         stopped = threading.Event()
 
@@ -65,7 +71,7 @@ class Loader:
             try:
                 for step in range(first_step, end_step):
                     for micro in range(self.accumulation):
-                        item = self._on_device(step, micro)
+                        item = self._on_device(step, micro, left_out)
                         while not stopped.is_set():
                             try:
                                 ready.put(item, timeout=0.1)
@@ -91,11 +97,12 @@ class Loader:
                 ready.get_nowait()
             thread.join(JOIN)  # storage that hangs is left behind with its thread
 
-    def _on_device(self, step: int, micro: int) -> Batch:
+    def _on_device(self, step: int, micro: int, left_out: Sequence[int] = ()) -> Batch:
         num, seed = self.micro_batch, self.seed
         first_slot = (micro * self.processes.world + self.processes.rank) * num
+        where = order.data_step(step, left_out)
         indices = order.batch_indices(
-            seed, step, first_slot, num, self.global_batch, len(self.source)
+            seed, where, first_slot, num, self.global_batch, len(self.source)
         )
         flips = order.flips(seed, step, first_slot, num) if self.flip else None
         stored, arrays = self.source.read(indices.numpy(), flips)

@@ -7,6 +7,8 @@ of the noise happen inside the `noise` kernel, what conditions drop in the condi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from speed_kernels import philox
 
@@ -28,6 +30,13 @@ def batch_indices(
         here = epoch == one
         indices[here] = permuted(position[here] % num_samples, num_samples, seed, one)
     return indices
+
+
+def data_step(step: int, left_out: Sequence[int]) -> int:
+    """The step whose data step `step` reads: the number `step` (from 0) of those that are not in `left_out`."""
+    for each in sorted(left_out):
+        step += each <= step
+    return step
 
 
 def permuted(position: torch.Tensor, num: int, seed: int, epoch: int) -> torch.Tensor:

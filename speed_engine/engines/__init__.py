@@ -47,6 +47,10 @@ class Engine(Protocol):
         """Write this process's part of the training state. Collective."""
         ...
 
+    def can_load(self) -> bool:
+        """Whether `load` is still possible: not once a step is captured in a graph."""
+        ...
+
     def load(self, folder: Path) -> None:
         """Read what `save` wrote, at the same number of processes. Collective."""
         ...

@@ -127,6 +127,9 @@ class DeepSpeedEngine:
     def save(self, folder: Path) -> None:
         self.engine.save_checkpoint(str(folder), tag=TAG, save_latest=False)
 
+    def can_load(self) -> bool:
+        return True
+
     def load(self, folder: Path) -> None:
         path, _ = self.engine.load_checkpoint(str(folder), tag=TAG)
         if path is None:  # DeepSpeed only logs this

@@ -52,11 +52,18 @@ def still_held(there: bool, run: Path, step: int, processes: Processes) -> None:
 
 def newest(run: Path, processes: Processes, warn: Callable[[str], None]) -> checkpoint.Found | None:
     """`checkpoint.newest` of the first process, on all of them. Collective; raises as `hold` does."""
+    return chosen(run, processes, lambda: checkpoint.newest(run, warn))
+
+
+def chosen(
+    run: Path, processes: Processes, choose: Callable[[], checkpoint.Found | None]
+) -> checkpoint.Found | None:
+    """The checkpoint that the first process chooses, on all of them. Collective; raises as `hold` does."""
     failure: Exception | None = None
     told = None
     if processes.first:
         try:
-            found = checkpoint.newest(run, warn)
+            found = choose()
             if found is not None:
                 told = (found.step, str(found.folder), found.manifest, _crc_of_manifest(found))
         except (OSError, ValueError) as error:

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from speed_engine.atomic_files import write_json
 from speed_engine.config import RunConfig
+from speed_engine.data import order
 from speed_engine.data.loader import StoppedWaiting
 from speed_engine.distributed import Processes, lost_connection, start, stop
 from speed_engine.distributed.launched import place
@@ -29,6 +30,7 @@ from speed_engine.training import (
     heartbeat,
     init_from,
     metrics,
+    rollback,
     sealed,
 )
 from speed_engine.training import manifest as manifests
@@ -85,6 +87,7 @@ def _train(config: RunConfig, processes: Processes, interrupt: Interrupt, watch:
     begun = _begin(parts) if found is None else {}
     engine = assembly.open_engine(parts)
     manifest = manifests.describe(parts, engine.facts()) | begun
+    manifest |= {"left_out": [], "rollbacks": 0}
     do = assembly.open_step(parts, engine)
     first_step = 0 if found is None else resume(parts, run, found, engine, manifest)
     if processes.first:
@@ -124,13 +127,21 @@ def _train(config: RunConfig, processes: Processes, interrupt: Interrupt, watch:
 
     # ------------------------------------------------------------------ the loop
     step, code, wanted = first_step, DONE, 0
-    guard = Guard(config.train.max_bad_steps, engine.skip_count())
+    left_out: list[int] = manifest["left_out"]
+    limits = config.train
+
+    def guarded() -> Guard:
+        row, window, most = limits.max_bad_steps, limits.bad_window, limits.max_bad_in_window
+        return Guard(row, engine.skip_count(), step, window, most)
+
+    guard = guarded()
     steps, log_every = config.train.steps, config.log.every
     alone = processes.world == 1  # can save wherever it waits for data; many must agree first
     stopping = (lambda: interrupt.requested) if alone else (lambda: False)
-    batches = parts.loader.batches(first_step, steps, stopping)
+    batches = parts.loader.batches(step, steps, stopping, left_out)
     agreed = processes.largest_later(0)  # looked at a step later, so that nobody waits for it
-    with journal, contextlib.closing(batches):
+    with journal, contextlib.ExitStack() as readers:
+        readers.callback(batches.close)
         while step < steps:
             try:
                 do(step, heartbeat.noted(batches, pulse))
@@ -150,7 +161,28 @@ def _train(config: RunConfig, processes: Processes, interrupt: Interrupt, watch:
                     "skipped": engine.num_skipped(),
                 }
                 journal.write(line)
-                if reason := guard.verdict(line["loss"]):
+                reason = guard.verdict(line["loss"])
+                rollback.note(parts, run, guard.bad, left_out)
+                back = None
+                if reason and manifest["rollbacks"] < limits.max_rollbacks and engine.can_load():
+                    back = rollback.target(run, guard.guilty, processes, _warn)
+                if reason and back is not None:
+                    journal.say(
+                        f"WARNING: {reason}; going back from step {step} to {back.step} without their data"
+                    )
+                    left_out += [order.data_step(each, left_out) for each in guard.guilty]
+                    manifest["rollbacks"] += 1
+                    batches.close()
+                    load(parts, back, engine)
+                    step = pulse.step = pulse.saved = back.step
+                    do.meter.read(processes)
+                    journal.rewind(step)
+                    rate = metrics.Rate(macs, processes, step)
+                    guard = guarded()
+                    batches = parts.loader.batches(step, steps, stopping, left_out)
+                    readers.callback(batches.close)
+                    continue
+                if reason:
                     journal.say(
                         f"stopped at step {step}: {reason}; lower optim.lr or set optim.clip and "
                         f"start again in another run_dir than {run}"
@@ -234,7 +266,14 @@ def resume(
     manifest["attention"] = attention_facts(model)
     if "init" in before:
         manifest["init"] = before["init"]
+    for key in ("left_out", "rollbacks"):
+        manifest[key] = before.get(key, manifest[key])
+    load(parts, found, engine)
+    return found.step
+
+
+def load(parts: Parts, found: checkpoint.Found, engine: Engine) -> None:
+    """The engine's state and the method's, from a checkpoint. Collective."""
     engine.load(found.folder / "state")
     method = found.folder / METHOD_STATE
     parts.table.load_state_dict(load_file(method) if method.exists() else {}, found.step)
-    return found.step

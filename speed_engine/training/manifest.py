@@ -22,7 +22,14 @@ from speed_engine.training.attention import attention_facts
 
 # What may differ between a run and its continuation; everything else changes the result.
 FREE_TO_CHANGE = {"name", "run_dir", "log", "checkpoint", "kernels"}
-FREE_IN_TRAIN = {"steps", "stall_seconds", "first_step_seconds"}
+WATCHED = {
+    "stall_seconds",
+    "first_step_seconds",
+    "bad_window",
+    "max_bad_in_window",
+    "max_rollbacks",
+}
+FREE_IN_TRAIN = {"steps", *WATCHED}
 
 
 def describe(parts: Parts, engine_facts: dict[str, Any]) -> dict[str, Any]:

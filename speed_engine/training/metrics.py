@@ -114,9 +114,9 @@ class Journal:
         self.console = Console(stderr=True)
         self.num_steps, self.first_step = config.train.steps, first_step
         self.boards = _boards(run, config.log.tensorboard, config.log.wandb)
-        path = run / "metrics.jsonl"
-        cut_off_after(path, first_step)
-        self.file = path.open("a", encoding="utf-8")
+        self.path = run / "metrics.jsonl"
+        cut_off_after(self.path, first_step)
+        self.file = self.path.open("a", encoding="utf-8")
         self.say(f"run folder {run}")
         for choice in choices:
             mark = "WARNING, slower than could be: " if choice.fallback else ""
@@ -151,6 +151,13 @@ class Journal:
         """Move the progress bar: `step` steps are done."""
         if not self.silent:
             self.bar.at(step)
+
+    def rewind(self, step: int) -> None:
+        """Forget the lines after `step`, to which the run goes back."""
+        if not self.silent:
+            self.file.close()
+            cut_off_after(self.path, step)
+            self.file = self.path.open("a", encoding="utf-8")
 
     def write(self, line: dict[str, Any]) -> None:
         """One line of metrics; `line` holds at least step, loss and images_per_s."""
