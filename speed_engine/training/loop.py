@@ -87,7 +87,6 @@ def _train(config: RunConfig, processes: Processes, interrupt: Interrupt, watch:
     begun = _begin(parts) if found is None else {}
     engine = assembly.open_engine(parts)
     manifest = manifests.describe(parts, engine.facts()) | begun
-    manifest |= {"left_out": [], "rollbacks": 0}
     do = assembly.open_step(parts, engine)
     first_step = 0 if found is None else resume(parts, run, found, engine, manifest)
     if processes.first:
@@ -127,7 +126,7 @@ def _train(config: RunConfig, processes: Processes, interrupt: Interrupt, watch:
 
     # ------------------------------------------------------------------ the loop
     step, code, wanted = first_step, DONE, 0
-    left_out: list[int] = manifest["left_out"]
+    left_out: list[int] = manifest.get("left_out", [])
     limits = config.train
 
     def guarded() -> Guard:
@@ -164,14 +163,21 @@ def _train(config: RunConfig, processes: Processes, interrupt: Interrupt, watch:
                 reason = guard.verdict(line["loss"])
                 rollback.note(parts, run, guard.bad, left_out)
                 back = None
-                if reason and manifest["rollbacks"] < limits.max_rollbacks and engine.can_load():
+                if (
+                    reason
+                    and manifest.get("rollbacks", 0) < limits.max_rollbacks
+                    and engine.can_load()
+                ):
                     back = rollback.target(run, guard.guilty, processes, _warn)
                 if reason and back is not None:
                     journal.say(
                         f"WARNING: {reason}; going back from step {step} to {back.step} without their data"
                     )
                     left_out += [order.data_step(each, left_out) for each in guard.guilty]
-                    manifest["rollbacks"] += 1
+                    manifest |= {
+                        "left_out": left_out,
+                        "rollbacks": manifest.get("rollbacks", 0) + 1,
+                    }
                     batches.close()
                     load(parts, back, engine)
                     step = pulse.step = pulse.saved = back.step
@@ -267,7 +273,8 @@ def resume(
     if "init" in before:
         manifest["init"] = before["init"]
     for key in ("left_out", "rollbacks"):
-        manifest[key] = before.get(key, manifest[key])
+        if key in before:
+            manifest[key] = before[key]
     load(parts, found, engine)
     return found.step
 
