@@ -130,7 +130,6 @@ def _train_in(
     engine = assembly.open_engine(parts)
     manifest: dict[str, Any] = manifests.describe(parts, engine.facts())
     manifest |= begun | {"host_memory": host_memory}
-    manifest |= {"left_out": [], "rollbacks": 0}
     do = assembly.open_step(parts, engine)
     first_step = resume(parts, run, found, engine, manifest, do.meter)
     pulse.step, pulse.saved = first_step, None if found is None else first_step
@@ -170,7 +169,8 @@ def _train_in(
     step, code = first_step, DONE
     steps, log_every = config.train.steps, config.log.every
     validate_every = config.validation.every
-    left_out: list[int] = manifest["left_out"]
+    left_out: list[int] = manifest.get("left_out", [])
+    times_back: int = manifest.get("rollbacks", 0)
     alone = processes.world == 1  # can save wherever it waits for data; many must agree first
     stopping = (lambda: interrupt.requested) if alone else (lambda: False)
     readers = contextlib.ExitStack()
@@ -230,7 +230,7 @@ def _train_in(
                 noting = functools.partial(rollback.note, parts, run, guard.bad, left_out)
                 journal.told_or_not(rollback.FILE, noting)
                 back = None
-                if reason and manifest["rollbacks"] < limits.max_rollbacks and engine.can_load():
+                if reason and times_back < limits.max_rollbacks and engine.can_load():
                     saver.finish()
                     back = rollback.target(run, guard.guilty, processes, warn)
                 if reason and back is not None:
@@ -238,7 +238,8 @@ def _train_in(
                         f"WARNING: {reason}; going back from step {step} to {back.step} without their data"
                     )
                     left_out += [order.data_step(each, left_out) for each in guard.guilty]
-                    manifest["rollbacks"] += 1
+                    times_back += 1
+                    manifest |= {"left_out": left_out, "rollbacks": times_back}
                     load(parts, back, engine, do.meter)
                     step = pulse.step = pulse.saved = back.step
                     journal.rewind(step)
