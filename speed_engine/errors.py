@@ -18,7 +18,7 @@ OF_LIBRARIES = {
 
 
 class SaidElsewhere(ValueError):
-    """This process ends because of a failure that another process tells."""
+    """This process ends because of a failure that another process tells: quietly, with the same code."""
 
 
 def told_in_one_sentence(action: Callable[[], int]) -> int:

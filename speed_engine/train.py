@@ -12,10 +12,17 @@ if sys.path and os.path.realpath(sys.path[0]) == _HERE:
     )  # last: a user's own module (`my_lab.mine`) is found, and hides none
 
 import argparse  # noqa: E402
+import contextlib  # noqa: E402
+
+EXIT_CODES = """SIGINT (Ctrl-C), SIGTERM, SIGHUP and SIGUSR1, to any process, save a checkpoint and end; so does the
+launcher's death; a second Ctrl-C ends at once. Exit codes: 0 done, or saved on request; 2 a mistake, told in one
+sentence; 3 gradients not finite for too long; 4 another process is gone or frozen, or a request could not be answered;
+75 saved after SIGUSR1 and unfinished: start the same command again; 128+N ended by signal N before the first step."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of training."""
+    parser.epilog = EXIT_CODES
     parser.add_argument("--config", required=True, help="a preset's name, or a YAML file")
     parser.add_argument("--deepspeed_config", metavar="JSON", help="same as engine.json_file=JSON")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher adds it
@@ -53,6 +60,7 @@ if __name__ == "__main__":
     # Everything is closed by now. In a few of about a hundred runs of two processes the interpreter's
     # own end aborted ("terminate called without an active exception"; cause not found), which would
     # turn a finished run into a failed one.
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, AttributeError):  # the terminal is gone, or never was
+            stream.flush()
     os._exit(exit_code)

@@ -112,7 +112,30 @@ class Train(Section):
     max_bad_steps: int = Field(
         default=20,
         ge=1,
-        description="consecutive non-finite (skipped) steps after which the run stops, at the next line of the log",
+        description="consecutive non-finite (skipped) steps after which the run goes back to a checkpoint, or stops, "
+        "at the next line of the log",
+    )
+    bad_window: int = Field(
+        default=1000, ge=1, description="steps in which max_bad_in_window are counted"
+    )
+    max_bad_in_window: int = Field(
+        default=100, ge=1, description="the same for skipped steps that do not follow one another"
+    )
+    max_rollbacks: int = Field(
+        default=2,
+        ge=0,
+        description="times that a run goes back to its last good checkpoint and leaves the bad steps' data out; "
+        "then it ends with code 3",
+    )
+    stall_seconds: float = Field(
+        default=300.0,
+        ge=0,
+        description="without a step for so long the run names the process it waits for and ends with code 4; 0 = off",
+    )
+    first_step_seconds: float = Field(
+        default=1800.0,
+        ge=0,
+        description="the same until the first step is done, which compiles, and while a checkpoint is written",
     )
 
 

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -19,8 +20,15 @@ from speed_engine.data.copies import Copies, send
 from speed_engine.distributed import Processes
 
 AHEAD = 4  # batches read before they are needed
+JOIN = 2.0  # seconds that a read under way may still take at the end
 # Slots whose samples and flips are decided at once: 0.04 ms of CPU a step of 256, and 0.35 ms step by step.
 SLOTS_AT_ONCE = 2**14
+
+Item: TypeAlias = tuple[Batch, torch.cuda.Event | None] | BaseException
+
+
+class StoppedWaiting(Exception):
+    """A batch was waited for when the end was asked for."""
 
 
 @dataclass(frozen=True)
@@ -62,19 +70,25 @@ class Loader:
         """Micro-batches of one process in one step."""
         return self.global_batch // (self.micro_batch * self.processes.world)
 
-    def batches(self, first_step: int, end_step: int) -> Generator[Batch]:
+    def batches(
+        self,
+        first_step: int,
+        end_step: int,
+        stopping: Callable[[], bool] = lambda: False,
+        left_out: Sequence[int] = (),
+    ) -> Generator[Batch]:
         """The micro-batches of steps first_step .. end_step - 1, in order; errors of the reading
-        thread are raised here."""
-        ready: queue.Queue[tuple[Batch, torch.cuda.Event | None] | BaseException] = queue.Queue(
-            maxsize=AHEAD
-        )
+        thread are raised here. Raises StoppedWaiting where a batch is not there and `stopping()`.
+
+        left_out: see `order.data_step`."""
+        ready: queue.Queue[Item] = queue.Queue(maxsize=AHEAD)
         stopped = threading.Event()
         copies = Copies(self.processes.device)
 
         def read() -> None:
             try:
                 with copies.beside():
-                    for address in self.addresses(first_step, end_step):
+                    for address in self.addresses(first_step, end_step, left_out):
                         item = self._read(address), copies.sent()
                         while not stopped.is_set():
                             try:
@@ -91,7 +105,7 @@ class Loader:
         thread.start()
         try:
             for _ in range((end_step - first_step) * self.accumulation):
-                item = ready.get()
+                item = _next(ready, stopping)
                 if isinstance(item, BaseException):
                     raise item
                 yield copies.take(*item)
@@ -99,14 +113,18 @@ class Loader:
             stopped.set()
             while not ready.empty():
                 ready.get_nowait()
-            thread.join()
+            thread.join(JOIN)  # storage that hangs is left behind with its thread
 
     def of_one_step(self, batches: Iterator[Batch]) -> list[Batch]:
         """The micro-batches of the next step, so that nothing is computed of a step that lacks one."""
         return [next(batches) for _ in range(self.accumulation)]
 
-    def addresses(self, first_step: int, end_step: int) -> Iterator[Address]:
-        """The micro-batches of steps first_step .. end_step - 1, in order, unread."""
+    def addresses(
+        self, first_step: int, end_step: int, left_out: Sequence[int] = ()
+    ) -> Iterator[Address]:
+        """The micro-batches of steps first_step .. end_step - 1, in order, unread.
+
+        left_out: see `order.data_step`."""
         num, rank, world = self.micro_batch, self.processes.rank, self.processes.world
         first_slot_A = (np.arange(self.accumulation) * world + rank) * num
         slot_AB = first_slot_A[:, None] + np.arange(num)
@@ -114,8 +132,9 @@ class Loader:
         for begin in range(first_step, end_step, steps_at_once):
             step_S = np.arange(begin, min(begin + steps_at_once, end_step))
             step_S11 = step_S[:, None, None]
+            data_S11 = order.data_step(step_S11, left_out)
             index_SAB = order.sample_indices(
-                self.seed, step_S11, slot_AB, self.global_batch, len(self.source)
+                self.seed, data_S11, slot_AB, self.global_batch, len(self.source)
             )
             flip_SAB = order.flips(self.seed, step_S11, slot_AB) if self.flip else None
             for s, step in enumerate(step_S.tolist()):
@@ -139,3 +158,12 @@ class Loader:
             {name: send(value, device) for name, value in conditions.items()},
             address,
         )
+
+
+def _next(ready: queue.Queue[Item], stopping: Callable[[], bool]) -> Item:
+    while True:
+        try:
+            return ready.get(timeout=0.5)
+        except queue.Empty:
+            if stopping():
+                raise StoppedWaiting from None

@@ -10,10 +10,14 @@ Steps and slots are NumPy arrays that broadcast against each other: a call costs
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
+from typing import TypeVar
 
 import numpy as np
 import torch
 from speed_kernels import philox
+
+Steps = TypeVar("Steps", int, np.ndarray)
 
 ROUNDS = 6  # of the Feistel network; four already make it a pseudo-random permutation
 
@@ -32,6 +36,16 @@ def sample_indices(
         here = epoch == one
         indices[here] = permuted(position[here], num_samples, seed, one)
     return indices
+
+
+def data_step(step: Steps, left_out: Sequence[int]) -> Steps:
+    """The step whose data `step` reads: the number `step` (from 0) of those that are not in `left_out`.
+
+    step: a number, or an array of them.
+    """
+    for each in sorted(left_out):
+        step = step + (step >= each)
+    return step
 
 
 def permuted(position: np.ndarray, num: int, seed: int, epoch: int) -> np.ndarray:

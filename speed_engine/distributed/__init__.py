@@ -89,6 +89,23 @@ class Processes:
             return self
         return replace(self, host_group=dist.new_group(backend="gloo", timeout=TIMEOUT))
 
+    def largest_later(self, value: int) -> Callable[[], int]:
+        """Begin to find the largest `value` of all processes; the function returned waits for it.
+
+        Host only. Every process must begin, and none may leave before it has waited.
+        """
+        if self.world == 1:
+            return lambda: value
+        tensor = torch.tensor([value])
+        work = dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.host_group, async_op=True)
+
+        def wait() -> int:
+            assert work is not None
+            work.wait()
+            return int(tensor)
+
+        return wait
+
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum of a small host tensor over all processes."""
         if self.world > 1:
@@ -163,6 +180,13 @@ def _join(backend: str, told: Place | None) -> None:
             f"{' '.join(str(error).split())[:200]}; if another run holds it, choose another: "
             f"deepspeed --master_port {told.port % 65535 + 1} ... (torchrun --master-port)"
         ) from error
+
+
+def lost_connection(error: BaseException) -> bool:
+    """Whether `error` is what gloo or NCCL say when another process has gone."""
+    if isinstance(error, dist.DistError):
+        return True
+    return isinstance(error, RuntimeError) and "gloo" in str(error)
 
 
 def stop(together: bool) -> None:

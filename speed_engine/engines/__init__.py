@@ -62,6 +62,10 @@ class Engine(Protocol):
         """
         ...
 
+    def can_load(self) -> bool:
+        """Whether `load` is still possible: not once a step is captured in a graph."""
+        ...
+
     def load(self, folder: Path) -> None:
         """Read what `state` gave and `write` wrote, at the same number of processes. Collective."""
         ...

@@ -157,6 +157,9 @@ class DeepSpeedEngine:
             self.engine.checkpoint_engine = writer
         return {os.path.relpath(path, folder): value for path, value in collected.files.items()}
 
+    def can_load(self) -> bool:
+        return True
+
     def load(self, folder: Path) -> None:
         path, _ = self.engine.load_checkpoint(str(folder), tag=TAG)
         if path is None:  # DeepSpeed only logs this

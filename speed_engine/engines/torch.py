@@ -194,8 +194,11 @@ class TorchEngine:
         state = {"model": self.masters.state_dict(), "optimizer": self.optimizer.state_dict()}
         return {"state.pt": state}
 
+    def can_load(self) -> bool:
+        return self.graph is None or self.graph.replay is None
+
     def load(self, folder: Path) -> None:
-        if self.graph is not None and self.graph.replay is not None:
+        if not self.can_load():
             raise RuntimeError("the step was captured with the state there is; load before it runs")
         device = self.processes.device
         state = torch.load(folder / "state.pt", map_location=device, weights_only=True)

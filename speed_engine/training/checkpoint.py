@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import re
 import shutil
+import time
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from speed_engine.training import sealed
 MANIFEST = "manifest.json"
 WEIGHTS = ("model.safetensors", "ema.safetensors")  # beside the engine's own files, in state/
 NAME = re.compile(r"step-(\d{8})")
+PATIENCE = 5.0  # seconds until a network file system shows another machine what was written
 
 
 class CheckpointError(ValueError):
@@ -231,31 +233,42 @@ def newest(run: Path, warn: Callable[[str], None]) -> Found | None:
 
 
 def agreed_newest(run: Path, warn: Callable[[str], None], processes: Processes) -> Found | None:
-    """`newest`, chosen and verified by the first process; every other one must see the same files. Collective.
+    """`newest`, `agreed`. Collective; raises as both do."""
+    return agreed(lambda: newest(run, warn), processes)
 
-    Raises CheckpointError, on one process (SaidElsewhere on the others), also where one sees another folder.
+
+def agreed(choose: Callable[[], Found | None], processes: Processes) -> Found | None:
+    """What the first process chooses; every other one must see the same files. Collective.
+
+    Raises CheckpointError, on one process (SaidElsewhere on the others), also where one sees another folder for as
+    long as a network disk may take to show it what another machine wrote.
     """
-    found = processes.attempt(lambda: newest(run, warn) if processes.first else None)
+    found = processes.attempt(lambda: choose() if processes.first else None)
     found = processes.from_first(found)
 
     def see() -> None:
-        if found is None or processes.first:
-            return
-        try:
-            mine = sealed.read(found.folder / MANIFEST)
-            sizes = {name: (found.folder / name).stat().st_size for name in mine["files"]}
-            same = mine == found.manifest
-            same = same and all(sizes[name] == e["bytes"] for name, e in mine["files"].items())
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            same = False
-        if not same:
-            raise CheckpointError(
-                f"process {processes.rank} does not see the checkpoint {found.folder} as process 0 does; "
-                "choose a run_dir that all machines share"
-            )
+        deadline = time.monotonic() + PATIENCE
+        while found is not None and not processes.first and not _sees(found):
+            if time.monotonic() > deadline:
+                raise CheckpointError(
+                    f"process {processes.rank} does not see the checkpoint {found.folder} as process 0 does; "
+                    "choose a run_dir that all machines share"
+                )
+            time.sleep(0.2)
 
     processes.attempt(see)
     return found
+
+
+def _sees(found: Found) -> bool:
+    """Whether a checkpoint that another process verified is what this one sees, file by file."""
+    try:
+        mine = sealed.read(found.folder / MANIFEST)
+        sizes = {name: (found.folder / name).stat().st_size for name in mine["files"]}
+        same = all(sizes[name] == entry["bytes"] for name, entry in mine["files"].items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+    return same and mine == found.manifest
 
 
 def verified(folder: Path) -> Found:

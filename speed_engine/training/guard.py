@@ -1,51 +1,83 @@
-"""When to give up: updates that were refused one after the other because their gradients were not finite.
+"""When to go back or give up: updates that were refused because their gradients were not finite.
 
-The counting is done on the device with the optimizer's own counter; nothing waits until `verdict` is asked for.
+The counting is done on the device with the optimizer's own counter; nothing waits until `verdict` is asked for, once a
+line of the log. `rollback.py` then goes back to a checkpoint and leaves the data of those updates out.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections import deque
 
 import torch
 from torch import Tensor
 
 
 class Guard:
-    """Counts refused updates in a row; an applied one starts the count again.
+    """Looks at refused updates: how many in a row, and how many of the last `window`.
 
     limit: `train.max_bad_steps`. skipped: the engine's count of refused updates so far, a number or a tensor of one
-    number on any device.
+    number on any device. step: finished steps so far. window, most: `train.bad_window`, `train.max_bad_in_window`.
     """
 
-    def __init__(self, limit: int, skipped: Tensor | int) -> None:
-        self.limit = limit
-        self.before = _number(skipped)
-        self.streak = torch.zeros_like(self.before)  # up to now
-        self.worst = torch.zeros_like(self.before)  # the longest since the last verdict
-        self.told = int(self.before)
+    def __init__(
+        self,
+        limit: int,
+        skipped: Tensor | int,
+        step: int = 0,
+        window: int = 1000,
+        most: int = 1000,
+    ) -> None:
+        self.limit, self.window, self.most = limit, window, most
+        self.told = float(_number(skipped))
+        self.step = step  # of the last verdict
+        self.counts: list[Tensor] = []  # one an update since then
+        self.row: list[int] = []  # refused one after the other, up to now
+        self.recent: deque[int] = deque()  # refused, within the window
+        self.bad: list[int] = []  # refused since the verdict before
+        self.guilty: list[int] = []  # what the verdict is about
 
     @torch.no_grad()
     def update(self, skipped: Tensor | int) -> None:
         """Note the count after one more update. Does not wait for the device."""
-        now = _number(skipped)
-        refused = now > self.before.to(now.device)
-        self.streak = (self.streak.to(now.device) + 1) * refused
-        self.worst = torch.maximum(self.worst.to(now.device), self.streak)
-        self.before = now
+        self.counts.append(_number(skipped))
 
     def verdict(self, loss: float) -> str | None:
-        """Why the run cannot go on, else None; `loss` is the mean since the last verdict. Waits for the device."""
-        worst, skipped = int(self.worst), int(self.before)
-        newly, self.told, self.worst = skipped - self.told, skipped, torch.zeros_like(self.worst)
-        if worst >= self.limit:
-            return (
-                f"{worst} updates in a row had gradients that are not finite and were skipped "
-                f"(train.max_bad_steps={self.limit})"
-            )
-        if not newly and not math.isfinite(loss):
-            return "the loss is not finite, and no update was skipped, so the weights are spoilt"
-        return None
+        """Why the run cannot go on, else None; `loss` is the mean since the last verdict. Waits for the device.
+
+        Then `bad` holds the steps that were refused since the last verdict (step n is the update after n finished
+        ones), and `guilty` those of the reason.
+        """
+        counts = [self.told, *(torch.stack(self.counts).tolist() if self.counts else ())]
+        before, self.step, self.counts = self.step, self.step + len(self.counts), []
+        self.bad, self.guilty, self.told = [], [], counts[-1]
+        reason = None
+        for step, (one, other) in enumerate(itertools.pairwise(counts), start=before):
+            if other <= one:
+                self.row = []
+                continue
+            self.bad.append(step)
+            self.row.append(step)
+            self.recent.append(step)
+            while self.recent[0] <= step - self.window:
+                self.recent.popleft()
+            if len(self.row) >= self.limit:
+                self.guilty = list(self.row)
+                reason = (
+                    f"{len(self.row)} updates in a row had gradients that are not finite and were skipped "
+                    f"(train.max_bad_steps={self.limit})"
+                )
+            elif reason is None and len(self.recent) >= self.most:
+                self.guilty = list(self.recent)
+                reason = (
+                    f"{len(self.recent)} of {self.window} updates had gradients that are not finite and were skipped "
+                    f"(train.max_bad_in_window={self.most})"
+                )
+        if reason is None and not self.bad and not math.isfinite(loss):
+            self.guilty = list(range(before, self.step))
+            reason = "the loss is not finite, and no update was skipped, so the weights are spoilt"
+        return reason
 
 
 def _number(skipped: Tensor | int) -> Tensor:

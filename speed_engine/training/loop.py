@@ -10,57 +10,78 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
 from torch import nn
 
 from speed_engine.atomic_files import write_json
 from speed_engine.config import RunConfig
-from speed_engine.distributed import Processes, start, stop
-from speed_engine.engines import Engine, optimizer
+from speed_engine.data import Batch, order
+from speed_engine.data.loader import StoppedWaiting
+from speed_engine.distributed import Processes, lost_connection, start, stop
+from speed_engine.distributed.launched import place
+from speed_engine.engines import optimizer
 from speed_engine.engines.host_memory import keep_freed_memory
 from speed_engine.training import (
     assembly,
     checkpoint,
-    init_from,
+    heartbeat,
     metrics,
     preview,
+    rollback,
     sealed,
     validation,
 )
 from speed_engine.training import manifest as manifests
+from speed_engine.training.agreement import ENDS, FOLDER_GONE, SAVE_FAILED, Agreement
 from speed_engine.training.assembly import Parts
-from speed_engine.training.attention import attention_facts, keep_attention
 from speed_engine.training.guard import Guard
-from speed_engine.training.interrupt import Interrupt
+from speed_engine.training.heartbeat import Pulse
+from speed_engine.training.interrupt import REQUEUE, REQUEUED, Interrupt
+from speed_engine.training.resume import begin, load, resume
 from speed_engine.training.run_lock import RunLock, refuse_other_folders
-from speed_engine.training.saving import INTERVAL_STATE, METHOD_STATE, Saver
+from speed_engine.training.saving import Saver
+from speed_engine.training.watch import LOST, Watch, kept
 
-STOP_EVERY = 10  # steps between two agreements of many processes on whether to stop
-DONE, NOT_FINITE = 0, 3  # exit codes
+DONE, NOT_FINITE = 0, 3  # exit codes; LOST, REQUEUED
 
 
 def train(config: RunConfig, judge: preview.Judge | None = None) -> int:
     """Train as `config` says, continuing what its run folder holds. Returns the exit code.
 
     judge: scores the pictures of `sample.every`, where it can.
-    0: done, or stopped on request with a checkpoint. 3: gradients were not finite for too long.
+    0: done, or stopped on request with a checkpoint. 75: the same by SIGUSR1, unfinished. 3: gradients were not finite
+    for too long. 4: another process is gone or frozen.
     Raises ValueError (a user's mistake, in one sentence; CheckpointError, DataError are such).
     """
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    processes = start(config.engine.device)
-    try:
-        code = _train(config, processes, judge)
-    except BaseException:
-        stop(together=False)  # the others may be waiting for this process somewhere else
-        raise
-    stop(together=True)
+    pulse = Pulse()
+    told = place(os.environ)
+    rank, world = (told.rank, told.world) if told else (0, 1)
+    with Interrupt() as interrupt, Watch(interrupt, pulse, rank, world) as watch:
+        try:
+            code = _train(config, start(config.engine.device), judge, watch)
+        except BaseException as error:
+            if lost_connection(error) and watch.folder is not None:
+                who = heartbeat.missing(watch.folder, rank, world)
+                print(f"error (process {rank}): {who}; {kept(pulse)}", file=sys.stderr, flush=True)
+                stop(together=False)
+                return LOST
+            watch.ended(str(error) or type(error).__name__)
+            stop(together=False)  # the others may be waiting for this process somewhere else
+            raise
+        stop(together=True)
+        pulse.beat("ended")
     return code
 
 
-def _train(config: RunConfig, processes: Processes, judge: preview.Judge | None) -> int:
+def _train(
+    config: RunConfig, processes: Processes, judge: preview.Judge | None, watch: Watch
+) -> int:
     # ------------------------------------------------------------------ the parts
     host_memory = keep_freed_memory(processes.device)
     parts = assembly.build(config, processes)
@@ -69,10 +90,13 @@ def _train(config: RunConfig, processes: Processes, judge: preview.Judge | None)
     grids = processes.attempt(lambda: preview.of(parts, run, blueprint, judge))
     held = processes.attempt(lambda: RunLock(run) if processes.first else None)
     try:
-        return _train_in(run, held, parts, blueprint, grids, host_memory)
+        return _train_in(run, held, parts, blueprint, grids, host_memory, watch)
     finally:
         if held is not None:
-            held.close(undo=not (run / "manifest.json").exists())
+            began = (run / "manifest.json").exists()
+            if not began:
+                heartbeat.forget(run)
+            held.close(undo=not began)
 
 
 def _train_in(
@@ -82,24 +106,33 @@ def _train_in(
     blueprint: nn.Module,
     grids: preview.Preview | None,
     host_memory: str,
+    watch: Watch,
 ) -> int:
     """Train in a run folder that is ours. held: the first process's lock of it."""
-    config, processes = parts.config, parts.processes
+    config, processes, limits = parts.config, parts.processes, parts.config.train
+    interrupt, pulse = watch.interrupt, watch.pulse
 
     def warn(text: str) -> None:
         with contextlib.suppress(OSError):  # of an output that is gone
             print(f"WARNING: {text}", flush=True)
 
+    def look_after_folder() -> None:
+        seconds = (limits.stall_seconds, limits.first_step_seconds)
+        processes.attempt(lambda: watch.at_work(run, *seconds))
+
     refuse_other_folders(run, held.token if held else "", processes)
     if held is not None and held.unlocked:
         warn(held.unlocked)
+    look_after_folder()
     found = checkpoint.agreed_newest(run, warn, processes)
-    begun = _begin(parts, found)
+    begun = begin(parts, found)
     measures = validation.of(parts)
     engine = assembly.open_engine(parts)
-    manifest = manifests.describe(parts, engine.facts()) | begun | {"host_memory": host_memory}
+    manifest: dict[str, Any] = manifests.describe(parts, engine.facts())
+    manifest |= begun | {"host_memory": host_memory}
     do = assembly.open_step(parts, engine)
     first_step = resume(parts, run, found, engine, manifest, do.meter)
+    pulse.step, pulse.saved = first_step, None if found is None else first_step
 
     def tell() -> metrics.Journal:
         if processes.first:
@@ -113,7 +146,6 @@ def _train_in(
     if config.train.resident:
         journal.say(parts.feed)
     macs = assembly.macs_per_sample(config, parts.facts)
-    rate = metrics.Rate(macs, processes, first_step)
     if getattr(config.engine, "cuda_graph", False):
         do = do.captured()
 
@@ -130,26 +162,51 @@ def _train_in(
         processes,
         held,
         warn,
+        pulse,
     )
 
     # ------------------------------------------------------------------ the loop
-    step, saved, code = first_step, first_step, DONE
-    guard = Guard(config.train.max_bad_steps, engine.skip_count())
+    step, code = first_step, DONE
     steps, log_every = config.train.steps, config.log.every
     validate_every = config.validation.every
-    batches = parts.loader.batches(first_step, steps)
-    arriving = rate.waiting(batches)
-    with Interrupt() as interrupt, journal, saver, contextlib.closing(batches):
+    left_out: list[int] = manifest.get("left_out", [])
+    times_back: int = manifest.get("rollbacks", 0)
+    alone = processes.world == 1  # can save wherever it waits for data; many must agree first
+    stopping = (lambda: interrupt.requested) if alone else (lambda: False)
+    readers = contextlib.ExitStack()
+
+    def from_here() -> tuple[metrics.Rate, Guard, Iterator[Batch]]:
+        rate = metrics.Rate(macs, processes, step)
+        row, window, most = limits.max_bad_steps, limits.bad_window, limits.max_bad_in_window
+        guard = Guard(row, engine.skip_count(), step, window, most)
+        readers.close()  # of the batches until now
+        batches = parts.loader.batches(step, steps, stopping, tuple(left_out))
+        readers.callback(batches.close)
+        return rate, guard, rate.waiting(heartbeat.noted(batches, pulse))
+
+    def stopped(step: int) -> None:
+        saver.save_at_end(step)
+        journal.say(f"stopped on request; step {step} is saved in {run}")
+
+    with journal, saver, readers:
+        rate, guard, arriving = from_here()
+        agreement = Agreement(processes)
         while step < steps:
             try:
-                ready = iter(processes.attempt(lambda: parts.loader.of_one_step(arriving)))
+                reading = functools.partial(parts.loader.of_one_step, arriving)
+                ready = iter(processes.attempt(reading))
+            except StoppedWaiting:
+                stopped(step)
+                code = REQUEUED if interrupt.wanted == REQUEUE else DONE
+                break
             except (ValueError, OSError):  # a sample that cannot be read, here or elsewhere
-                if saved != step:
-                    saver.save(step, last=True)
+                if pulse.saved != step:
+                    saver.save_at_end(step)
                     journal.say(f"stopped at step {step}, which is saved in {run}")
                 raise
             do(step, ready)
             step += 1
+            pulse.beat("step", step)
             guard.update(engine.skip_count())
             journal.advance(step)
             if step % log_every == 0 or step == steps:
@@ -162,12 +219,33 @@ def _train_in(
                     "grad_norm": engine.grad_norm(),
                 }
                 if measures is not None and (step % validate_every == 0 or step == steps):
-                    line |= rate.without(lambda: measures.measure(engine))
+                    with pulse.during("validate"):
+                        line |= rate.without(lambda: measures.measure(engine))
                 if grids is not None and grids.due(step):
                     drawing = functools.partial(grids.draw, step, engine, journal)
-                    line |= rate.without(drawing)
+                    with pulse.during("draw"):
+                        line |= rate.without(drawing)
                 journal.write(line)
-                if reason := guard.verdict(line["loss"]):
+                reason = guard.verdict(line["loss"])
+                noting = functools.partial(rollback.note, parts, run, guard.bad, left_out)
+                journal.told_or_not(rollback.FILE, noting)
+                back = None
+                if reason and times_back < limits.max_rollbacks and engine.can_load():
+                    saver.finish()
+                    back = rollback.target(run, guard.guilty, processes, warn)
+                if reason and back is not None:
+                    journal.say(
+                        f"WARNING: {reason}; going back from step {step} to {back.step} without their data"
+                    )
+                    left_out += [order.data_step(each, left_out) for each in guard.guilty]
+                    times_back += 1
+                    manifest |= {"left_out": left_out, "rollbacks": times_back}
+                    load(parts, back, engine, do.meter)
+                    step = pulse.step = pulse.saved = back.step
+                    journal.rewind(step)
+                    rate, guard, arriving = from_here()
+                    continue
+                if reason:
                     journal.say(
                         f"stopped at step {step}: {reason}; lower optim.lr or set optim.clip and "
                         f"start again in another run_dir than {run}"
@@ -176,89 +254,19 @@ def _train_in(
                     break
             if step == steps or step % config.checkpoint.every == 0:
                 saver.save(step, last=step == steps)
-                saved = step
-            if processes.world == 1 or step % STOP_EVERY == 0:
-                if processes.any(saver.failed):
-                    saver.finish()
-                if not processes.any(interrupt.requested):
-                    continue
-                if saved != step:
-                    saver.save(step)
-                saver.finish(last=True)
-                journal.say(f"stopped on request; step {step} is saved in {run}")
+            own = FOLDER_GONE if watch.gone else SAVE_FAILED if saver.failed else interrupt.wanted
+            agreed = agreement.on(own)
+            if agreed == FOLDER_GONE:
+                saver.save(step)  # makes it anew, and says so
+                look_after_folder()
+            elif agreed == SAVE_FAILED:
+                saver.finish()
+            elif agreed in ENDS and step < steps:
+                stopped(step)
+                code = REQUEUED if agreed == REQUEUE else DONE
                 break
+        agreement.close()
         saver.finish(last=True)
         if code == DONE and step == steps:
             journal.finished(step)
     return code
-
-
-def _begin(parts: Parts, found: checkpoint.Found | None) -> dict[str, Any]:
-    """The weights of `train.init_from` in the model of a run that starts; what the manifest says of it."""
-    train = parts.config.train
-    if train.init_from is None or found is not None:
-        return {}
-    named = [parts.config.model.kind] if "." in parts.config.model.kind else []
-    done = init_from.initialise(parts.model, Path(train.init_from), train.init_weights, named)
-    if parts.processes.first:
-        print("\n".join(init_from.sentences(done)), flush=True)
-    return {"init": done}
-
-
-def resume(
-    parts: Parts,
-    run: Path,
-    found: checkpoint.Found | None,
-    engine: Engine,
-    manifest: dict[str, Any],
-    meter: metrics.Meter,
-) -> int:
-    """Load the checkpoint that was found and return its step; 0 if there is none. Collective.
-
-    The attention of the model, and what `manifest` says of it, become those of the checkpoint.
-    Raises CheckpointError where `checkpoint.resume` forbids it, or where the run was another one.
-    """
-
-    config, model, processes = parts.config, parts.model, parts.processes
-
-    def warn(text: str) -> None:
-        if processes.first:
-            print(f"WARNING: {text}", flush=True)
-
-    wanted = config.checkpoint.resume
-    if found is None:
-        if wanted == "must":
-            raise checkpoint.CheckpointError(
-                f"checkpoint.resume=must, but {run} holds no checkpoint; check run_dir"
-            )
-        return 0
-    if wanted == "never":
-        raise checkpoint.CheckpointError(
-            f"checkpoint.resume=never, but {run} holds a run at step {found.step}; "
-            "choose another run_dir or remove the folder"
-        )
-    before = manifests.upgraded(found.manifest, found.folder)
-    before = manifests.with_new_keys(before, config)
-    changed = manifests.differences(manifests.comparable(before), manifests.comparable(manifest))
-    if changed:
-        raise checkpoint.CheckpointError(
-            f"{run} holds a run with another configuration ({'; '.join(changed)}); "
-            "choose another run_dir, or go back to the old values"
-        )
-    if sentence := keep_attention(model, processes, before, manifest):
-        warn(sentence)
-    manifest["attention"] = attention_facts(model)
-    if changes := manifests.free_changes(before, manifest):
-        warn(f"going on with other settings, which may change last bits: {'; '.join(changes)}")
-        before.setdefault("continued", []).append({"step": found.step, "changed": changes})
-    if "continued" in before:
-        manifest["continued"] = before["continued"]
-    if "init" in before:
-        manifest["init"] = before["init"]
-    engine.load(found.folder / "state")
-    method = found.folder / METHOD_STATE
-    parts.table.load_state_dict(load_file(method) if method.exists() else {}, found.step)
-    interval = found.folder / INTERVAL_STATE
-    if interval.exists():  # earlier versions kept none
-        meter.load_state(load_file(interval)["sums"], processes)
-    return found.step

@@ -164,11 +164,10 @@ class Journal:
         self.console = Console(stderr=True)
         self.refused: set[str] = set()
         self.num_steps, self.first_step = config.train.steps, first_step
-        self.run = run
+        self.run, self.path = run, run / "metrics.jsonl"
         self.boards = open_boards(run, first_step, config, self.say)
-        path = run / "metrics.jsonl"
-        cut_off_after(path, first_step)
-        self.file = path.open("a", encoding="utf-8")
+        cut_off_after(self.path, first_step)
+        self.file = self.path.open("a", encoding="utf-8")
         self.say(f"run folder {run}")
         for choice in choices:
             mark = "WARNING, slower than could be: " if choice.fallback else ""
@@ -235,6 +234,16 @@ class Journal:
         """What does not fit on the disk now stays in the buffer, and is written once there is room."""
         self.file.write(text)
         self.file.flush()
+
+    def rewind(self, step: int) -> None:
+        """Forget the lines after `step`, to which the run goes back."""
+        if not self.silent:
+            self.told_or_not("metrics.jsonl", lambda: self._cut_off_after(step))
+
+    def _cut_off_after(self, step: int) -> None:
+        self.file.close()
+        cut_off_after(self.path, step)
+        self.file = self.path.open("a", encoding="utf-8")
 
     def write(self, line: dict[str, Any]) -> None:
         """One line of metrics; `line` holds at least step, loss and images_per_s."""

@@ -23,6 +23,7 @@ from speed_engine.engines import Engine
 from speed_engine.errors import SaidElsewhere
 from speed_engine.step_table import StepTable
 from speed_engine.training import checkpoint
+from speed_engine.training.heartbeat import Pulse
 from speed_engine.training.metrics import Meter
 from speed_engine.training.run_lock import RunLock
 from speed_engine.weights import file as weights_file
@@ -36,7 +37,7 @@ class Saver:
     """Saves one run. Every method but `failed` is collective; leave it by `with`, which waits for the thread.
 
     blueprint: the network on the device meta. manifest: of the run. held: the first process's lock of the run folder.
-    warn: tells a person one line, on any process.
+    warn: tells a person one line, on any process. pulse: is told of the saving, and of the step that is committed.
     """
 
     def __init__(
@@ -52,11 +53,12 @@ class Saver:
         processes: Processes,
         held: RunLock | None,
         warn: Callable[[str], None],
+        pulse: Pulse,
     ) -> None:
         self.run, self.settings, self.engine = run, settings, engine
         self.table, self.meter = table, meter
         self.all_reduce, self.blueprint, self.manifest = all_reduce, blueprint, manifest
-        self.processes, self.held, self.warn = processes, held, warn
+        self.processes, self.held, self.warn, self.pulse = processes, held, warn, pulse
         self.writers = processes.on_another_channel() if settings.asynchronous else processes
         self.thread: threading.Thread | None = None
         self.failure: Exception | None = None
@@ -66,7 +68,8 @@ class Saver:
 
     def __exit__(self, *exception: object) -> None:
         if self.thread is not None:
-            self.thread.join()
+            with self.pulse.during("save"):
+                self.thread.join()
 
     @property
     def failed(self) -> bool:
@@ -79,6 +82,16 @@ class Saver:
         Raises CheckpointError (on one process; SaidElsewhere on the others) where that fails, unless
         `checkpoint.on_error` lets the run go on; the older checkpoints are intact.
         """
+        with self.pulse.during("save"):
+            self._save(step, last)
+
+    def save_at_end(self, step: int) -> None:
+        """`save`, the last one, unless `step` is saved already."""
+        self.finish()
+        if self.pulse.saved != step:
+            self.save(step, last=True)
+
+    def _save(self, step: int, last: bool) -> None:
         self.finish()
         held, processes = self.held, self.processes
         try:
@@ -100,7 +113,8 @@ class Saver:
         """Wait until the save under way is committed. Raises what `save` does."""
         if self.thread is None:
             return
-        self.thread.join()
+        with self.pulse.during("save"):
+            self.thread.join()
         self.thread, failure, self.failure = None, self.failure, None
         if failure is not None:
             self._end_or_go_on(failure, last)
@@ -121,6 +135,7 @@ class Saver:
         """lost: on the first process, that somebody had removed the run folder."""
         writers, keep, pin = self.writers, self.settings.keep, self.settings.pin_every
         checkpoint.commit(self.run, step, writers, write, self.manifest, keep, pin, size)
+        self.pulse.saved = step
         failure = checkpoint.CheckpointError(
             f"{self.run} was removed while the run used it; step {step} is saved there again, and the "
             "same command goes on from it"

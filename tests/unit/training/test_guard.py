@@ -40,6 +40,17 @@ def test_only_a_row_counts(pattern, limit, every, expected, device):
     assert told(pattern, limit, every, device) == expected
 
 
+def test_too_many_in_a_window_and_which_they_were():
+    guard = Guard(3, 0, step=100, window=6, most=3)
+    for count in (1, 1, 2, 2, 2, 2, 3, 3):  # steps 100, 102 and 106: two of any six
+        guard.update(count)
+    assert guard.verdict(1.0) is None and guard.bad == [100, 102, 106]
+    for count in (4, 4, 5):  # 108 and 110, and 106 of the line before
+        guard.update(count)
+    assert "3 of 6 updates" in (guard.verdict(1.0) or "")
+    assert guard.bad == [108, 110] and guard.guilty == [106, 108, 110]
+
+
 def test_the_count_starts_where_the_run_is_resumed():
     guard = Guard(2, torch.tensor(40.0))
     guard.update(torch.tensor(40.0))
