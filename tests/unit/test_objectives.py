@@ -50,15 +50,17 @@ def test_names_are_the_files():
 
 # Densities that exist for numbered steps only.
 DISCRETE_ONLY = {"speed_official", "log_normal_speed_release", "clts_speed_release"}
-PARTS = {"combine": ["log_normal", {"kind": "laplace", "b": 2}]}
+NEEDED = {
+    "combine": {"parts": ["log_normal", {"kind": "laplace", "b": 2}]},
+    "curriculum": {"first": "log_normal", "then": "uniform", "at": 10},
+}
 
 
 def fdm_table(schedule: str, density: str):
-    parts = {"parts": PARTS[density]} if density in PARTS else {}
     return build_step_table(
         kinds.config_of("schedule", schedule),
         kinds.config_of("objective", "fdm"),
-        kinds.config_of("timesteps", {"kind": density, **parts}),
+        kinds.config_of("timesteps", {"kind": density, **NEEDED.get(density, {})}),
     )
 
 

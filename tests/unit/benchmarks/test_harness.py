@@ -307,7 +307,7 @@ def bench_file(folder: Path, **extra: Any) -> Path:
 
 def gate_file(folder: Path, status: str) -> Path:
     file = folder / "gate.json"
-    outcome = {"check": "noise", "status": status, "detail": "3.1 ulp"}
+    outcome = {"op": "noise", "check": "noise", "status": status, "detail": "3.1 ulp"}
     file.write_text(json.dumps({"gate": [outcome], "conditions": {"gpu": "NVIDIA H200"}}))
     return file
 
