@@ -216,7 +216,7 @@ ONLINE = {
     "task_curriculum": {"every": 5, "patience": 5, "num_clusters": 4, "tolerance": 1.0},
     "clts": {"every": 4, "total_steps": 60},
     "clts_speed_release": {"every": 4, "total_steps": 60, "mu": 12},
-    "curriculum": {"first": {"kind": "infonoise", "every": 6, "warmup_steps": 6}, "then": "uniform", "at": 24, "ramp": 12},
+    "curriculum": {"first": {"kind": "ant_uw", "every": 6}, "then": "uniform", "at": 24, "ramp": 12},
     "combine": {"parts": [{"kind": "infonoise", "every": 6, "warmup_steps": 6}, {"kind": "ant_uw", "every": 3}]},
 }  # fmt: skip
 
