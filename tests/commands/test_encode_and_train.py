@@ -118,7 +118,7 @@ def test_train_writes_the_run_that_was_configured(run, data, read_json):
     assert all(line["images_per_s"] > 0 and line["skipped"] == 0 for line in lines)
     config = read_json(run / "manifest.json")["config"]
     assert config["timesteps"]["k"] == 4 and config["engine"]["kind"] == "torch"
-    assert config["train"]["global_batch"] == 16 and config["data"]["path"] == str(data)
+    assert config["train"]["global_batch"] == 16 and config["data"]["path"] == data.name
     (events,) = (run / "tensorboard").iterdir()
     assert events.stat().st_size > 100
 
@@ -156,7 +156,7 @@ def test_train_py_as_a_script_is_the_same_run(run, overrides, tmp_path):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=250,
     )
     assert done.returncode == 0, done.stderr
     assert numbers_of(tmp_path / "mine") == numbers_of(run)

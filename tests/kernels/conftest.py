@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from speed_kernels import build
+from torch.utils._device import _device_constructors
 
 INSTRUCTION_SETS = ["DEFAULT", "AVX2", "AVX512"]  # each runs wherever the next one does
 
@@ -27,6 +28,9 @@ def poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tenso
 @pytest.fixture(autouse=True)
 def poison(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fill fresh memory of torch.empty, torch.empty_like and Tensor.new_empty."""
+    # `with torch.device(...)` keeps a list, made when it is first used, of the functions that it takes over: it must not
+    # hold ours, or the true ones would ignore the device for the rest of the process.
+    _device_constructors()
     monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
     monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))
