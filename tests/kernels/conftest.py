@@ -28,8 +28,8 @@ def poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tenso
 @pytest.fixture(autouse=True)
 def poison(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fill fresh memory of torch.empty, torch.empty_like and Tensor.new_empty."""
-    # `with torch.device(...)` keeps a list, made when it is first used, of the functions that it takes over: it must not
-    # hold ours, or the true ones would ignore the device for the rest of the process.
+    # `with torch.device(...)` keeps a list, made when it is first used, of the functions that it takes over: ours must
+    # not be in it, or the true ones would ignore the device for the rest of the process.
     _device_constructors()
     monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
     monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
