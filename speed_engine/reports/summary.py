@@ -40,9 +40,10 @@ def gather(folder: Path, started: float | None, trusted: Collection[str] = ()) -
         "engine": f"{manifest['engine']}, {manifest['distribution']}",
         "kernels": ", ".join(f"{k['op']} {k['backend']}" for k in manifest["kernels"]),
         "loss": lines[-1].get("loss") if lines else None,
-        "validation_loss": _last(lines, "validation_loss"),
         "images_per_s": statistics.median(rates) if rates else None,
     }
+    if (judged := _last(lines, "validation_loss")) is not None:
+        facts["validation_loss"] = judged
     score = folder / "samples" / "score.json"
     if score.exists():
         facts |= _score_facts(json.loads(_read(score)))
