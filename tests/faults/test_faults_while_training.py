@@ -1,6 +1,7 @@
 """What breaks while a run trains: what could be saved is saved, and one sentence tells."""
 
 import json
+import re
 import shutil
 import sys
 from collections import namedtuple
@@ -138,6 +139,7 @@ def test_pinned_checkpoints_stay(run, tmp_path):
 
 
 def test_a_folder_that_was_removed_is_told_and_saved_again(run, tmp_path, monkeypatch):
+    """At step 4, the next save, or at 3 where the watching thread looks between the two."""
     commit = saving.checkpoint.commit
 
     def removed(where, step, *rest):
@@ -148,8 +150,9 @@ def test_a_folder_that_was_removed_is_told_and_saved_again(run, tmp_path, monkey
 
     monkeypatch.setattr(saving.checkpoint, "commit", removed)
     code, output = run()
-    assert code == 2 and "was removed while the run used it; step 4 is saved there again" in output
-    assert steps(tmp_path / "run") == [4]
+    told = re.search(r"was removed while the run used it; step ([34]) is saved there again", output)
+    assert code == 2 and told
+    assert steps(tmp_path / "run") == [int(told[1])]
     assert run()[0] == 0 and steps(tmp_path / "run") == [4, 6]
 
 

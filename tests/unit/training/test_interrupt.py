@@ -19,6 +19,14 @@ with Interrupt():
 """
 
 
+@pytest.fixture(autouse=True)
+def nobody_ignores_hangups():
+    """`nohup make test` would: what a process is told to ignore stays ignored."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 def after(*numbers: int) -> tuple[int, str]:
     code = IMPATIENT.format(numbers=[int(number) for number in numbers])
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
