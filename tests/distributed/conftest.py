@@ -2,12 +2,13 @@
 
 import os
 import socket
-import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.distributed.warm import Nest, Warm
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAIN = ROOT / "speed_engine" / "train.py"
@@ -26,31 +27,29 @@ def free_port() -> str:
 
 
 def start_ranks(
-    command: list[str], world: int, cwd: Path | None = None, **environment: str
-) -> list[subprocess.Popen]:
-    """`command` in `world` processes that find each other, one thread each."""
+    nest: Nest, command: list[str], world: int, cwd: Path | None = None, **environment: str
+) -> list[Warm]:
+    """`python command...` in `world` processes that find each other, one thread each."""
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": str(world)}
-    place |= {"OMP_NUM_THREADS": "1", **environment}
-    return [
-        subprocess.Popen(
-            command,
-            env={**os.environ, **place, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            cwd=cwd,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(world)
-    ]
+    place |= {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world)]
+    return [Warm(nest, command, env=place | rank, cwd=str(cwd or Path.cwd())) for rank in ranks]
 
 
 @pytest.fixture(scope="session")
-def run_ranks():
+def nest() -> Iterator[Nest]:
+    """Where processes come from that start fast."""
+    nest = Nest()
+    yield nest
+    nest.close()
+
+
+@pytest.fixture(scope="session")
+def run_ranks(nest):
     """run(script, folder, world, cases): the script with these arguments, in as many processes, to a good end."""
 
     def run(script: str, folder: Path, world: int, cases: list[str]) -> None:
-        command = [sys.executable, "-W", "ignore", script, str(folder), *cases]
-        running = start_ranks(command, world, DS_ACCELERATOR="cpu")
+        running = start_ranks(nest, [script, str(folder), *cases], world, DS_ACCELERATOR="cpu")
         outputs = [each.communicate(timeout=240)[0] for each in running]
         assert all(each.returncode == 0 for each in running), "\n".join(outputs)
 
@@ -60,7 +59,8 @@ def run_ranks():
 class Launcher:
     """Runs `train.py` in `world` processes and waits for all of them."""
 
-    def __init__(self, folder: Path, data: Path) -> None:
+    def __init__(self, nest: Nest, folder: Path, data: Path) -> None:
+        self.nest = nest
         self.folder = folder
         self.data = data
 
@@ -83,8 +83,8 @@ class Launcher:
 
     def start(
         self, world: int, arguments: list[str], cwd: Path | None = None, program: Path = TRAIN
-    ) -> list:
-        return start_ranks([sys.executable, str(program), *arguments], world, cwd or self.folder)
+    ) -> list[Warm]:
+        return start_ranks(self.nest, [str(program), *arguments], world, cwd or self.folder)
 
     def wait(self, processes: list, expect: int | None = 0) -> str:
         outputs = [process.communicate(timeout=240)[0] for process in processes]
@@ -98,10 +98,10 @@ class Launcher:
 
 
 @pytest.fixture(scope="session")
-def launcher_in(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Launcher]:
+def launcher_in(nest: Nest, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Launcher]:
     """launcher_in(folder): runs go there; the digits are written once, by whoever trains first."""
     data = tmp_path_factory.mktemp("digits") / "data"
-    return lambda folder: Launcher(folder, data)
+    return lambda folder: Launcher(nest, folder, data)
 
 
 @pytest.fixture
