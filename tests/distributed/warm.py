@@ -18,8 +18,9 @@ import sys
 from typing import Any
 
 LIBRARIES = (
-    "numpy", "pydantic", "rich.progress", "yaml", "safetensors.torch", "torch", "torch._dynamo", "torch._inductor.compile_fx",
-    "torch.distributed", "deepspeed", "deepspeed.runtime.engine", "deepspeed.runtime.zero.stage3",
+    "numpy", "pydantic", "rich.progress", "yaml", "safetensors.torch", "torch", "torch._dynamo",
+    "torch._inductor.compile_fx", "torch.distributed", "deepspeed", "deepspeed.runtime.engine",
+    "deepspeed.runtime.zero.stage3",
 )  # fmt: skip
 PR_SET_CHILD_SUBREAPER = 36
 FIRST_WORD = 8  # bytes that tell how long a request is
@@ -72,10 +73,10 @@ class Warm(subprocess.Popen[str]):
 
     def _execute_child(self, args: Any, *rest: Any) -> None:
         """What Popen calls to start the process when its pipe is there."""
-        (_, _, _, _, cwd, env, _, _, _, _, _, c2pread, c2pwrite, *_) = rest
-        self.pid = self.nest.hatch(args, env, cwd, c2pwrite)
+        (_, _, _, _, cwd, env, _, _, _, _, _, _, output, *_) = rest
+        self.pid = self.nest.hatch(args, env, cwd, output)
         self._child_created = True
-        os.close(c2pwrite)
+        os.close(output)
 
 
 def _adopt_orphans(yes: bool) -> None:
