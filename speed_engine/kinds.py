@@ -58,11 +58,16 @@ def names(section: str) -> list[str]:
         return []
     places = spec.submodule_search_locations or []
     files = [path for place in places for path in Path(place).glob("*.py")]
-    return sorted(path.stem for path in files if _holds_kind(path, path.stem))
+    return sorted(path.stem for path in files if _holds_kind(path, path.stat().st_mtime_ns))
 
 
-def _holds_kind(path: Path, name: str) -> bool:
-    """Whether the file holds a class `Config` with `kind: Literal[name]`; it is read, not imported."""
+@functools.cache
+def _holds_kind(path: Path, changed: int) -> bool:
+    """Whether the file, as it was at that time, holds a class `Config` whose `kind` is the file's own name.
+
+    It is read, not imported.
+    """
+    name = path.stem
     text = path.read_text(encoding="utf-8")
     if f'"{name}"' not in text:
         return False
