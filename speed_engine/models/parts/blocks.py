@@ -8,12 +8,14 @@ norm, are one pass over memory, which the next block begins with.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import torch
 from speed_kernels.attention.op import implementation
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from speed_engine.models.parts.glue import Glue, Product
@@ -50,6 +52,35 @@ def run(again: bool, function: Callable[..., Any], *inputs: Any) -> Any:
     return function(*inputs)
 
 
+def made_again(made: Tensor, make: Callable[[], Tensor], product: Product) -> saved_tensors_hooks:
+    """Within, where `product` takes `made`: it is not kept for the backward pass; `make` gives its bits again there.
+
+    Unlike a checkpoint this repeats only `make`: the norm of a sum that is kept, not the sum and what it came from. The
+    weight is looked up when it is needed, as without hooks: under ZeRO 3 its memory comes and goes.
+    """
+    sources = [(made, make), (product.weight, product.weight.detach)]
+    known = [(_identity(tensor), source) for tensor, source in sources]
+    del sources, made  # or the hooks would keep it
+
+    def pack(tensor: Tensor) -> Any:
+        for identity, source in known:
+            if _identity(tensor) == identity:
+                return source, tensor.shape, tensor.stride()
+        return tensor
+
+    def unpack(kept: Any) -> Tensor:
+        if isinstance(kept, Tensor):
+            return kept
+        source, shape, stride = kept
+        return source().as_strided(shape, stride)
+
+    return saved_tensors_hooks(pack, unpack)
+
+
+def _identity(tensor: Tensor) -> tuple[int, int, torch.dtype]:
+    return tensor.data_ptr(), tensor.numel(), tensor.dtype
+
+
 class Attention(nn.Module):
     """Self-attention over all tokens; q, k and v stay where the one product of `qkv` wrote them."""
 
@@ -76,6 +107,13 @@ class Mlp(nn.Module):
     def forward(self, hidden_BTX: Tensor) -> Tensor:
         """The output of `fc1` -> the branch [B, T, D]."""
         return self.fc2(self.glue.gelu(hidden_BTX, self.fc1.bias))
+
+    def sparing(self, hidden_BTX: Tensor) -> Tensor:
+        """`forward`, whose GELU is made again for the backward pass."""
+        made = self.glue.gelu(hidden_BTX, self.fc1.bias)
+        inputs = (hidden_BTX.detach(), self.fc1.bias.detach())
+        with made_again(made, functools.partial(self.glue.gelu, *inputs), self.fc2):
+            return self.fc2(made)
 
 
 def modulation(hidden_size: int, num_outputs: int) -> nn.Sequential:
@@ -108,11 +146,15 @@ class Block(nn.Module):
 
     def _forward(self, modulation_BX: Tensor, *stream: Any) -> Stream:
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation_BX.chunk(6, 1)
-        some = self.recompute == "selective"
-        x, qkv = run(some, self._enter, self.attn.qkv, shift_a, scale_a, *stream)
+        some = self.recompute == "selective" and torch.is_grad_enabled()
+        # torch's own norm keeps more than its result, and a compiler sees no hooks.
+        whole = some and not (self.glue.fused and not torch.compiler.is_compiling())
+        enter = self._enter_sparing if some and not whole else self._enter
+        leave = self.mlp.sparing if some and not whole else self.mlp
+        x, qkv = run(whole, enter, self.attn.qkv, shift_a, scale_a, *stream)
         pending = (x, self.attn(qkv), self.attn.proj.bias, gate_a)
-        x, hidden = run(some, self._enter, self.mlp.fc1, shift_m, scale_m, *pending)
-        return Stream(x, run(some, self.mlp, hidden), self.mlp.fc2.bias, gate_m)
+        x, hidden = run(whole, enter, self.mlp.fc1, shift_m, scale_m, *pending)
+        return Stream(x, run(whole, leave, hidden), self.mlp.fc2.bias, gate_m)
 
     def _enter(
         self, product: Product, shift: Tensor, scale: Tensor, *stream: Any
@@ -120,6 +162,15 @@ class Block(nn.Module):
         """Up to and with the first product of a branch."""
         x, normed = advance(self.glue, Stream(*stream), shift, scale)
         return x, product(normed)
+
+    def _enter_sparing(
+        self, product: Product, shift: Tensor, scale: Tensor, *stream: Any
+    ) -> tuple[Tensor, Tensor]:
+        """`_enter`, whose norm is made again from the stream, which is kept anyhow."""
+        x, normed = advance(self.glue, Stream(*stream), shift, scale)
+        inputs = (x.detach(), shift.detach(), scale.detach())
+        with made_again(normed, functools.partial(self.glue.norm, *inputs), product):
+            return x, product(normed)
 
 
 class FinalLayer(nn.Module):

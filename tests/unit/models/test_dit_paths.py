@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from speed_engine.conditions import label
 from speed_engine.data import Facts
 from speed_engine.data.space import Space
 from speed_engine.models import dit
+from speed_engine.models.parts import glue
 
 
 def digits(size: int = 8) -> dict[str, Any]:
@@ -53,11 +55,20 @@ class Operations(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("recompute", ["selective", "full"])
-def test_recomputing_changes_memory_only(recompute):
-    plain, again = trained(small()), trained(small(recompute=recompute))
+@pytest.mark.parametrize(
+    ("precision", "backend"),
+    [("fp32", None), ("fp32", "cpp"), ("bf16", "reference"), ("autocast", "cpp")],
+)
+def test_recomputing_changes_memory_only(recompute, precision, backend):
+    backends = backend and dict.fromkeys(dit.KERNELS, backend)
+    plain, again = (trained(small(recompute=word), 8, backends) for word in ("none", recompute))
     arguments = inputs()
     for model in (plain, again):
-        model(**arguments).square().sum().backward()
+        if precision == "bf16":
+            model.bfloat16()
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
+            result = model(**arguments)
+        result.square().sum().backward()
     for (key, a), b in zip(plain.named_parameters(), again.parameters(), strict=True):
         assert torch.equal(a.grad, b.grad), key
     with torch.no_grad():
@@ -186,3 +197,33 @@ def test_adjacent_projections_are_one_product():
     )
     for (name, a), b in zip(apart.named_parameters(), together.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-5, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "autocast"])
+def test_selective_recompute_keeps_neither_norms_nor_gelus(precision, monkeypatch):
+    def alive(recompute: str) -> list[bool]:
+        """Whether the memory of each norm and GELU is still held after the forward pass."""
+        model = trained(small(recompute=recompute), 8, dict.fromkeys(dit.KERNELS, "cpp"))
+        held = []
+
+        def watched(make):
+            def call(*arguments):
+                made = make(*arguments)
+                result = made if isinstance(made, torch.Tensor) else made[1]
+                held.append(weakref.ref(result.untyped_storage()))
+                return made
+
+            return call
+
+        for name in ("norm", "add_and_norm", "gelu"):
+            monkeypatch.setattr(glue.Glue, name, watched(getattr(glue.Glue, name)))
+        if precision == "bf16":
+            model.bfloat16()
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
+            result = model(**inputs())
+        monkeypatch.undo()
+        assert result.requires_grad
+        return [each() is not None for each in held]
+
+    assert alive("none") == [True] * 7
+    assert alive("selective") == [False] * 6 + [True]  # the last is the final layer's
