@@ -69,6 +69,8 @@ class Launcher:
             "run_dir": self.folder / run,
             "data.path": self.data,
             "model.depth": 2,
+            "model.hidden_size": 48,
+            "model.num_heads": 2,
             "train.global_batch": 16,
             "log.every": 5,
         }

@@ -15,6 +15,8 @@ from speed_engine.training import checkpoint, metrics, saving
 
 SMALL = {
     "model.depth": 1,
+    "model.hidden_size": 32,
+    "model.num_heads": 2,
     "train.global_batch": 8,
     "train.steps": 6,
     "checkpoint.every": 2,

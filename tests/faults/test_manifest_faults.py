@@ -14,7 +14,14 @@ from speed_engine.reports.run_folder import open_run
 from speed_engine.training import sealed
 from speed_engine.training.checkpoint import CheckpointError, newest, verified
 
-SETTINGS = ["model.depth=1", "train.global_batch=8", "checkpoint.every=1", "engine=torch"]
+SETTINGS = [
+    "model.depth=1",
+    "model.hidden_size=32",
+    "model.num_heads=2",
+    "train.global_batch=8",
+    "checkpoint.every=1",
+    "engine=torch",
+]
 
 
 def run_train(folder: Path, *overrides: str) -> int:

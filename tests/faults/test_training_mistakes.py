@@ -18,6 +18,8 @@ def run(tmp_path, monkeypatch, capfd):
             "run_dir": tmp_path / "run",
             "data.path": tmp_path / "data",
             "model.depth": 1,
+            "model.hidden_size": 32,
+            "model.num_heads": 2,
             "train.global_batch": 8,
             "train.steps": 2,
             "engine": "torch",

@@ -20,7 +20,14 @@ def described(tmp_path_factory):
     data = tmp_path_factory.mktemp("digits")
 
     def describe(*overrides: str) -> dict:
-        small = [f"data.path={data}", "model.depth=1", "train.global_batch=8", "engine=torch"]
+        small = [
+            f"data.path={data}",
+            "model.depth=1",
+            "model.hidden_size=32",
+            "model.num_heads=2",
+            "train.global_batch=8",
+            "engine=torch",
+        ]
         config = configuration.load("digits_dit_tiny", [*small, *overrides])
         parts = assembly.build(config, ALONE)
         return manifest.describe(parts, {"engine": "torch", "distribution": "one process"})
