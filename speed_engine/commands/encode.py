@@ -45,7 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add(
         "--images",
-        help="folder of images (a sub-folder is a class), WebDataset tars of images, a CIFAR archive, or `digits`",
+        help="folder of images (a sub-folder is a class), WebDataset tars of images, parquet or arrow files of Hugging "
+        "Face, a CIFAR archive, or `digits`",
     )
     add(
         "--arrays",
