@@ -113,6 +113,7 @@ ONLY_IN = {
     "apex": r"speed_engine/engines/optimizer\.py",
     "deepspeed": r"speed_engine/engines/deepspeed(_json)?\.py",
     "diffusers": r"speed_engine/(sampling/\w+|data/autoencoder|weights/\w+)\.py",
+    "fsspec": r"speed_engine/data/storage/fetch\.py",
     "matplotlib": r"speed_engine/(reports/\w+|studies/pictures)\.py",
     "pyarrow": r"speed_engine/data/storage/tables\.py",
     "tensorboard": r"speed_engine/training/boards\.py",
