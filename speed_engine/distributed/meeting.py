@@ -350,16 +350,23 @@ class Meeting:
             return  # nobody is there to decide
 
     def _part(self) -> None:
-        """All end. The first process removes the records when the others have seen why, if that takes but a moment."""
+        """All end. The first process removes the records when the others have seen why, if that takes but a moment.
+
+        Who does not tell leaves after the one who does: a launcher ends all as soon as one has gone.
+        """
         with contextlib.suppress(OSError):
             if self.rank:
+                self._over.set()  # its record may be removed from now on
+                self._thread.join()
                 self._say(state="over")
-                return
-            for _ in range(10):
-                if all(each.state in ("done", "over") for each in self._others.values()):
-                    self._remove()
-                    return
-                time.sleep(self.beat)
+            else:
+                for _ in range(10):
+                    if all(each.state in ("done", "over") for each in self._others.values()):
+                        self._remove()
+                        break
+                    time.sleep(self.beat)
+        if self._verdict is not None and self._verdict.teller != self.rank:
+            time.sleep(min(2.0, 5 * self.beat))
 
     def _remove(self) -> None:
         self._over.set()

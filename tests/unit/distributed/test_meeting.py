@@ -88,7 +88,6 @@ def test_one_tells_why_all_end(tmp_path, works, teller):
     ends = together(tmp_path / ".set.meeting" / "start", works)
     assert type(ends[teller]) is ValueError and str(ends[teller]) == f"mine, {teller}"
     assert [quiet(end) for end in ends] == [rank != teller for rank in range(3)]
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_other_data_on_one_machine(tmp_path):
