@@ -6,9 +6,10 @@ import argparse
 import importlib
 import sys
 from types import ModuleType
+from typing import NoReturn
 
 from speed_engine.commands import parse
-from speed_engine.errors import told_in_one_sentence
+from speed_engine.errors import BAD_INPUT, rank_told, told_in_one_sentence
 
 COMMANDS = {
     "doctor": "what is here, which kernel will run, and why",
@@ -33,13 +34,25 @@ def module(command: str) -> ModuleType:
     return importlib.import_module(f"speed_engine.commands.{name}")
 
 
+class Parser(argparse.ArgumentParser):
+    """One that speaks once: of the processes that a launcher started, the first."""
+
+    def error(self, message: str) -> NoReturn:
+        if rank_told() != "0":
+            sys.exit(BAD_INPUT)
+        super().error(message)
+
+
 def main() -> int:
     """Parse the command line and run one command."""
-    parser = argparse.ArgumentParser(prog="python -m speed_engine")
+    parser = Parser(prog="python -m speed_engine")
+    parser.add_argument(
+        "--local_rank", help=argparse.SUPPRESS
+    )  # DeepSpeed's launcher puts it first
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, text in COMMANDS.items():
         command = subparsers.add_parser(name, help=text, description=text)
-        if sys.argv[1:2] == [name]:  # only the one asked for is imported
+        if name in sys.argv[1:3]:  # only the one asked for is imported
             module(name).add_arguments(command)
     args = parse(parser)
     return told_in_one_sentence(lambda: module(args.command).run(args))

@@ -51,8 +51,13 @@ def told_in_one_sentence(action: Callable[[], int]) -> int:
         return _say(f"not enough memory ({first}); ask for smaller batches or a smaller model")
 
 
+def rank_told() -> str:
+    """What a launcher says of this process's number; "0" for one process alone."""
+    return os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
+
+
 def _say(text: str) -> int:
-    rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
+    rank = rank_told()
     who = "error" if rank == "0" else f"error (process {rank})"
     print(f"{who}: {text}", file=sys.stderr, flush=True)
     return BAD_INPUT

@@ -14,7 +14,7 @@ import hashlib
 import json
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,14 @@ import numpy as np
 from rich.console import Console
 
 from speed_engine.data import DataError
+from speed_engine.data.encode_set import ALONE, Job, Sample, Source, Team, write_set
+from speed_engine.data.encode_set import size as byte_size
 from speed_engine.data.storage import scaling
 from speed_engine.data.storage.index import Index
 from speed_engine.data.storage.npy import DTYPES, NAMED_DTYPES, name_fault
 from speed_engine.data.storage.scaling import Scale
 from speed_engine.data.storage.scan import MAX_LABEL
-from speed_engine.data.storage.writer import SetWriter
-from speed_engine.progress import progress
+from speed_engine.data.storage.shard_writer import sample_bytes
 
 OWN = ("x", "label", "class_names")  # what is not a named array
 AT_A_TIME = 1 << 24  # bytes that are checked
@@ -68,50 +69,55 @@ def encode_arrays(
     vae: str | None = None,
     shard_size: int = 10_000,
     console: Console | None = None,
-) -> Index:
-    """Write the arrays as a set of shards into `out`; its index. A set that is there already is left alone.
+    team: Team = ALONE,
+) -> Index | None:
+    """Write the arrays as a set of shards into `out`; its index, on the first process.
 
-    scale, shift: x = (stored - shift) * scale is model space; of latents, which need a scale. posterior: x
-    [N, 2C, *space] holds mean and standard deviation. vae: which autoencoder made the latents, a note.
-    Raises DataError.
+    A set that is there already is left alone. scale, shift: x = (stored - shift) * scale is model space; of latents,
+    which need a scale. posterior: x [N, 2C, *space] holds mean and standard deviation. vae: which autoencoder made the
+    latents, a note. team: the processes that share the work. Raises DataError.
     """
-    console = console or Console(quiet=True)
-    arrays = open_arrays(place)
-    x, label, class_names = check(arrays, place)
-    if x.dtype == np.uint8:
-        if posterior or (scale, shift, vae) != (None, None, None):
-            raise DataError(
-                "--scale, --shift, --posterior and --vae belong to latents, and x is uint8; leave them out"
-            )
-    else:
-        channels = x.shape[1] // (1 + posterior)
-        if posterior and x.shape[1] % 2:
-            raise DataError(f"{place}: x has {x.shape[1]} channels, which are not two halves")
-        scaling.check(scale, shift, channels)
-    named = {name: array for name, array in sorted(arrays.items()) if name not in OWN}
-    plan: dict[str, Any] = {
-        "arrays": {name: digest(place, name, array) for name, array in sorted(arrays.items())},
-        "scale": scale,
-        "shift": shift,
-        "posterior": posterior,
-        "vae": vae,
-        "shard_size": shard_size,
-    }
-    with SetWriter(out, plan, shard_size=shard_size, posterior=posterior) as writer:
-        if writer.finished is not None:
-            console.print(f"already there: {writer.finished.count} samples in {out}")
-            return writer.finished
-        if writer.position:
-            console.print(f"continuing after {writer.position} of {len(x)} samples")
-        with progress("encode", len(x), writer.position, console) as bar:
-            for number in range(writer.position, len(x)):
+
+    def prepare() -> Job:
+        arrays = open_arrays(place)
+        x, label, class_names = check(arrays, place)
+        if x.dtype == np.uint8:
+            if posterior or (scale, shift, vae) != (None, None, None):
+                raise DataError(
+                    "--scale, --shift, --posterior and --vae belong to latents, and x is uint8; leave them out"
+                )
+        else:
+            channels = x.shape[1] // (1 + posterior)
+            if posterior and x.shape[1] % 2:
+                raise DataError(f"{place}: x has {x.shape[1]} channels, which are not two halves")
+            scaling.check(scale, shift, channels)
+        named = {name: array for name, array in sorted(arrays.items()) if name not in OWN}
+        plan: dict[str, Any] = {
+            "arrays": {name: digest(place, name, array) for name, array in sorted(arrays.items())},
+            "scale": scale,
+            "shift": shift,
+            "posterior": posterior,
+            "vae": vae,
+            "shard_size": shard_size,
+        }
+
+        def items(numbers: range) -> Iterator[Sample]:
+            for number in numbers:
                 told = {name: np.asarray(array[number]) for name, array in named.items()}
                 one = None if label is None else int(label[number])
-                writer.write(number + 1, np.asarray(x[number]), one, arrays=told)
-                bar.at(number + 1)
-        index = writer.finish(class_names, scale, shift, vae)
-    console.print(f"{index.count} samples in {len(index.shards)} shards in {out}")
-    return index
+                yield Sample(number, np.asarray(x[number]), one, arrays=told)
+
+        each = [array.nbytes // len(x) for array in (x, *named.values())]
+        one = sample_bytes(*each, label=label is not None)
+        also = "".join(f", {name}" for name in ("label", *named) if name in arrays)
+        said = (
+            f"{len(x)} arrays {x.dtype} {' x '.join(map(str, x.shape[1:]))}{also}; "
+            f"about {byte_size(len(x) * one)}"
+        )
+        source = Source(items, said, one, class_names, scale, shift, vae)
+        return Job(plan, len(x), shard_size, lambda: source, posterior, "samples")
+
+    return write_set(out, prepare, console=console, team=team)
 
 
 def check(

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 from rich.console import Console
 
+from speed_engine.data.encode_set import ALONE, Job, Sample, Source, Team, write_set
+from speed_engine.data.encode_set import size as byte_size
 from speed_engine.data.storage import foreign, scaling
 from speed_engine.data.storage.index import Index
 from speed_engine.data.storage.scaling import Scale
-from speed_engine.data.storage.writer import SetWriter
-from speed_engine.progress import progress
+from speed_engine.data.storage.shard_writer import sample_bytes
 
 
 def encode_latents(
@@ -24,48 +26,50 @@ def encode_latents(
     vae: str | None = None,
     shard_size: int = 10_000,
     console: Console | None = None,
-) -> Index:
-    """Write the latents in `place` as a set of shards into `out`; its index. A set that is there already is left alone.
+    team: Team = ALONE,
+) -> Index | None:
+    """Write the latents in `place` as a set of shards into `out`; its index, on the first process. A set that is there
+    already is left alone.
 
     scale, shift: x = (stored - shift) * scale; default: what the project that made them does. vae: which autoencoder
-    made them, a note. The layouts are those of `storage.foreign`. Raises DataError.
+    made them, a note. team: the processes that share the work. The layouts are those of `storage.foreign`. Raises
+    DataError.
     """
-    console = console or Console(quiet=True)
-    found = foreign.find(place, scale)
-    first = found.read(0)
-    if scale is None:
-        scale, shift = found.scale, found.shift if shift is None else shift
-    scaling.check(scale, shift, first.x.shape[0] // (1 + found.posterior))
-    plan = {
-        "latents": hashlib.sha256(json.dumps(found.files).encode()).hexdigest(),
-        "project": found.project,
-        "scale": scale,
-        "shift": shift,
-        "vae": vae,
-        "shard_size": shard_size,
-    }
-    with SetWriter(out, plan, shard_size=shard_size, posterior=found.posterior) as writer:
-        if writer.finished is not None:
-            console.print(f"already there: {writer.finished.count} samples in {out}")
-            return writer.finished
+
+    def prepare() -> Job:
+        found = foreign.find(place, scale)
+        first = found.read(0)
+        known, shifted = scale, shift
+        if scale is None:
+            known, shifted = found.scale, found.shift if shift is None else shift
+        scaling.check(known, shifted, first.x.shape[0] // (1 + found.posterior))
+        plan = {
+            "latents": hashlib.sha256(json.dumps(found.files).encode()).hexdigest(),
+            "project": found.project,
+            "scale": known,
+            "shift": shifted,
+            "vae": vae,
+            "shard_size": shard_size,
+        }
         also = [
             *(["mean and deviation"] if found.posterior else []),
             *(["mirrored ones"] if first.flipped is not None else []),
             "no labels" if first.label is None else "labels",
         ]
-        size = found.count * first.x.nbytes * (1 + (first.flipped is not None)) / 2**30
-        console.print(
+        arrays = [first.x.nbytes] * (1 + (first.flipped is not None))
+        each = sample_bytes(*arrays, label=first.label is not None)
+        said = (
             f"{found.count} latents of {found.project}'s layout: {first.x.dtype} "
-            f"{' x '.join(map(str, first.x.shape))}, {', '.join(also)}; scale {scale}, shift {shift or 0}; "
-            f"{size:.1f} GiB"
+            f"{' x '.join(map(str, first.x.shape))}, {', '.join(also)}; scale {known}, shift {shifted or 0}; "
+            f"about {byte_size(found.count * each)}"
         )
-        if writer.position:
-            console.print(f"continuing after {writer.position} of {found.count} latents")
-        with progress("encode", found.count, writer.position, console) as bar:
-            for number in range(writer.position, found.count):
+
+        def items(numbers: range) -> Iterator[Sample]:
+            for number in numbers:
                 latent = found.read(number)
-                writer.write(number + 1, latent.x, latent.label, latent.flipped)
-                bar.at(number + 1)
-        index = writer.finish((), scale, shift, vae)
-    console.print(f"{index.count} samples in {len(index.shards)} shards in {out}")
-    return index
+                yield Sample(number, latent.x, latent.label, latent.flipped)
+
+        source = Source(items, said, each, (), known, shifted, vae)
+        return Job(plan, found.count, shard_size, lambda: source, found.posterior, "latents")
+
+    return write_set(out, prepare, console=console, team=team)

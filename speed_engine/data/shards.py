@@ -14,6 +14,7 @@ import sys
 import time
 import zlib
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Literal
 
@@ -29,6 +30,8 @@ from speed_engine.kinds import Section
 
 from . import ArrayFacts, ConditionFacts, DataError, Facts
 from .storage import index as index_file
+from .storage.cache import CachedSet
+from .storage.fetch import Fetcher, is_url
 from .storage.npy import PREFIX, misfit
 from .storage.rows import read_rows, slower
 
@@ -48,11 +51,27 @@ class Config(Section):
     """A folder with `index.json` and its shards (`python -m speed_engine encode` makes one)."""
 
     kind: Literal["shards"] = "shards"
-    path: str = Field(description="folder with index.json and the shards")
+    path: str = Field(
+        description="folder with index.json and the shards; or its address, https://..., s3://..."
+    )
     check_scale: bool = Field(
         True, description="refuse latents whose measured size is far from 1 in model space"
     )
     retries: int = Field(3, ge=0, le=20, description="how often a failed read is tried again")
+    cache: str = Field(
+        "~/.cache/speed_engine/shards",
+        description="folder of this machine for the shards of a path on the network, which its processes share",
+    )
+    cache_bytes: int = Field(
+        100_000_000_000,
+        ge=1,
+        description="bytes of all shards in `cache`; the least recently used go first",
+    )
+    timeout: float = Field(
+        30.0,
+        gt=0,
+        description="seconds without a byte from the network until a read is tried again",
+    )
     expect: Expected | None = Field(
         None,
         description="shape and space that the samples must have, {shape: [C, H, W], space: KIND}",
@@ -66,11 +85,18 @@ class Config(Section):
 
 def build(config: Config) -> Shards:
     """Open the set. Raises DataError."""
-    folder = Path(config.path).expanduser()
+    cached = None
+    if is_url(config.path):
+        fetcher = Fetcher(config.timeout, config.retries)
+        cached = CachedSet(config.path, Path(config.cache), config.cache_bytes, fetcher)
+    folder = Path(config.path).expanduser() if cached is None else cached.folder
     if config.expect is not None:  # before the scale, which is another question with other data
-        config.expect.check(facts_of(index_file.load(folder)), str(folder))
+        config.expect.check(
+            facts_of(index_file.load(folder)), config.path if cached else str(folder)
+        )
     return Shards(
         folder,
+        cached=cached,
         check_scale=config.check_scale,
         retries=config.retries,
         skip_damaged=config.skip_damaged,
@@ -80,6 +106,7 @@ def build(config: Config) -> Shards:
 class Shards:
     """Samples first to first + count - 1 of the set in `folder` (default: all); a data.Source.
 
+    cached: where the shards come from that are not in `folder` yet; None: all are.
     Further attributes: index (all of index.json), mean and std (measured, per channel, in model
     space).
     """
@@ -88,6 +115,7 @@ class Shards:
         self,
         folder: Path,
         *,
+        cached: CachedSet | None = None,
         first: int = 0,
         count: int | None = None,
         check_scale: bool = True,
@@ -95,6 +123,7 @@ class Shards:
         skip_damaged: bool = False,
     ):
         self.folder, self.retries, self.skip_damaged = folder, retries, skip_damaged
+        self.cached = cached
         self.instead: dict[int, int] = {}  # of a damaged sample, which one is read in its place
         self.index = index = index_file.load(folder)
         if check_scale:
@@ -109,13 +138,16 @@ class Shards:
         self.facts = facts_of(index)
         odd = odd_channels(self.facts, self.mean, self.std)
         self.remarks = [] if odd is None else [f"{folder}: {odd}"]
+        if cached is not None and cached.remark:
+            self.remarks.append(cached.remark)
         if reason := slower():
             self.remarks.append(f"samples are read one by one from Python, more slowly: {reason}")
         whole = self.count == index.count
         self.fingerprint = (
             index.fingerprint if whole else f"{index.fingerprint}[{first}+{self.count}]"
         )
-        tables = [index_file.load_entries(folder, index, shard) for shard in index.shards]
+        here = cached is None
+        tables = [index_file.load_entries(folder, index, shard, here) for shard in index.shards]
         entries = np.concatenate(tables)
         # 57 bytes a sample in memory, all in all.
         counts = [len(table) for table in tables]
@@ -130,6 +162,7 @@ class Shards:
             self._files = [
                 open(folder / shard.name, "rb", buffering=0)  # noqa: SIM115  open as long as the source
                 for shard in index.shards
+                if here
             ]
         except OSError as error:
             raise DataError(
@@ -154,7 +187,7 @@ class Shards:
         flipped = None if flips is None else np.asarray(flips, bool)
         if flipped is not None and flipped.shape != chosen.shape:
             raise DataError(f"{len(chosen)} samples need as many flips, not {flipped.shape}")
-        for sample in chosen[~self._checked[chosen]].tolist():
+        for sample in np.sort(chosen[~self._checked[chosen]]).tolist():  # shard by shard
             self._examine(sample)
         if self.instead:
             chosen = np.array([self.instead.get(each, each) for each in chosen.tolist()], np.int64)
@@ -229,22 +262,46 @@ class Shards:
     def _fill(self, stored: Tensor, chosen: np.ndarray, offset: np.ndarray, size: int) -> None:
         """One read per sample into its row. What fails goes through the slow and careful path."""
         rows = stored.view(torch.uint8).numpy().reshape(len(chosen), size)
-        for row in read_rows(rows, self._descriptor[self._shard[chosen]], offset):
+        for row in self._read_rows(rows, self._shard[chosen], offset):
             sample = int(chosen[row])
             begin = int(offset[row]) - int(self._entries["start"][sample])
             region = self._region(sample)[begin : begin + size]
             rows[row] = np.frombuffer(region, np.uint8)
 
+    def _read_rows(self, rows: np.ndarray, shard: np.ndarray, offset: np.ndarray) -> list[int]:
+        """Fill the rows from their shards; those that could not be filled."""
+        if self.cached is None:
+            return read_rows(rows, self._descriptor[shard], offset)
+        failed: list[int] = []
+        for one in np.unique(shard).tolist():  # one at a time: a cache may have no room for two
+            where = np.flatnonzero(shard == one)
+            part = np.empty((len(where), rows.shape[1]), np.uint8)
+            with self.cached.file(one) as descriptor:
+                bad = read_rows(part, np.full(len(where), descriptor), offset[where])
+            rows[where] = part
+            failed += where[bad].tolist()
+        return failed
+
+    def _open(self, shard: int) -> AbstractContextManager[int]:
+        """A descriptor of a shard."""
+        if self.cached is not None:
+            return self.cached.file(shard)
+        return contextlib.nullcontext(int(self._descriptor[shard]))
+
     def _region(self, sample: int) -> bytes:
         """All bytes of a sample, CRC32 checked; a failed read is tried again. Raises DataError."""
         entry = self._entries[sample]
         start, length = int(entry["start"]), int(entry["length"])
+        shard = int(self._shard[sample])
         reason = ""
         for attempt in range(self.retries + 1):
             if attempt:
                 time.sleep(min(0.1 * 2 ** (attempt - 1), 5.0))
+                if self.cached is not None:
+                    self.cached.forget(shard)
             try:
-                region = os.pread(int(self._descriptor[self._shard[sample]]), length, start)
+                with self._open(shard) as descriptor:
+                    region = os.pread(descriptor, length, start)
             except OSError as error:
                 reason = f"cannot be read ({error.strerror})"
                 continue

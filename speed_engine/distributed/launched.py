@@ -6,10 +6,11 @@ batch and count it as the whole, so it is refused.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-NEEDED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+WHICH = ("RANK", "WORLD_SIZE", "LOCAL_RANK")  # enough for work that needs no network
+NEEDED = (*WHICH, "MASTER_ADDR", "MASTER_PORT")
 NEIGHBOURS = (
     "LOCAL_WORLD_SIZE",
     "LOCAL_SIZE",
@@ -21,14 +22,15 @@ MPI = (
     ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE"),
 )
 CURE = (
-    "start with `deepspeed speed_engine/train.py` or torchrun, which set all of them, "
+    "start with torchrun or deepspeed's launcher, which set all of them, "
     "or unset them to run as one process"
 )
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a launcher has put this process. neighbours: processes on this machine."""
+    """Where a launcher has put this process. neighbours: processes on this machine. address, port: where all meet;
+    empty and 0 where that was not asked for."""
 
     rank: int
     world: int
@@ -38,17 +40,17 @@ class Place:
     port: int
 
 
-def place(environment: Mapping[str, str]) -> Place | None:
+def place(environment: Mapping[str, str], needed: Sequence[str] = NEEDED) -> Place | None:
     """The place that `environment` tells; None where it tells none: one process, alone.
 
-    Raises ValueError where it tells a part only, or something impossible.
+    needed: all of it, or WHICH. Raises ValueError where it tells a part only, or something impossible.
     """
-    told = [name for name in NEEDED if environment.get(name)]
+    told = [name for name in needed if environment.get(name)]
     task = _slurm_task(environment) if "RANK" not in told else {}
     if not told and not task:
         return None
     environment = {**environment, **task}
-    missing = [name for name in NEEDED if not environment.get(name)]
+    missing = [name for name in needed if not environment.get(name)]
     if missing and task:
         raise ValueError(
             f"SLURM started {task['WORLD_SIZE']} tasks, but {_words(missing)} not set; before srun: "
@@ -62,10 +64,12 @@ def place(environment: Mapping[str, str]) -> Place | None:
     world = _number(environment, "WORLD_SIZE", 1, 2**31 - 1)
     rank = _number(environment, "RANK", 0, world - 1)
     local_rank = _number(environment, "LOCAL_RANK", 0, world - 1)
-    port = _number(environment, "MASTER_PORT", 1, 65535)
+    meets = "MASTER_PORT" in needed
+    port = _number(environment, "MASTER_PORT", 1, 65535) if meets else 0
     given = [name for name in NEIGHBOURS if environment.get(name)]
     neighbours = _number(environment, given[0], local_rank + 1, world) if given else world
-    return Place(rank, world, local_rank, neighbours, environment["MASTER_ADDR"], port)
+    address = environment["MASTER_ADDR"] if meets else ""
+    return Place(rank, world, local_rank, neighbours, address, port)
 
 
 def _slurm_task(environment: Mapping[str, str]) -> dict[str, str]:

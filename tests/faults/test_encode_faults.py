@@ -18,8 +18,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from speed_engine.commands.encode import add_arguments, run
 from speed_engine.data import DataError
-from speed_engine.data.encode import add_arguments, encode, run
+from speed_engine.data.encode import encode
 from speed_engine.data.shards import Shards
 from speed_engine.data.storage import pictures
 from speed_engine.data.storage import writer as writer_file

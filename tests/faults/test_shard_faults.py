@@ -337,6 +337,11 @@ def test_a_second_writer_and_another_plan_are_refused(tmp_path: Path) -> None:
         writer.finish()
     with pytest.raises(DataError, match="is not empty and is not the same set"):
         SetWriter(out, {"a": 2}, shard_size=1).__enter__()
+    old = tmp_path / ".old.partial"
+    old.mkdir()
+    (old / "progress.json").write_text("{}")  # as the first version noted its shards
+    with pytest.raises(DataError, match="interrupted run of an earlier version; remove it"):
+        SetWriter(tmp_path / "old", {}, shard_size=1).__enter__()
     (tmp_path / "file").write_text("x")
     with pytest.raises(DataError, match="is not empty"):
         SetWriter(tmp_path / "file", {}, shard_size=1).__enter__()

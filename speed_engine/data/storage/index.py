@@ -206,6 +206,11 @@ def load(folder: Path) -> Index:
         ) from None
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror}); check data.path") from None
+    return read(text, str(path))
+
+
+def read(text: bytes, path: str) -> Index:
+    """The checked index in the text of an `index.json`, which was found at `path`. Raises DataError."""
     try:
         index = Index.model_validate_json(text)
     except ValidationError as error:
@@ -232,15 +237,15 @@ def load(folder: Path) -> Index:
     return index
 
 
-def load_entries(folder: Path, index: Index, shard: Shard) -> np.ndarray:
+def load_entries(folder: Path, index: Index, shard: Shard, here: bool = True) -> np.ndarray:
     """The ENTRY rows of one shard, checked against the index and the size of the shard. Raises
-    DataError.
+    DataError. here: whether the shard is in the folder, too; one that is not has the size that the index tells.
     """
     path = folder / shard.name
     idx = entries_path(path)
     try:
         content = idx.read_bytes()
-        size = path.stat().st_size
+        size = path.stat().st_size if here else shard.bytes
     except OSError as error:
         raise DataError(
             f"{error.filename} cannot be read ({error.strerror}); restore it, or rebuild the "

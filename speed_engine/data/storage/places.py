@@ -1,10 +1,11 @@
-"""Where pictures may be: a folder of classes, WebDataset tars, a CIFAR archive. Told apart by their files."""
+"""Where pictures may be: a folder of classes, WebDataset tars, tables of Hugging Face, a CIFAR archive. Told apart by
+their files."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from . import cifar, folders, tars
+from . import cifar, folders, tables, tars
 from .pictures import Listing
 
 
@@ -17,4 +18,6 @@ def find(place: Path, labels: bool = True) -> Listing:
     )
     if own or (place.is_file() and place.suffix == ".tar"):
         return tars.find(place, labels)
+    if tables.is_one(place):
+        return tables.find(place, labels)
     return folders.find(place, labels)

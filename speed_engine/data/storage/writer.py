@@ -1,16 +1,12 @@
-"""Builds a set of shards so that a killed process leaves either nothing, or something it continues
-from.
+"""Builds a set of shards so that killed processes leave either nothing, or something that others continue from.
 
-All work happens in `.<name>.partial` beside the final folder. A shard is written to a temporary
-name, fsynced, scanned by the same code that checks foreign shards, renamed, and only then noted in
-`progress.json`. At the end the index is written and the whole folder is renamed. The tars are
-bit-identical from run to run: fixed time stamps, fixed owners, sorted members. This is the only
-file that imports webdataset.
+All work happens in `.<name>.partial` beside the final folder. Shard k holds what the source items from k * S to
+(k + 1) * S - 1 give, whoever writes it, and leaves a note when it is whole (`shard_writer`); any number of processes
+may share the shards, and another number may go on. At the end one writes the index and renames the whole folder.
 """
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import json
 import os
@@ -21,32 +17,17 @@ from types import TracebackType
 from typing import IO, Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, ValidationError
 
-from speed_engine.atomic_files import sync, write_json, write_text
+from speed_engine.atomic_files import sync, write_json
 
 from .. import DataError
 from . import index as index_file
-from .index import Index, compose, index_shard
+from .index import Index, compose
 from .scaling import Scale
-from .scan import Scanned
+from .shard_writer import Note, ShardWriter, Skipped, notes, remove_strays
 
-PLAN, PROGRESS, SKIPPED = "encode.json", "progress.json", "skipped.json"
-
-
-class Skipped(BaseModel):
-    """One source file that did not become a sample."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-    file: str
-    reason: str
-
-
-class _Progress(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-    position: int = 0
-    shards: list[Scanned] = []
-    skipped: list[Skipped] = []
+PLAN, SKIPPED = "encode.json", "skipped.json"
+OLD_PROGRESS = "progress.json"  # of the first version, which wrote its shards one after the other
 
 
 class SetWriter:
@@ -54,10 +35,11 @@ class SetWriter:
     writer.
 
     plan: JSON values that say what the set is made from; they are kept in `encode.json`, and only a
-    set or an interrupted set of the same plan is taken for the same. Raises DataError where `out`
-    holds something else. After entering: `finished` is the index of a set that is there already, or
-    None; `position` is the number of source items that an interrupted run has dealt with; `room` is
-    the number of samples until the shard is full.
+    set or an interrupted set of the same plan is taken for the same. helper: one of several
+    processes, not the one that holds the lock; it calls `join` when the other one is inside, and
+    never `finish`. Raises DataError where `out` holds something else. After entering: `finished` is
+    the index of a set that is there already, or None; `position` is the number of source items,
+    from the first on, that an interrupted run has dealt with.
     """
 
     def __init__(
@@ -68,23 +50,24 @@ class SetWriter:
         shard_size: int,
         posterior: bool = False,
         wait: bool = False,
+        helper: bool = False,
     ):
         if shard_size < 1:
             raise DataError("--shard-size must be at least 1")
         self.out = Path(os.path.realpath(out))
         self.partial = self.out.with_name(f".{self.out.name}.partial")
         self.plan = json.loads(json.dumps(plan))
-        self.shard_size, self.posterior, self.wait = shard_size, posterior, wait
+        self.shard_size, self.posterior = shard_size, posterior
+        self.wait, self.helper = wait, helper
         self.finished: Index | None = None
-        self.position = 0
-        self.shards: list[Scanned] = []
         self.skipped: list[Skipped] = []
+        self.notes: dict[int, Note] = {}
         self._lock: IO[str] | None = None
-        self._file: IO[bytes] | None = None
-        self._tar: Any = None
-        self._in_shard = 0
+        self._shard: ShardWriter | None = None
 
     def __enter__(self) -> SetWriter:
+        if self.helper:
+            return self
         try:
             self.out.parent.mkdir(parents=True, exist_ok=True)
             lock = open(self.out.with_name(f".{self.out.name}.lock"), "w")
@@ -116,21 +99,38 @@ class SetWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        with contextlib.suppress(OSError):  # an unfinished shard is thrown away in any case
-            if self._tar is not None:
-                self._tar.close()
-            if self._file is not None:
-                self._file.close()
-        assert self._lock is not None
-        self._lock.close()
+        if self._shard is not None:
+            self._shard.__exit__(kind, error, trace)
+        if self._lock is not None:
+            self._lock.close()
+
+    def join(self) -> None:
+        """See what is there, as a helper. Raises DataError where this folder is not the other process's."""
+        if self._same_plan(self.partial):
+            self.notes = notes(self.partial)
+        elif self._same_plan(self.out):
+            self.finished = index_file.load(self.out)
+        else:
+            raise DataError(
+                f"{self.partial} is not there or not the same set on this machine; give --out a folder that all "
+                "processes see"
+            )
 
     @property
-    def room(self) -> int:
-        return self.shard_size - self._in_shard
+    def position(self) -> int:
+        return self.shard_size * next(k for k in range(len(self.notes) + 1) if k not in self.notes)
 
-    @property
-    def num_written(self) -> int:
-        return sum(s.shard.count for s in self.shards) + self._in_shard
+    def missing(self, count: int) -> list[int]:
+        """The shards of a source of `count` items that are still to be written."""
+        return [k for k in range(-(-count // self.shard_size)) if k not in self.notes]
+
+    def items(self, shard: int, count: int) -> range:
+        """The source items, of `count`, that belong to a shard."""
+        return range(shard * self.shard_size, min((shard + 1) * self.shard_size, count))
+
+    def shard(self, number: int) -> ShardWriter:
+        """The writer of one missing shard: enter it, write, `close` it."""
+        return ShardWriter(self.partial, number, self.posterior)
 
     def write(
         self,
@@ -140,28 +140,18 @@ class SetWriter:
         flipped: np.ndarray | None = None,
         arrays: Mapping[str, np.ndarray] | None = None,
     ) -> None:
-        """Add one sample, array (C, *space). position: source items dealt with, this one included.
-        arrays: what lies beside it, by name."""
-        if self._tar is None:
-            self._tar = self._start_shard()
-        sample: dict[str, Any] = {
-            "__key__": f"{self.num_written:09d}",
-            "npy": np.ascontiguousarray(array),
-        }
-        if label is not None:
-            sample["cls"] = label
-        if flipped is not None:
-            sample["flipped.npy"] = np.ascontiguousarray(flipped)
-        for name, named in (arrays or {}).items():
-            sample[f"{name}.npy"] = np.ascontiguousarray(named).reshape(named.shape)
-        self._tar.write(sample)
-        self._in_shard += 1
-        self.position = position
-        if not self.room:
+        """Add one sample, array (C, *space), from a source that is written by one process, in order.
+        position: source items dealt with, this one included. arrays: what lies beside it, by name."""
+        number = (position - 1) // self.shard_size
+        if self._shard is None or self._shard.number != number:
+            self._end_shard()
+            self._shard = self.shard(number)
+        self._shard.write(position - 1, array, label, flipped, arrays)
+        if position % self.shard_size == 0:
             self._end_shard()
 
     def skip(self, file: str, reason: str) -> None:
-        """Note a source item that gives no sample; it counts as dealt with at the next `write`."""
+        """Note something in the source that is no item of it."""
         self.skipped.append(Skipped(file=file, reason=reason))
 
     def finish(
@@ -171,10 +161,15 @@ class SetWriter:
         shift: Scale | None = None,
         vae: str | None = None,
     ) -> Index:
-        """Write the index (see `compose`) and give the set its name. Raises DataError when there is no sample."""
-        if self._tar is not None:
-            self._end_shard()
-        if not self.shards:
+        """Write the index (see `compose`) and give the set its name. Raises DataError when there is no sample.
+
+        All shards must be there, whoever wrote them.
+        """
+        self._end_shard()
+        self.notes = notes(self.partial)
+        self.skipped += [each for k in sorted(self.notes) for each in self.notes[k].skipped]
+        scanned = [note.scanned for _, note in sorted(self.notes.items()) if note.scanned]
+        if not scanned:
             reasons = ""
             if self.skipped:
                 first = self.skipped[0]
@@ -182,15 +177,14 @@ class SetWriter:
             shutil.rmtree(self.partial)
             raise DataError(f"there is no image to write{reasons}")
         index = compose(
-            self.shards,
+            scanned,
             scale=scale,
             shift=shift,
             posterior=self.posterior,
             class_names=class_names,
             vae=vae,
         )
-        skipped = [item.model_dump() for item in self.skipped]
-        write_json(self.partial / SKIPPED, skipped)
+        write_json(self.partial / SKIPPED, [item.model_dump() for item in self.skipped])
         index_file.save(index, self.partial)
         self._publish()
         return index
@@ -205,7 +199,11 @@ class SetWriter:
                 f"{self.out} is not empty and is not the same set; choose another folder (--out, or data.path of a "
                 "run) or remove it"
             )
-        if not self._same_plan(self.partial) and not (self.partial / PROGRESS).exists():
+        if (self.partial / OLD_PROGRESS).exists():
+            raise DataError(
+                f"{self.partial} holds an interrupted run of an earlier version; remove it and start again"
+            )
+        if not self._same_plan(self.partial) and not any(self.partial.glob("shard-*.json")):
             # Never begun, or stopped before the first shard was whole: nothing is lost.
             shutil.rmtree(self.partial, ignore_errors=True)
             self.partial.mkdir()
@@ -219,7 +217,8 @@ class SetWriter:
             self.finished = index_file.load(self.partial)
             self._publish()
             return
-        self._resume()
+        remove_strays(self.partial, {PLAN})
+        self.notes = notes(self.partial)
 
     def _same_plan(self, folder: Path) -> bool:
         try:
@@ -227,51 +226,14 @@ class SetWriter:
         except (OSError, ValueError):
             return False
 
-    def _resume(self) -> None:
-        path = self.partial / PROGRESS
-        try:
-            progress = (
-                _Progress.model_validate_json(path.read_bytes()) if path.exists() else _Progress()
-            )
-        except ValidationError:
-            raise DataError(f"{path} is damaged; remove {self.partial} and start again") from None
-        self.position, self.shards = progress.position, list(progress.shards)
-        self.skipped = list(progress.skipped)
-        known = {PLAN, PROGRESS}
-        for scanned in self.shards:
-            tar = Path(scanned.shard.name)
-            known |= {tar.name, index_file.entries_path(tar).name}
-            if (self.partial / tar).stat().st_size != scanned.shard.bytes:
-                raise DataError(
-                    f"{self.partial / tar} has changed; remove {self.partial} and start again"
-                )
-        for stray in self.partial.iterdir():
-            if stray.name not in known:
-                stray.unlink()
-
-    def _start_shard(self) -> Any:
-        from webdataset.writer import TarWriter
-
-        self._file = open(self.partial / "shard.tar.tmp", "wb")  # noqa: SIM115  closed in _end_shard
-        self._in_shard = 0
-        return TarWriter(self._file, mtime=0, user="", group="")
-
     def _end_shard(self) -> None:
-        assert self._file is not None
-        self._tar.close()
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        self._tar = self._file = None
-        self._in_shard = 0
-        path = self.partial / f"shard-{len(self.shards):06d}.tar"
-        os.replace(self.partial / "shard.tar.tmp", path)
-        self.shards.append(index_shard(path, self.posterior))
-        progress = _Progress(position=self.position, shards=self.shards, skipped=self.skipped)
-        write_text(self.partial / PROGRESS, progress.model_dump_json())
+        if self._shard is not None:
+            self.notes[self._shard.number] = self._shard.close()
+            self._shard = None
 
     def _publish(self) -> None:
-        (self.partial / PROGRESS).unlink(missing_ok=True)
+        for path in self.partial.glob("shard-*.json"):
+            path.unlink()
         sync(self.partial)
         os.rename(self.partial, self.out)  # an empty folder may be in the way, nothing else
         sync(self.out.parent)

@@ -12,8 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
+from speed_engine.commands.encode import add_arguments, run
 from speed_engine.data import DataError
-from speed_engine.data.encode import add_arguments, encode, run
+from speed_engine.data.encode import encode
 from speed_engine.data.shards import Shards
 from speed_engine.data.storage import pictures
 from speed_engine.errors import told_in_one_sentence
@@ -101,6 +102,8 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "already there: 7 samples" in capsys.readouterr().err
     assert command("--verify", out) == 0
     assert "no fault" in capsys.readouterr().out
+    assert command(*words, "--verify") == 0  # of what it has just written, or found
+    assert f"{out}: no fault" in capsys.readouterr().out
     shard = out / "shard-000000.tar"
     damaged = bytearray(shard.read_bytes())
     damaged[1700] ^= 1  # a pixel
@@ -140,6 +143,9 @@ def test_the_digits(tmp_path: Path) -> None:
         (["--arrays", "nowhere", "--out", "x"], "nowhere cannot be read as arrays"),
         (["--verify", "nowhere"], "there is no folder nowhere"),
         (["--reindex", "nowhere"], "nowhere holds no *.tar"),
+        (["--verify"], "give one of --images"),
+        (["--reindex", "a", "--verify"], "--verify without a folder belongs to --images"),
+        (["--images", "a", "--out", "x", "--patience", "0"], "--patience must be at least 1"),
     ],
 )
 def test_mistakes_are_one_sentence(

@@ -90,12 +90,12 @@ def test_means_and_deviations(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 SLOW = """
 import sys, time
 from speed_engine.__main__ import main
-from speed_engine.data.storage.writer import SetWriter
-real = SetWriter.write
+from speed_engine.data.storage.shard_writer import ShardWriter
+real = ShardWriter.write
 def slow(*args, **kwargs):
     time.sleep(0.02)
     return real(*args, **kwargs)
-SetWriter.write = slow
+ShardWriter.write = slow
 sys.exit(main())
 """
 

@@ -1,0 +1,111 @@
+"""`encode` by several processes as a launcher starts them: one is killed, others continue; mistakes are told once."""
+
+import io
+import os
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from PIL import Image
+from rich.console import Console
+
+from speed_engine.data.encode import encode
+from speed_engine.data.encode_set import Team
+from speed_engine.data.storage.index import verify
+
+SLOW = """
+import sys, time
+from speed_engine.__main__ import main
+from speed_engine.data.storage.shard_writer import ShardWriter
+real = ShardWriter.write
+def slow(*args, **kwargs):
+    time.sleep(0.15)
+    return real(*args, **kwargs)
+ShardWriter.write = slow
+sys.exit(main())
+"""
+TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+SRUN = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS")
+
+
+def start(world, words, names=TORCHRUN, script=None):
+    """`python -m speed_engine encode WORDS` in `world` processes that are told their place, and of no network."""
+    program = ["-m", "speed_engine"] if script is None else ["-c", script]
+    command = [sys.executable, "-W", "ignore", *program, *map(str, words)]
+    launchers = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "SLURM_", "TORCHELASTIC_")
+    bare = {name: value for name, value in os.environ.items() if not name.startswith(launchers)}
+    return [
+        subprocess.Popen(
+            command,
+            env=bare | dict(zip(names, map(str, (rank, rank, world)), strict=True)),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(world)
+    ]
+
+
+def ends(processes):
+    """(exit code, what it said) of each."""
+    said = [process.communicate(timeout=120)[0] for process in processes]
+    return [(process.returncode, text) for process, text in zip(processes, said, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("images")
+    for i in range(120):
+        Image.fromarray(np.full((8, 8, 3), i, np.uint8)).save(folder / f"{i:03d}.png")
+    return folder
+
+
+def test_one_is_killed_and_another_number_continues(tmp_path, images):
+    words = ["encode", "--images", images, "--size", "8", "--shard-size", "4"]
+    out, partial = tmp_path / "out", tmp_path / ".out.partial"
+    processes = start(2, [*words, "--out", out, "--patience", "4"], SRUN, script=SLOW)
+    while len(list(partial.glob("shard-*.json"))) < 4:
+        assert all(process.poll() is None for process in processes)
+        time.sleep(0.02)
+    processes[1].send_signal(signal.SIGKILL)
+    (code0, said0), (code1, _) = ends(processes)
+    assert (code0, code1) == (2, -signal.SIGKILL)
+    assert "error: process 1 (on " in said0 and "the same command continues" in said0
+    assert "30 shards, 2 processes" in said0 and "Traceback" not in said0
+    done = len(list(partial.glob("shard-*.json")))
+    assert not out.exists() and 4 <= done < 30
+    console = Console(file=io.StringIO(), soft_wrap=True)
+
+    def go_on(rank):
+        team = Team(rank, 3, rank, 3, "later", patience=20)
+        encode(images, out, size=8, shard_size=4, team=team, console=console)
+
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(go_on, range(3)))
+    assert f"continuing after {4 * done} of 120 images" in console.file.getvalue()
+    encode(images, tmp_path / "alone", size=8, shard_size=4)
+    assert verify(out) == [] and not partial.exists()
+    for path in (tmp_path / "alone").iterdir():
+        assert path.read_bytes() == (out / path.name).read_bytes(), path.name
+    hidden = {path.name for path in tmp_path.iterdir() if path.name.startswith(".")}
+    # What the start with the dead one said of itself may stay behind.
+    assert hidden - {".out.meeting"} == {".out.lock", ".alone.lock"}
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["--images", "nowhere", "--out", "out"], "nowhere is not a folder"),
+        (["--sighs", "8"], "unrecognized arguments: --sighs 8"),
+    ],
+)
+def test_a_mistake_is_told_once(tmp_path, monkeypatch, words, reason):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    (code0, said0), (code1, said1) = ends(start(2, ["--local_rank=1", "encode", *words]))
+    assert (code0, code1) == (2, 2) and reason in said0 and said1 == ""
+    assert "Traceback" not in said0
