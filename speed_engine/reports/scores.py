@@ -52,6 +52,18 @@ def score(
     return report
 
 
+def headline(report: dict[str, Any]) -> str:
+    """The first numbers of a report, in words."""
+    if "frechet" not in report:
+        found = report["metrics"]["frechet_inception_distance"]
+        return f"Frechet distance {found:.4g} ({report['feature_space']})"
+    frechet = report["frechet"]["same_size"]["mean"]
+    floor = report["frechet"]["floor"]["mean"]
+    agreement = report["class_agreement"]
+    told = "" if agreement is None else f", class agreement {agreement['agreement']:.3f}"
+    return f"Frechet distance {frechet:.4g} (real data among themselves {floor:.4g}){told}"
+
+
 # ---------------------------------------------------------------------------- Frechet distance
 
 

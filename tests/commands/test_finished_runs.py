@@ -203,12 +203,46 @@ def test_diffusers_and_back(good, exported, run, tmp_path, read_json):
     out = tmp_path / "diffusers"
     answer = good("export", "--run", run, "--out", out, "--format", "diffusers")
     assert str(out) in answer.out
-    config = read_json(out / "config.json")
+    assert "it decodes latents" in answer.out and "`license`" in answer.out
+    config = read_json(out / "transformer" / "config.json")
     assert config["num_layers"] == 6 and config["sample_size"] == 8
     assert config["num_attention_heads"] * config["attention_head_dim"] == 128
     back = tmp_path / "new folder" / "back.safetensors"
     good("import", "--source", out, "--out", back)
     assert same(back, exported)
+
+
+def test_the_card_of_an_exported_run(good, command, run, samples, tmp_path, read_json):
+    """Its lines draw what `sample` draws from the exported folder; its scores are of these weights or refused."""
+    out, words = tmp_path / "diffusers", ["export", "--run", run, "--format", "diffusers"]
+    good(*words, "--out", out, "--scores", samples / "score.json")
+    card = (out / "README.md").read_text()
+    assert "| steps | 20 |" in card and "kind speed" in card and "20 samples, ddim, 5 steps" in card
+    code = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1].replace(
+        "steps, num = 50", "steps, num = 5"
+    )
+    noise = []
+    from speed_engine.sampling import process
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            process.philox,
+            "normals",
+            lambda *a, f=process.philox.normals: noise.append(f(*a)) or noise[-1],
+        )
+        shape = ["--num", "4", "--sampler", "ddim", "--steps", "5", "--guidance", "1.5"]
+        good("sample", "--weights", out, *shape, "--out", tmp_path / "ours")
+        patch.setattr(torch, "randn", lambda *shape, **_: noise[0].reshape(shape).clone())
+        patch.chdir(out)
+        names = {}
+        exec(code, names)
+    found = (names["pictures"][:, 0] * 255).round().byte().numpy()
+    assert np.abs(found.astype(int) - pictures(tmp_path / "ours")).max() <= 1
+    answer = command(
+        *words, "--out", tmp_path / "b", "--weights", "model", "--scores", samples / "score.json"
+    )
+    assert answer.code == 2 and "is of the ema weights of step 20" in answer.err
+    assert not (tmp_path / "b").exists()
 
 
 def test_import_of_a_public_checkpoint(good, exported, tmp_path):
