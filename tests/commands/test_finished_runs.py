@@ -75,6 +75,18 @@ def test_sample_takes_the_settings_it_is_given(good, run, samples, tmp_path, rea
     assert (drawn["channels"] == pictures(samples)[:4]).all()  # one channel is all there are
 
 
+def test_bf16_is_a_choice_that_the_folder_remembers(
+    good, command, run, samples, tmp_path, read_json
+):
+    words = words_of(read_json(samples / "recipe.json"), run, tmp_path / "out")
+    good(*words, "--precision", "bf16")
+    difference = np.abs(pictures(tmp_path / "out").astype(int) - pictures(samples))
+    assert 0 < difference.mean() < 5
+    assert read_json(tmp_path / "out" / "recipe.json")["dtype"] == "bfloat16"
+    answer = command(*words)
+    assert answer.code == 2 and "dtype='bfloat16' (now 'float32')" in answer.err
+
+
 @pytest.mark.parametrize("sampler", ["ddpm", "dpm++"])
 def test_every_sampler_draws(good, run, samples, tmp_path, read_json, sampler):
     recipe = read_json(samples / "recipe.json") | {"num": 2, "sampler": sampler}
