@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -149,6 +150,7 @@ def _draw(args: argparse.Namespace, processes: Processes) -> str:
         device=device,
         dtype=dtype,
         processes=processes,
+        show_progress=sys.stdout.isatty(),
     )
     by = f", {processes.world} processes" if processes.world > 1 else ""
     return f"{args.num} samples in {args.out} ({time.monotonic() - started:.0f} s{by})"
