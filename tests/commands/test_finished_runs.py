@@ -140,6 +140,33 @@ def test_plot_draws_the_run(good, run, tmp_path, is_a_picture):
     assert all(map(is_a_picture, drawn))
 
 
+def test_plot_draws_several_runs_and_other_formats(
+    good, command, run, tmp_path, is_a_picture, overrides
+):
+    other = tmp_path / "uniform"
+    words = [word for word in overrides(other) if not word.startswith("timesteps")]
+    good("train", "--config", "digits_dit_tiny", *words, "timesteps.kind=uniform")
+    both, out = ["plot", "--run", run, "--run", other], tmp_path / "plots"
+    answer = good(*both, "--out", out, "--format", "png", "--format", "pdf")
+    assert {Path(line) for line in answer.out.split()} == set(out.iterdir())
+    names = {
+        f"{name}.{end}" for name in ("loss", "loss_by_t", "timesteps") for end in ("png", "pdf")
+    }
+    assert {path.name for path in out.iterdir()} == names
+    assert all(map(is_a_picture, out.glob("*.png")))
+    answer = command(*both)
+    assert answer.code == 2 and "give --out" in answer.err
+    answer = command("plot", "--run", run, "--run", run, "--out", tmp_path / "twice")
+    assert answer.code == 2 and "given twice" in answer.err and not (tmp_path / "twice").exists()
+
+
+def test_plot_shows_classes_where_samples_were_scored(good, run, samples, tmp_path, is_a_picture):
+    copy = Path(shutil.copytree(run, tmp_path / "run"))
+    shutil.copytree(samples, copy / "samples")
+    good("plot", "--run", copy)
+    assert is_a_picture(copy / "plots" / "classes.png")
+
+
 def test_plot_puts_its_pictures_beside_the_run(good, run, tmp_path):
     shutil.copytree(run, tmp_path / "run")
     good("plot", "--run", tmp_path / "run")

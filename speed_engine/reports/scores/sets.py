@@ -194,10 +194,16 @@ def _encoded(folder: Path, vae: str | None, device: torch.device | str) -> Pictu
 
 
 def _of_files(place: Path, size: int | None, channels: int | None, option: str) -> Pictures:
+    if (place / "manifest.json").exists():  # whose grids and plots are no samples
+        raise ValueError(
+            f"{option} {place} is a run; give the folder that `sample` wrote, {place}/samples"
+        )
     try:
         listing = places.find(place)
     except DataError as error:
-        raise ValueError(f"{option}: {str(error).replace('--images', option)}") from error
+        cure = "give a folder of images, of `sample` or of `encode`"
+        said = str(error).replace("give --images another folder", cure)
+        raise ValueError(f"{option}: {said.replace('--images', option)}") from error
     raws = [listing.load(picture) for picture in listing.pictures]
     own_size, own_channels = _first(raws[0])
     wanted, planes = size or own_size, channels or own_channels
