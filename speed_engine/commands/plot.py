@@ -38,6 +38,9 @@ def _one(args: argparse.Namespace, out: Path, ending: str) -> Iterator[Path]:
     run = open_run(folder, args.trust)
     yield from plots.plot_run(folder, out, ending)
     yield from plots_table.plot_table(run.table(), out, ending)
+    if (learned := run.learned_table()) is not None:
+        both = {"at the start": run.table(), f"at step {run.step:,}": learned}
+        yield plots_table.plot_comparison(both, out / f"timesteps_learned.{ending}")
     if found := plots_classes.agreement_of(folder / "samples" / "score.json"):
         label = run.facts.conditions.get("label")
         names, path = label.names if label else (), out / f"classes.{ending}"
@@ -51,5 +54,9 @@ def _several(args: argparse.Namespace, out: Path, ending: str) -> Iterator[Path]
     labels = plots_runs.labels_of(args.run)
     runs = [open_run(folder, args.trust) for folder in args.run]
     yield from plots_runs.plot_runs(args.run, out, ending)
-    tables = {label: run.table() for label, run in zip(labels, runs, strict=True)}
+    tables = {}
+    for label, run in zip(labels, runs, strict=True):
+        learned = run.learned_table()
+        name = label if learned is None else f"{label}, step {run.step:,}"
+        tables[name] = learned or run.table()
     yield plots_table.plot_comparison(tables, out / f"timesteps.{ending}")

@@ -72,6 +72,12 @@ class Card:
             ]
         if not self.wrong:
             lines += ["```python", *self._by_pipeline(), "```", ""]
+            if self.network == "unet":
+                lines += [
+                    "Without `use_clipped_model_output=True` stock `DDIMPipeline` keeps the noise that belonged to the "
+                    "picture before it was clipped, and draws something else.",
+                    "",
+                ]
         else:
             lines += [
                 f"Stock `{self.pipeline}` would not draw what this network was trained for: {'; '.join(self.wrong)}. "

@@ -145,7 +145,12 @@ def test_plot_draws_several_runs_and_other_formats(
 ):
     other = tmp_path / "uniform"
     words = [word for word in overrides(other) if not word.startswith("timesteps")]
-    good("train", "--config", "digits_dit_tiny", *words, "timesteps.kind=uniform")
+    learning = ["timesteps.kind=infonoise", "timesteps.warmup_steps=2", "timesteps.every=2"]
+    good("train", "--config", "digits_dit_tiny", *words, *learning)
+    good("plot", "--run", other, "--format", "svg")  # at its start, and as it was left
+    text = (other / "plots" / "timesteps_learned.svg").read_text()
+    assert "at step 20" in text
+    assert text.count("at the start = at step 20") == 1  # the weight; the density has moved
     both, out = ["plot", "--run", run, "--run", other], tmp_path / "plots"
     answer = good(*both, "--out", out, "--format", "png", "--format", "pdf")
     assert {Path(line) for line in answer.out.split()} == set(out.iterdir())
