@@ -1,12 +1,15 @@
-"""`python -m speed_engine COMMAND`: everything but the multi-process launch of training."""
+"""`python -m speed_engine COMMAND` (or `speed-engine COMMAND`): everything but the multi-process launch of training."""
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
+from pathlib import Path
 from types import ModuleType
 
+from speed_engine import __version__
 from speed_engine.commands import parse
 from speed_engine.errors import told_in_one_sentence
 
@@ -35,7 +38,11 @@ def module(command: str) -> ModuleType:
 
 def main() -> int:
     """Parse the command line and run one command."""
-    parser = argparse.ArgumentParser(prog="python -m speed_engine")
+    script = Path(sys.argv[0]).stem == "speed-engine"
+    if script:  # as `python -m` does: a user's own module (`my_lab.mine`) is found
+        sys.path.append(os.getcwd())
+    parser = argparse.ArgumentParser(prog="speed-engine" if script else "python -m speed_engine")
+    parser.add_argument("--version", action="version", version=__version__)
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, text in COMMANDS.items():
         command = subparsers.add_parser(name, help=text, description=text)
