@@ -11,7 +11,9 @@ if TYPE_CHECKING:
     from speed_engine.diffusion_step import diffusion_loss
     from speed_engine.step_table import StepTable
 
-__all__ = ["StepTable", "diffusion_loss"]
+__all__ = ["StepTable", "__version__", "diffusion_loss"]
+
+__version__ = "0.1.0"  # the one place; the package's metadata is made from it
 
 
 def __getattr__(name: str) -> Any:

@@ -1,13 +1,16 @@
-"""`python -m speed_engine COMMAND`: everything but the multi-process launch of training."""
+"""`python -m speed_engine COMMAND` (or `speed-engine COMMAND`): everything but the multi-process launch of training."""
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
+from pathlib import Path
 from types import ModuleType
 from typing import NoReturn
 
+from speed_engine import __version__
 from speed_engine.commands import parse
 from speed_engine.errors import BAD_INPUT, rank_told, told_in_one_sentence
 
@@ -45,10 +48,13 @@ class Parser(argparse.ArgumentParser):
 
 def main() -> int:
     """Parse the command line and run one command."""
-    parser = Parser(prog="python -m speed_engine")
-    parser.add_argument(
-        "--local_rank", help=argparse.SUPPRESS
-    )  # DeepSpeed's launcher puts it first
+    script = Path(sys.argv[0]).stem == "speed-engine"
+    if script:  # as `python -m` does: a user's own module (`my_lab.mine`) is found
+        sys.path.append(os.getcwd())
+    parser = Parser(prog="speed-engine" if script else "python -m speed_engine")
+    parser.add_argument("--version", action="version", version=__version__)
+    # DeepSpeed's launcher puts it first.
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, text in COMMANDS.items():
         command = subparsers.add_parser(name, help=text, description=text)

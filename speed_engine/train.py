@@ -31,7 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Train; a user's mistake becomes one sentence and exit code 2."""
-    from speed_engine.config import load
+    from speed_engine.config import ConfigError, load
+    from speed_engine.errors import SaidElsewhere
     from speed_engine.reports.scores import judge_of
     from speed_engine.training.loop import train
 
@@ -40,7 +41,13 @@ def run(arguments: argparse.Namespace) -> int:
     overrides = list(arguments.overrides)
     if arguments.deepspeed_config:
         overrides.append(f"engine.json_file={arguments.deepspeed_config}")
-    config = load(arguments.config, overrides)
+    try:
+        config = load(arguments.config, overrides)
+    except ConfigError as error:
+        neighbour = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or "0"
+        if neighbour != "0":  # of this machine the first process tells: the files are the same
+            raise SaidElsewhere(str(error)) from error
+        raise
     return train(config, judge_of(config.data.kind))
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 import yaml
+from torch import nn
 
 from speed_engine.conditions import label
 from speed_engine.config import RunConfig
@@ -15,6 +17,14 @@ from speed_engine.data.space import Space
 from speed_engine.data.storage.index import INDEX
 from speed_engine.engines import with_precision
 from speed_engine.kinds import find
+from speed_engine.reports.plan_cost import (
+    FORMULA,
+    GIB,
+    Cluster,
+    kept_for_backward,
+    smallest_card,
+    step_cost,
+)
 from speed_engine.training.assembly import (
     build_model,
     build_source,
@@ -33,7 +43,6 @@ ASSUMED = Facts(
     {"label": label.described(1000)},
 )
 DIGITS = Facts((1, 8, 8), Space.pixels(1), {"label": label.described(10)})
-GIB = 2**30
 
 
 def state_bytes(parameters: int, zero: int, precision: str, world: int) -> float:
@@ -44,8 +53,12 @@ def state_bytes(parameters: int, zero: int, precision: str, world: int) -> float
     return parameters * (weights * share[0] + gradients * share[1] + states * share[2])
 
 
-def run(config: RunConfig) -> int:
-    """Print the plan. Raises ValueError for a configuration that cannot run."""
+def run(config: RunConfig, where: Cluster | None, on_gpus: bool = False) -> int:
+    """Print the plan: first what decides (fits? bytes, hours), then the rest, the configuration last.
+
+    where: the processes and their stated rates; None: one process of this machine, of which no time is predicted.
+    on_gpus: plan for GPUs, whatever this machine has. Raises ValueError for a configuration that cannot run.
+    """
     data, source, remarks = _data(config)
     config, conditions, facts = told(config, data)
     model = build_model(config, facts, "meta")
@@ -54,11 +67,17 @@ def run(config: RunConfig) -> int:
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     macs = macs_per_sample(config, facts)
     table = build_table(config)
-    print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False).rstrip())
-    print()
+    batch, steps = config.train.global_batch, config.train.steps
+    precision = _precision(config, on_gpus)
     print(f"data            {source}: {facts.space.kind} of {'x'.join(map(str, facts.shape))}")
     for remark in remarks:
         print(f"WARNING         {remark}")
+    print(f"parameters      {parameters:,} ({parameters / 1e6:.4g} M), {trained:,} of them trained")
+    print(f"forward pass    {macs / 1e9:.3g} GMAC = {2 * macs / 1e9:.3g} GFLOP a sample")
+    print(f"training        {steps:,} steps of {batch}: {6.0 * macs * batch * steps:.2e} FLOP")
+    _print_need(config, facts, model, trained, precision, where)
+    _print_time(config, trained, macs, precision, where)
+    print()
     for name, condition in conditions.items():
         values = f"{condition.facts.num_values} values" if condition.facts.num_values else ""
         arrays = [
@@ -66,20 +85,16 @@ def run(config: RunConfig) -> int:
         ]
         dropped = f"dropped at {getattr(config.conditions[name], 'dropout', 0):g}"
         print(f"condition       {name}: {', '.join(filter(None, [values, *arrays, dropped]))}")
-    print(f"parameters      {parameters:,} ({parameters / 1e6:.4g} M), {trained:,} of them trained")
-    print(f"forward pass    {macs / 1e9:.3g} GMAC = {2 * macs / 1e9:.3g} GFLOP a sample")
-    batch, steps = config.train.global_batch, config.train.steps
-    print(f"training        {steps:,} steps of {batch}: {6.0 * macs * batch * steps:.2e} FLOP")
     if share := share_of_training(config):
         print(
             f"validation      {config.validation.samples} held-out samples every {config.validation.every} steps: "
-            f"{share:.1%} of the training's FLOP"
+            f"{share:.1%} of FLOP"
         )
     if share := grids_share(config):
         print(
-            f"samples         {config.sample.num} every {config.sample.every} steps: {share:.1%} of the training's FLOP"
+            f"samples         {config.sample.num} every {config.sample.every} steps: {share:.1%} of FLOP"
         )
-    _print_memory(config, facts, trained)
+    _print_states(trained, precision)
     expected = float((table.density * table.weight).sum())
     print(
         f"time steps      {config.timesteps.kind} on {config.schedule.kind}, {table.num_rows} rows; "
@@ -87,6 +102,9 @@ def run(config: RunConfig) -> int:
     )
     for key, value in table.method.resolved.items():
         print(f"                {key} = {value}")
+    print(FORMULA)
+    print()
+    print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False).rstrip())
     return 0
 
 
@@ -101,26 +119,104 @@ def _data(config: RunConfig) -> tuple[Facts, str, Sequence[str]]:
     return (DIGITS, "digits", ()) if made else (ASSUMED, f"assumed, for {path} does not exist", ())
 
 
-def _print_memory(config: RunConfig, facts: Facts, parameters: int) -> None:
-    """One line for each ZeRO stage, on 1, 8 and 64 processes."""
-    module = find("model", config.model.kind)
+def _precision(config: RunConfig, on_gpus: bool) -> str:
     has_gpu = getattr(config.engine, "device", "auto") != "cpu" and torch.cuda.is_available()
-    where = torch.device("cuda" if has_gpu else "cpu")
-    engine = with_precision(config.engine, where, config.optim.name)
-    precision = getattr(engine, "precision", "fp32")
+    device = torch.device("cuda" if on_gpus or has_gpu else "cpu")
+    engine = with_precision(config.engine, device, config.optim.name)
+    return getattr(engine, "precision", "fp32")
+
+
+def _print_need(
+    config: RunConfig,
+    facts: Facts,
+    model: nn.Module,
+    trained: int,
+    precision: str,
+    where: Cluster | None,
+) -> None:
+    """The processes, and what each must hold: states by ZeRO stage, and activations."""
+    nodes, each_has = (where.nodes, where.gpus) if where else (1, 1)
+    many, batch = nodes * each_has, config.train.global_batch
+    micro = config.train.micro_batch or max(1, batch // many)
+    if batch % (many * micro):
+        raise ValueError(
+            f"train.global_batch={batch} cannot be shared by {many} processes in micro-batches of {micro}; choose a "
+            f"multiple of {many * micro}"
+        )
     print(
-        f"memory          weights, gradients, optimizer and EMA on a process, {precision} (estimate):"
+        f"processes       {nodes} x {each_has}, {batch // many} samples each a step, {micro} at a time, "
+        f"{precision}"
     )
+    module, how = find("model", config.model.kind), "estimate"
+    if hasattr(module, "activation_bytes_per_sample"):
+        each = module.activation_bytes_per_sample(config.model, facts, precision=precision)
+    else:
+        how = "counted on plain torch"
+        dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+        each = kept_for_backward(model, facts, dtype)
+    states = state_bytes(trained, getattr(config.engine, "zero", 0), precision, many)
+    need = states + micro * each
+    print(
+        f"activations     {each / 2**20:.1f} MiB a sample, {micro * each / GIB:.1f} GiB at a time ({how})"
+    )
+    print(
+        f"fits?           {need / GIB:.1f} GiB a process, {states / GIB:.1f} of them states (estimate): "
+        f"{_fits(need, where)}"
+    )
+    kept, saved = config.checkpoint.keep, 4 * trained * 5
+    print(
+        f"disk            {saved / GIB:.2f} GiB a checkpoint with moments and EMA, {kept} kept: "
+        f"{kept * saved / GIB:.2f} GiB"
+    )
+
+
+def _fits(need: float, where: Cluster | None) -> str:
+    """What this machine says of it, or the smallest card that would do."""
+    if torch.cuda.is_available():
+        name, has = torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory
+    elif where is None:
+        name, has = "this machine", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    else:
+        return f"needs {smallest_card(need)}"
+    return f"{'yes' if need <= 0.9 * has else 'NO'}, {name} has {has / GIB:.0f} GiB"
+
+
+def _print_time(
+    config: RunConfig, trained: int, macs: float, precision: str, where: Cluster | None
+) -> None:
+    """Predicted images a second, hours, bytes on the wire and weak scaling, from the stated rates."""
+    if where is None:
+        print(
+            "time            no GPU here: --gpus N predicts for H100s, --tflops T for what you state"
+        )
+        return
+    batch, many = config.train.global_batch, where.processes
+    gradient = 2 if precision == "bf16" else 4
+    cost = step_cost(
+        where, macs, trained, gradient, getattr(config.engine, "zero", 0), batch / many
+    )
+    print(
+        f"time            predicted, not measured, at best {batch / cost.step_s:,.0f} images/s, "
+        f"{config.train.steps * cost.step_s / 3600:,.1f} hours"
+    )
+    print(f"                from {where.tflops:.0f} TFLOP/s a process, {where.told}")
+    if many > 1:
+        print(
+            f"wire            {cost.wire_bytes / GIB:.2f} GiB a process and step, {1e3 * cost.wire_s:.1f} ms beside "
+            f"{1e3 * cost.products_s:.1f} ms of products"
+        )
+        print(
+            f"weak scaling    predicted {cost.worst:.0%} to {cost.best:.0%} of {many} times one process, at "
+            f"{where.inside:g} GB/s inside, {where.network:g} GB/s a node"
+        )
+
+
+def _print_states(parameters: int, precision: str) -> None:
+    """One line for each ZeRO stage, on 1, 8 and 64 processes."""
+    print("memory          weights, gradients, optimizer and EMA on a process (estimate):")
     print("                ZeRO    1 process  8 processes  64 processes")
     for zero in range(4):
         sizes = [state_bytes(parameters, zero, precision, world) / GIB for world in (1, 8, 64)]
         print(
             f"                   {zero} {sizes[0]:8.2f} GiB {sizes[1]:8.2f} GiB {sizes[2]:9.2f} GiB"
-        )
-    if hasattr(module, "activation_bytes_per_sample"):
-        each = module.activation_bytes_per_sample(config.model, facts, precision=precision)
-        micro = config.train.micro_batch or config.train.global_batch
-        print(
-            f"                activations: {each / 2**20:.1f} MiB a sample, {micro * each / GIB:.1f} GiB "
-            f"for a micro-batch of {micro} (estimate)"
         )

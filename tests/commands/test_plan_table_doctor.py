@@ -24,7 +24,7 @@ def number(pattern: str, text: str) -> float:
 def test_plan_prints_a_configuration_that_reads_back(good, tmp_path):
     words = ("optim.lr=3e-4", "timesteps.k=3", "train.steps=7", "train.global_batch=6")
     first = good("plan", "--config", "digits_dit_tiny", f"data.path={tmp_path / 'none'}", *words)
-    text = first.out.split("\n\n")[0]
+    text = first.out.split("\n\n")[-1]
     resolved = yaml.safe_load(text)
     assert resolved["optim"]["lr"] == 3e-4 and resolved["timesteps"]["k"] == 3
     assert resolved["train"]["steps"] == 7 and resolved["model"]["size"] == "tiny/2"
@@ -39,7 +39,7 @@ def test_plan_counts_the_published_network(good):
     parameters = number(r"^parameters +([\d,]+)", answer.out)
     assert parameters == pytest.approx(675e6, rel=0.002)
     assert number(r"^forward pass +([\d.e+-]+) GMAC", answer.out) == pytest.approx(118.6, rel=0.01)
-    resolved = yaml.safe_load(answer.out.split("\n\n")[0])["train"]
+    resolved = yaml.safe_load(answer.out.split("\n\n")[-1])["train"]
     images = resolved["steps"] * resolved["global_batch"]
     assert number(r": ([\d.e+]+) FLOP$", answer.out) == pytest.approx(
         6 * 118.6e9 * images, rel=0.01
@@ -62,6 +62,33 @@ def test_plan_of_data_that_are_there(good, run, overrides, read_json):
     assert number(r"^parameters +([\d,]+)", answer.out) == held
     trained = number(r"^parameters .* ([\d,]+) of them trained", answer.out)
     assert trained == read_json(run / "manifest.json")["parameters"]
+
+
+def test_plan_of_a_cluster(good, command):
+    """The lines that matter come first, none is long, and the prediction scales as its formula says."""
+    words = ("plan", "--config", "imagenet256_dit_xl2", "data.path=nowhere", "--gpus", "8")
+    text = good(*words, "--nodes", "2", "--tflops", "400", "--network", "25").out
+    first = text.split("\n\n")[0].splitlines()
+    assert len(first) <= 12 and max(map(len, text.splitlines())) <= 100
+    for name in ("fits?", "disk", "time", "wire", "weak scaling", "processes", "activations"):
+        assert any(line.startswith(name) for line in first), name
+    assert "predicted, not measured" in text and "formula" in text
+    macs = number(r"^forward pass +([\d.e+-]+) GMAC", text) * 1e9
+    best = number(r"at best ([\d,]+) images/s", text)
+    high = number(r"^weak scaling +predicted \d+% to (\d+)%", text) / 100
+    assert best == pytest.approx(16 * 400e12 / (6 * macs) * high, rel=0.02)
+    answer = command(*words, "train.global_batch=100")
+    assert answer.code == 2 and "train.global_batch=100" in answer.err
+    assert "above 0" in command(*words[:-1], "0").err
+
+
+def test_plan_counts_what_a_unet_keeps(good):
+    words = ("plan", "--config", "imagenet256_unet", "data.path=nowhere")
+    found = [
+        number(r"^activations +([\d.]+) MiB", good(*words, f"model.num_blocks={n}").out)
+        for n in (1, 2)
+    ]
+    assert 5 < found[0] < found[1] < 2 * found[0] < 200
 
 
 def test_plan_writes_nothing(good, tmp_path):

@@ -1,0 +1,141 @@
+"""The recipes of guide/clusters.md, read as their launchers read them and run in an imitation of their clusters."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = (ROOT / "speed_engine" / "guide" / "clusters.md").read_text(encoding="utf-8")
+(SBATCH,) = re.findall(r"```sbatch\n(.*?)```", PAGE, re.DOTALL)
+(HOSTFILE,) = re.findall(r"```hostfile\n(.*?)```", PAGE, re.DOTALL)
+LINES = [
+    line for block in re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL) for line in block.splitlines()
+]  # fmt: skip
+TASKS = """#!/bin/bash
+[ -n "$SRUN_CODE" ] && exit "$SRUN_CODE"
+for rank in $(seq 0 $((SLURM_NTASKS - 1))); do
+  SLURM_PROCID=$rank SLURM_LOCALID=$rank "$@" $SMALL > task-$rank.txt 2>&1 &
+  started="$started $!"
+done
+code=0
+for one in $started; do wait $one || code=$?; done
+exit $code
+"""
+SCONTROL = """#!/bin/bash
+if [ "$1" = show ]; then echo 127.0.0.1; echo node2; else echo "$@" > scontrol.txt; fi
+"""
+
+
+def free_port() -> str:
+    import socket
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
+@pytest.fixture
+def small(launcher) -> list[str]:
+    """Settings that make any of the page's runs one of two steps on the digits."""
+    settings = {
+        "data.kind": "digits",
+        "data.path": launcher.data,
+        "model.size": "tiny/2",
+        "model.depth": 1,
+        "engine": "torch",
+        "train.flip": "false",
+        "train.steps": 2,
+        "train.global_batch": 4,
+        "log.every": 1,
+    }
+    return [f"{key}={value}" for key, value in settings.items()]
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> dict[str, str]:
+    """A folder with the checkout in it, and an environment that knows no launcher but has the page's commands."""
+    (tmp_path / "speed_engine").symlink_to(ROOT / "speed_engine")
+    for name, text in (("srun", TASKS), ("scontrol", SCONTROL)):
+        (tmp_path / "bin").mkdir(exist_ok=True)
+        (tmp_path / "bin" / name).write_text(text)
+        (tmp_path / "bin" / name).chmod(0o755)
+    words = ("RANK", "WORLD_SIZE", "MASTER_", "LOCAL_", "SLURM_", "OMPI_", "PMI_")
+    bare = {k: v for k, v in os.environ.items() if not k.startswith(words)}
+    path = f"{tmp_path / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    return bare | {"OMP_NUM_THREADS": "1", "PATH": path}
+
+
+def bash(text: str, folder: Path, environment: dict[str, str]) -> int:
+    done = subprocess.run(
+        ["bash", "-c", text], cwd=folder, env=environment, timeout=200, capture_output=True
+    )
+    return done.returncode
+
+
+def steps(run: Path) -> int:
+    return len((run / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+
+
+def test_the_sbatch_file(tmp_path, place, small):
+    """Two tasks train one run; a code of 75 puts the job back into the queue, 0 does not."""
+    job = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "2", "SLURM_JOB_NODELIST": "node[1-2]"}
+    environment = place | job | {"SMALL": " ".join(small)}
+    text = SBATCH.replace("MASTER_PORT=29500", f"MASTER_PORT={free_port()}")
+    bash(text, tmp_path, environment)
+    told = [(tmp_path / f"task-{rank}.txt").read_text() for rank in range(2)]
+    assert steps(tmp_path / "runs" / "xl2") == 2, told
+    assert "finished: step 2" in told[0] and "finished" not in told[1]
+    assert not (tmp_path / "scontrol.txt").exists()
+    bash(text, tmp_path, environment | {"SRUN_CODE": "75"})
+    assert (tmp_path / "scontrol.txt").read_text() == "requeue 7\n"
+
+
+def test_a_mistake_is_told_by_one_process(tmp_path, place, small):
+    job = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "2", "SLURM_JOB_NODELIST": "node[1-2]"}
+    environment = place | job | {"SMALL": " ".join([*small, "optim.lrr=1"])}
+    bash(SBATCH, tmp_path, environment)
+    told = [(tmp_path / f"task-{rank}.txt").read_text() for rank in range(2)]
+    assert "unknown key optim.lrr" in told[0] and "did you mean" in told[0]
+    assert told[1] == ""
+
+
+def test_torchrun_reads_its_lines():
+    """What it then sets for each process is what `start_ranks` sets in every other test of this folder."""
+    from torch.distributed.run import get_args_parser
+
+    lines = [line for line in LINES if line.startswith("torchrun")]
+    one, many = [get_args_parser().parse_args(shlex.split(line)[1:]) for line in lines]
+    for read in (one, many):
+        assert read.training_script == "speed_engine/train.py" and read.nproc_per_node == "8"
+        assert read.training_script_args[:2] == ["--config", "imagenet256_dit_xl2"]
+    assert (many.nnodes, many.node_rank, many.master_addr, many.master_port) == (
+        "2",
+        0,
+        "node1",
+        29500,
+    )
+
+
+def test_deepspeeds_launcher_reads_its_line_and_the_hostfile(tmp_path):
+    from deepspeed.launcher import runner
+
+    (tmp_path / "hostfile").write_text(HOSTFILE)
+    (line,) = [line for line in LINES if line.startswith("deepspeed --hostfile")]
+    for more in ("", " --no_ssh --node_rank 1"):
+        given = line.replace(" --master_addr", f"{more} --master_addr")
+        arguments = runner.parse_args(shlex.split(given)[1:])
+        assert arguments.user_script == "speed_engine/train.py"
+        assert arguments.master_addr == "node1" and arguments.no_ssh == bool(more)
+        assert arguments.user_args[:2] == ["--config", "imagenet256_dit_xl2"]
+    found = runner.fetch_hostfile(str(tmp_path / "hostfile"))
+    assert dict(found) == {"node1": 8, "node2": 8}
+
+
+def test_every_line_is_one_that_a_shell_reads():
+    for text in (SBATCH, *LINES):
+        assert subprocess.run(["bash", "-n", "-c", text]).returncode == 0
