@@ -20,7 +20,13 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from speed_engine.distributed import Processes
-from speed_engine.engines import frozen_weights, optimizer, with_precision
+from speed_engine.engines import (
+    frozen_weights,
+    optimizer,
+    restore_frozen,
+    shards,
+    with_precision,
+)
 from speed_engine.engines.cuda_graph import (
     CapturedStep,
     CudaRecorder,
@@ -191,8 +197,9 @@ class TorchEngine:
     def state(self, folder: Path) -> dict[str, Any]:
         if not self.processes.first:  # all processes hold the same state
             return {}
-        state = {"model": self.masters.state_dict(), "optimizer": self.optimizer.state_dict()}
-        return {"state.pt": state}
+        frozen = frozen_weights(self.module) | self.masters.frozen
+        parts = self.masters.parts()
+        return shards.collected(parts, self.optimizer, index=0, files=1, frozen=frozen, counts={})
 
     def can_load(self) -> bool:
         return self.graph is None or self.graph.replay is None
@@ -200,7 +207,13 @@ class TorchEngine:
     def load(self, folder: Path) -> None:
         if not self.can_load():
             raise RuntimeError("the step was captured with the state there is; load before it runs")
-        device = self.processes.device
+        if shards.are_in(folder):
+            with shards.Shards(folder) as state:
+                shards.restore(self.masters.parts(), self.optimizer, state)
+                restore_frozen(self.module, state.frozen)
+                self.masters.restored(state.frozen)
+            return
+        device = self.processes.device  # an earlier version's
         state = torch.load(folder / "state.pt", map_location=device, weights_only=True)
         self.masters.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])

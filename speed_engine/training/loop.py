@@ -85,7 +85,7 @@ def _train(
     # ------------------------------------------------------------------ the parts
     host_memory = keep_freed_memory(processes.device)
     parts = assembly.build(config, processes)
-    run = manifests.run_folder(parts.config, parts.source.fingerprint, processes.world)
+    run = manifests.run_folder(parts.config, parts.source.fingerprint)
     blueprint = assembly.build_model(parts.config, parts.facts, "meta")
     grids = processes.attempt(lambda: preview.of(parts, run, blueprint, judge))
     held = processes.attempt(lambda: RunLock(run) if processes.first else None)

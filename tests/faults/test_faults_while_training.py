@@ -12,6 +12,7 @@ from speed_engine import train
 from speed_engine.data import digits
 from speed_engine.training import checkpoint, metrics, saving
 
+SHARD = "shard-00000.safetensors"
 SMALL = {
     "model.depth": 1,
     "train.global_batch": 8,
@@ -103,7 +104,7 @@ def test_a_thread_writes_the_same_bytes(run, tmp_path):
     one, other = tmp_path / "one", tmp_path / "run"
     assert steps(one) == steps(other) == [4, 6]
     for step in ("step-00000004", "step-00000006"):
-        state = [folder / "checkpoints" / step / "state" / "state.pt" for folder in (one, other)]
+        state = [folder / "checkpoints" / step / "state" / SHARD for folder in (one, other)]
         assert state[0].read_bytes() == state[1].read_bytes()
     assert run("checkpoint.asynchronous=true", "train.steps=7")[0] == 0
 
