@@ -94,6 +94,11 @@ class Train(Section):
         description="draw time steps stratified over the global batch; false: independently",
     )
     flip: bool = Field(default=False, description="mirror half of the samples left to right")
+    exact_sums: bool = Field(
+        default=False,
+        description="engine torch: add up the micro-batches' gradients, and the losses told, in a fixed binary tree, "
+        "so that 1, 2, 4 ... processes train the same bits; micro_batch is the leaf. Its costs: engines/exact_sums.py",
+    )
     resident: Literal["auto"] | bool = Field(
         default=False,
         description="hold all samples in the memory of the training device; auto: where they take a sixth of it "

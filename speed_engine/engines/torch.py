@@ -33,6 +33,7 @@ from speed_engine.engines.cuda_graph import (
     Recorder,
     refuse_what_cannot_be_captured,
 )
+from speed_engine.engines.exact_sums import TreeSums, fix_threads
 from speed_engine.engines.master_weights import GradientSums, Masters
 from speed_engine.kinds import Section
 
@@ -75,6 +76,7 @@ class TorchEngine:
         micro_batch: int,
         accumulation: int,
         backend: str,
+        exact_sums: bool = False,
     ) -> None:
         if config.cuda_graph:
             refuse_what_cannot_be_captured(
@@ -99,7 +101,12 @@ class TorchEngine:
         self.compute_dtype = torch.float32 if config.precision == "fp32" else torch.bfloat16
         self.module = model.to(processes.device)
         self.masters = Masters(self.module, torch.bfloat16 if bf16 else torch.float32)
-        self.sums = GradientSums(self.masters) if bf16 and accumulation > 1 else None
+        self.sums: GradientSums | TreeSums | None = None
+        if exact_sums:
+            fix_threads(processes.device)
+            self.sums = TreeSums(self.masters, processes)
+        elif bf16 and accumulation > 1:
+            self.sums = GradientSums(self.masters)
         self.optimizer = optimizer.build(
             optim_config,
             self.masters.tensors,
@@ -112,7 +119,7 @@ class TorchEngine:
             for block in _blocks(self.module):
                 block.compile()
         self.network: nn.Module = self.module
-        if processes.world > 1:
+        if processes.world > 1 and not exact_sums:
             ids = [processes.device.index] if processes.device.type == "cuda" else None
             # Buffers are the same everywhere already, and a gradient needs no memory beside its bucket.
             self.network = DistributedDataParallel(
@@ -153,7 +160,9 @@ class TorchEngine:
             group["lr"] = lr
 
     def _update(self) -> None:
-        if self.sums is not None:
+        if isinstance(self.sums, TreeSums):
+            self.sums.finish()
+        elif self.sums is not None:
             self.sums.average(self.processes.world)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -227,12 +236,15 @@ class TorchEngine:
             result[name] = source.detach().float().cpu().clone()
         return result
 
+    def _distribution(self) -> str:
+        if not dist.is_initialized() or self.processes.world == 1:
+            return "one process"
+        return "a tree of sums" if isinstance(self.sums, TreeSums) else "DDP"
+
     def facts(self) -> dict[str, Any]:
         return {
             "engine": "torch",
-            "distribution": "DDP"
-            if dist.is_initialized() and self.processes.world > 1
-            else "one process",
+            "distribution": self._distribution(),
             "optimizer": type(self.optimizer).__name__,
         }
 

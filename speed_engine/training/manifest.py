@@ -186,6 +186,8 @@ def comparable(manifest: dict[str, Any]) -> dict[str, Any]:
     engine = manifest["config"]["engine"]
     if config["engine"].pop("json_file", None) and manifest["deepspeed_json"]:
         config["engine"]["json_file"] = manifest["deepspeed_json"]  # what it says, wherever it lies
+    if config["train"].get("exact_sums"):  # the leaves of its tree
+        config["train"]["micro_batch"] = manifest["config"]["train"]["micro_batch"]
     if engine["kind"] not in ENGINES:  # from outside: it knows its own state alone
         config["engine"]["kind"] = engine["kind"]
     return {"config": config}
@@ -225,6 +227,11 @@ def free_changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
         }
         for each in (before, now)
     )
+    if now["config"]["train"].get(
+        "exact_sums"
+    ):  # whose sums depend on them, and not on the processes
+        for each, manifest in ((old, before), (new, now)):
+            each["processes"], each["threads"] = 0, manifest["threads"]
     both = old["engine"].keys() & new["engine"].keys() - {"json_file"}
     for each in (old, new):
         each["engine"] = {k: v for k, v in each["engine"].items() if k in both}
