@@ -132,6 +132,12 @@ class Train(Section):
         description="times that a run goes back to its last good checkpoint and leaves the bad steps' data out; "
         "then it ends with code 3",
     )
+    replay_every: int = Field(
+        default=0,
+        ge=0,
+        description="steps between two whose gradient is computed twice and compared bit for bit; where it differs the "
+        "machine is named, nothing is applied and the run ends with code 5; 0 = off",
+    )
     stall_seconds: float = Field(
         default=300.0,
         ge=0,

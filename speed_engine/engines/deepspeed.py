@@ -132,6 +132,12 @@ class DeepSpeedEngine:
     ) -> torch.Tensor:
         return self.engine(x, time_B, **conditions)
 
+    def alone(self) -> tuple[nn.Module, Callable[..., torch.Tensor]] | None:
+        """(the network, the forward pass of this process alone); None in ZeRO 3, where no process has a network."""
+        if self.config.zero == 3:
+            return None
+        return self.engine.module, self.engine.module
+
     def backward(self, loss: torch.Tensor) -> None:
         self.engine.backward(loss, scale_wrt_gas=False)
 

@@ -142,6 +142,22 @@ class TorchEngine:
         with self._communication(), torch.autocast(kind, torch.bfloat16, enabled=cast):
             return self.network(x, time_B, **conditions)
 
+    def alone(self) -> tuple[nn.Module, Callable[..., torch.Tensor]]:
+        """(the network, the forward pass of this process alone): no gradient of it reaches another process."""
+
+        def forward(
+            x: torch.Tensor, time_B: torch.Tensor, **conditions: torch.Tensor
+        ) -> torch.Tensor:
+            network: nn.Module = self.network
+            quiet: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+            if isinstance(network, DistributedDataParallel):
+                quiet = network.no_sync()
+            kind, cast = self.processes.device.type, self.config.precision == "autocast"
+            with quiet, torch.autocast(kind, torch.bfloat16, enabled=cast):
+                return network(x, time_B, **conditions)
+
+        return self.module, forward
+
     def backward(self, loss: torch.Tensor) -> None:
         with self._communication():
             loss.backward(self.one)

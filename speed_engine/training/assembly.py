@@ -23,6 +23,7 @@ from speed_engine.step_table import StepTable, build_step_table
 from speed_engine.timesteps.online.policy import Reach
 from speed_engine.training.attention import agree_on_attention
 from speed_engine.training.metrics import Meter
+from speed_engine.training.replay import Replay
 from speed_engine.training.step import DiffusionStep
 
 OPS = ("noise", "loss", "adamw_ema")  # of every training step
@@ -152,7 +153,24 @@ def open_step(parts: Parts, engine: Engine) -> DiffusionStep:
         Meter(processes.device, parts.table.num_rows, accumulation if exact else 1),
         getattr(parts.model, "passes", None),
         accumulation * processes.world if exact else None,
+        _replay(config, engine, processes),
     )
+
+
+def _replay(config: RunConfig, engine: Engine, processes: Processes) -> Replay | None:
+    """What `train.replay_every` asks for. Raises ValueError for an engine whose step cannot be computed twice."""
+    if not config.train.replay_every:
+        return None
+    alone = getattr(engine, "alone", None)
+    found = None if alone is None or getattr(config.engine, "cuda_graph", False) else alone()
+    if found is None:
+        raise ValueError(
+            f"train.replay_every={config.train.replay_every} computes a gradient beside the engine, which "
+            f"engine.kind={config.engine.kind} allows neither in a CUDA graph nor with parameters cut by ZeRO 3; set "
+            "engine.cuda_graph=false, or engine.zero to 2 or less, or train.replay_every=0"
+        )
+    module, forward = found
+    return Replay(config.train.replay_every, module, forward, processes)
 
 
 # ---------------------------------------------------------------------------------------------- one part each

@@ -26,6 +26,7 @@ from speed_engine.distributed import Processes, lost_connection, start, stop
 from speed_engine.distributed.launched import place
 from speed_engine.engines import optimizer
 from speed_engine.engines.host_memory import keep_freed_memory
+from speed_engine.errors import SaidElsewhere
 from speed_engine.training import (
     assembly,
     checkpoint,
@@ -42,12 +43,13 @@ from speed_engine.training.assembly import Parts
 from speed_engine.training.guard import Guard
 from speed_engine.training.heartbeat import Pulse
 from speed_engine.training.interrupt import REQUEUE, REQUEUED, Interrupt
+from speed_engine.training.replay import Unrepeatable
 from speed_engine.training.resume import begin, load, resume
 from speed_engine.training.run_lock import RunLock, refuse_other_folders
 from speed_engine.training.saving import Saver
 from speed_engine.training.watch import LOST, Watch, kept
 
-DONE, NOT_FINITE = 0, 3  # exit codes; LOST, REQUEUED
+DONE, NOT_FINITE, UNREPEATABLE = 0, 3, 5  # exit codes; LOST, REQUEUED
 
 
 def train(config: RunConfig, judge: preview.Judge | None = None) -> int:
@@ -55,7 +57,7 @@ def train(config: RunConfig, judge: preview.Judge | None = None) -> int:
 
     judge: scores the pictures of `sample.every`, where it can.
     0: done, or stopped on request with a checkpoint. 75: the same by SIGUSR1, unfinished. 3: gradients were not finite
-    for too long. 4: another process is gone or frozen.
+    for too long. 4: another process is gone or frozen. 5: a gradient computed again was another one.
     Raises ValueError (a user's mistake, in one sentence; CheckpointError, DataError are such).
     """
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
@@ -204,7 +206,13 @@ def _train_in(
                     saver.save_at_end(step)
                     journal.say(f"stopped at step {step}, which is saved in {run}")
                 raise
-            do(step, ready)
+            try:
+                do(step, ready)
+            except (Unrepeatable, SaidElsewhere) as error:
+                if isinstance(error, Unrepeatable):
+                    print(f"error (process {processes.rank}): {error}", file=sys.stderr, flush=True)
+                code = UNREPEATABLE
+                break
             step += 1
             pulse.beat("step", step)
             guard.update(engine.skip_count())

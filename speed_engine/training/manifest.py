@@ -37,6 +37,7 @@ MAY_CHANGE = {
     "train.bad_window": "when to give up",
     "train.max_bad_in_window": "when to give up",
     "train.max_rollbacks": "when to give up",
+    "train.replay_every": "only looked at",
     "train.stall_seconds": "how long to wait for others",
     "train.first_step_seconds": "how long to wait for others",
     "data": "another place or way to read; the fingerprint of what is there must be the same",
