@@ -132,6 +132,16 @@ class Train(Section):
         description="times that a run goes back to its last good checkpoint and leaves the bad steps' data out; "
         "then it ends with code 3",
     )
+    spike_sigmas: float = Field(
+        default=0.0,
+        ge=0.0,
+        description="standard deviations by which the loss in a bin of log SNR must exceed that of the lines before it "
+        "for the run to go back to a checkpoint, as for max_bad_steps, and leave that line's data out; 6 is "
+        "cautious; 0 = off",
+    )
+    spike_history: int = Field(
+        default=32, ge=8, le=10_000, description="lines of the log that a spike is judged against"
+    )
     replay_every: int = Field(
         default=0,
         ge=0,

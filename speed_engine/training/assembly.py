@@ -24,6 +24,7 @@ from speed_engine.timesteps.online.policy import Reach
 from speed_engine.training.attention import agree_on_attention
 from speed_engine.training.metrics import Meter
 from speed_engine.training.replay import Replay
+from speed_engine.training.spikes import Bins
 from speed_engine.training.step import DiffusionStep
 
 OPS = ("noise", "loss", "adamw_ema")  # of every training step
@@ -150,11 +151,18 @@ def open_step(parts: Parts, engine: Engine) -> DiffusionStep:
         parts.backends,
         Reach(processes.rank, processes.world, processes.all_reduce()),
         accumulation,
-        Meter(processes.device, parts.table.num_rows, accumulation if exact else 1),
+        _meter(parts, accumulation if exact else 1),
         getattr(parts.model, "passes", None),
         accumulation * processes.world if exact else None,
         _replay(config, engine, processes),
     )
+
+
+def _meter(parts: Parts, lanes: int) -> Meter:
+    table, device, bins = parts.table, parts.processes.device, None
+    if parts.config.train.spike_sigmas:
+        bins = Bins(table.schedule.log_snr, lanes, device)
+    return Meter(device, table.num_rows, lanes, bins)
 
 
 def _replay(config: RunConfig, engine: Engine, processes: Processes) -> Replay | None:

@@ -47,6 +47,7 @@ from speed_engine.training.replay import Unrepeatable
 from speed_engine.training.resume import begin, load, resume
 from speed_engine.training.run_lock import RunLock, refuse_other_folders
 from speed_engine.training.saving import Saver
+from speed_engine.training.spikes import Spikes
 from speed_engine.training.watch import LOST, Watch, kept
 
 DONE, NOT_FINITE, UNREPEATABLE = 0, 3, 5  # exit codes; LOST, REQUEUED
@@ -173,6 +174,7 @@ def _train_in(
     validate_every = config.validation.every
     left_out: list[int] = manifest.get("left_out", [])
     times_back: int = manifest.get("rollbacks", 0)
+    spikes = Spikes(limits.spike_sigmas, limits.spike_history) if limits.spike_sigmas else None
     alone = processes.world == 1  # can save wherever it waits for data; many must agree first
     stopping = (lambda: interrupt.requested) if alone else (lambda: False)
     readers = contextlib.ExitStack()
@@ -235,6 +237,8 @@ def _train_in(
                         line |= rate.without(drawing)
                 journal.write(line)
                 reason = guard.verdict(line["loss"])
+                if reason is None and spikes is not None:
+                    reason = guard.blame(spikes.verdict(do.meter.last_bins))
                 noting = functools.partial(rollback.note, parts, run, guard.bad, left_out)
                 journal.told_or_not(rollback.FILE, noting)
                 back = None

@@ -37,6 +37,8 @@ MAY_CHANGE = {
     "train.bad_window": "when to give up",
     "train.max_bad_in_window": "when to give up",
     "train.max_rollbacks": "when to give up",
+    "train.spike_sigmas": "when to go back",
+    "train.spike_history": "when to go back",
     "train.replay_every": "only looked at",
     "train.stall_seconds": "how long to wait for others",
     "train.first_step_seconds": "how long to wait for others",

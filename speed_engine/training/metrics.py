@@ -22,6 +22,7 @@ from speed_engine.distributed import Processes
 from speed_engine.progress import progress
 from speed_engine.training.boards import open_boards
 from speed_engine.training.metrics_file import cut_off_after, finite, line_of
+from speed_engine.training.spikes import BINS, Bins
 
 Each = TypeVar("Each")
 
@@ -55,11 +56,15 @@ class Meter:
     """Sums of losses since the last reading, on the device.
 
     lanes: 1, or the number of micro-batches of a process in a step. With a lane each, and of any number of processes,
-    the same numbers are added in the same order (`train.exact_sums`).
+    the same numbers are added in the same order (`train.exact_sums`). bins: for `spikes`; what they held at the last
+    reading, over all processes, is `last_bins`, float64 [3, BINS].
     """
 
-    def __init__(self, device: torch.device, num_rows: int, lanes: int = 1) -> None:
+    def __init__(
+        self, device: torch.device, num_rows: int, lanes: int = 1, bins: Bins | None = None
+    ) -> None:
         self.num_rows = num_rows
+        self.bins, self.last_bins = bins, torch.zeros(3, BINS, dtype=torch.float64)
         # Of each lane: total, mse, vb, samples.
         self.sums = torch.zeros(lanes, 4, dtype=torch.float64, device=device)
         self.bucket_sums = torch.zeros(lanes, 2, BUCKETS, dtype=torch.float64, device=device)
@@ -73,13 +78,16 @@ class Meter:
             sums, ones = self.bucket_sums[lane], torch.ones_like(losses_3B[1]).double()
             sums[0].index_add_(0, bucket_B, losses_3B[1].double())
             sums[1].index_add_(0, bucket_B, ones)
+            if self.bins is not None:
+                self.bins.add(losses_3B[1], row_B, lane)
 
     def state(self, processes: Processes) -> torch.Tensor:
         """The open interval: the sums since the last reading, float64 [lanes x world, .], host. Collective.
 
         Row a x world + r is lane a of process r: with a lane for each, the step's micro-batches in order.
         """
-        own = torch.cat([self.sums, self.bucket_sums.flatten(1)], 1).cpu()
+        further = [] if self.bins is None else [self.bins.sums.flatten(1)]
+        own = torch.cat([self.sums, self.bucket_sums.flatten(1), *further], 1).cpu()
         every = torch.zeros(len(own), processes.world, own.shape[1], dtype=torch.float64)
         every[:, processes.rank] = own
         return processes.sum(every).flatten(0, 1)
@@ -93,15 +101,21 @@ class Meter:
         elif processes.first:
             own[0] = every.sum(0)
         self.sums.copy_(own[:, :4])
-        self.bucket_sums.copy_(own[:, 4:].view(lanes, 2, BUCKETS))
+        end = 4 + 2 * BUCKETS
+        self.bucket_sums.copy_(own[:, 4:end].view(lanes, 2, BUCKETS))
+        if self.bins is not None and own.shape[1] > end:  # else they were not asked for then
+            self.bins.sums.copy_(own[:, end:].view(lanes, 3, BINS))
 
     def read(self, processes: Processes) -> dict[str, Any]:
         """Means over all processes since the last reading; then start again. Waits for the device."""
         both = self.state(processes).sum(0)
         self.sums.zero_()
         self.bucket_sums.zero_()
+        if self.bins is not None:
+            self.bins.sums.zero_()
+            self.last_bins = both[4 + 2 * BUCKETS :].view(3, BINS)
         total, mse, vb, samples = both[:4].tolist()
-        sums, counts = both[4:].view(2, BUCKETS).tolist()
+        sums, counts = both[4 : 4 + 2 * BUCKETS].view(2, BUCKETS).tolist()
         by_t = [s / c if c else None for s, c in zip(sums, counts, strict=True)]
         n = max(samples, 1.0)
         return {"loss": total / n, "mse": mse / n, "vb": vb / n, "loss_by_t": by_t}

@@ -147,6 +147,25 @@ def test_an_error_that_is_not_looked_for_is_not_seen(run, tmp_path, monkeypatch)
     assert run("train.replay_every=5")[0] == 0
 
 
+def test_a_spike_of_the_loss_goes_back(run, tmp_path, monkeypatch):
+    """The network's answers are off in one step of a line, once: the run goes back and leaves that line's data out."""
+    forward, calls = TorchEngine.forward, itertools.count(1)
+
+    def off(self, x, time_B, **conditions):
+        out = forward(self, x, time_B, **conditions)
+        return out + 3.0 if next(calls) == 39 else out
+
+    monkeypatch.setattr(TorchEngine, "forward", off)
+    settings = ("train.global_batch=128", "log.every=4", "checkpoint.every=6", "train.steps=44")
+    code, output = run(*settings, "train.spike_sigmas=6", "train.spike_history=16")
+    assert code == 0 and output.count("going back from step 40 to 36 without their data") == 1
+    assert "the loss at ln SNR" in output
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    assert "left_out" not in manifest or manifest["left_out"] == [36, 37, 38, 39]
+    last = tmp_path / "run" / "checkpoints" / "step-00000044" / "manifest.json"
+    assert json.loads(last.read_text())["left_out"] == [36, 37, 38, 39]
+
+
 def test_looking_changes_nothing(run, tmp_path):
     for name, more in (("one", []), ("other", ["train.replay_every=2"])):
         assert run("train.micro_batch=4", *more)[0] == 0
