@@ -38,6 +38,7 @@ from speed_engine.training import (
     validation,
 )
 from speed_engine.training import manifest as manifests
+from speed_engine.training import scales as adaln
 from speed_engine.training.agreement import ENDS, FOLDER_GONE, SAVE_FAILED, Agreement
 from speed_engine.training.assembly import Parts
 from speed_engine.training.guard import Guard
@@ -175,6 +176,7 @@ def _train_in(
     left_out: list[int] = manifest.get("left_out", [])
     times_back: int = manifest.get("rollbacks", 0)
     spikes = Spikes(limits.spike_sigmas, limits.spike_history) if limits.spike_sigmas else None
+    scales = adaln.of(parts.model, processes.device, config.engine)
     alone = processes.world == 1  # can save wherever it waits for data; many must agree first
     stopping = (lambda: interrupt.requested) if alone else (lambda: False)
     readers = contextlib.ExitStack()
@@ -209,7 +211,10 @@ def _train_in(
                     journal.say(f"stopped at step {step}, which is saved in {run}")
                 raise
             try:
-                do(step, ready)
+                tells = (step + 1) % log_every == 0 or step + 1 == steps
+                seen = scales if tells else None
+                with contextlib.nullcontext() if seen is None else seen.noting():
+                    do(step, ready)
             except (Unrepeatable, SaidElsewhere) as error:
                 if isinstance(error, Unrepeatable):
                     print(f"error (process {processes.rank}): {error}", file=sys.stderr, flush=True)
@@ -227,6 +232,7 @@ def _train_in(
                     "lr": optimizer.learning_rate(config.optim, step - 1),
                     "skipped": engine.num_skipped(),
                     "grad_norm": engine.grad_norm(),
+                    "adaln_scale": None if scales is None else scales.read(processes),
                 }
                 if measures is not None and (step % validate_every == 0 or step == steps):
                     with pulse.during("validate"):

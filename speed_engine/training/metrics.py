@@ -263,6 +263,7 @@ class Journal:
         """Forget the lines after `step`, to which the run goes back."""
         if not self.silent:
             self.told_or_not("metrics.jsonl", lambda: self._cut_off_after(step))
+            self.boards.rewind(step)
 
     def _cut_off_after(self, step: int) -> None:
         self.file.close()

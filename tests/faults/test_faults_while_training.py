@@ -149,6 +149,8 @@ def test_an_error_that_is_not_looked_for_is_not_seen(run, tmp_path, monkeypatch)
 
 def test_a_spike_of_the_loss_goes_back(run, tmp_path, monkeypatch):
     """The network's answers are off in one step of a line, once: the run goes back and leaves that line's data out."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     forward, calls = TorchEngine.forward, itertools.count(1)
 
     def off(self, x, time_B, **conditions):
@@ -157,13 +159,16 @@ def test_a_spike_of_the_loss_goes_back(run, tmp_path, monkeypatch):
 
     monkeypatch.setattr(TorchEngine, "forward", off)
     settings = ("train.global_batch=128", "log.every=4", "checkpoint.every=6", "train.steps=44")
-    code, output = run(*settings, "train.spike_sigmas=6", "train.spike_history=16")
+    spikes = ("train.spike_sigmas=6", "train.spike_history=16")
+    code, output = run(*settings, *spikes, "log.tensorboard=true")
     assert code == 0 and output.count("going back from step 40 to 36 without their data") == 1
     assert "the loss at ln SNR" in output
-    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
-    assert "left_out" not in manifest or manifest["left_out"] == [36, 37, 38, 39]
     last = tmp_path / "run" / "checkpoints" / "step-00000044" / "manifest.json"
     assert json.loads(last.read_text())["left_out"] == [36, 37, 38, 39]
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
+    shown = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    assert [event.step for event in shown.Scalars("loss")] == [*range(4, 45, 4)]
+    assert shown.Scalars("loss")[9].value == pytest.approx(lines[9]["loss"], rel=1e-6)
 
 
 def test_looking_changes_nothing(run, tmp_path):
