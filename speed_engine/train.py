@@ -17,7 +17,8 @@ import contextlib  # noqa: E402
 EXIT_CODES = """SIGINT (Ctrl-C), SIGTERM, SIGHUP and SIGUSR1, to any process, save a checkpoint and end; so does the
 launcher's death; a second Ctrl-C ends at once. Exit codes: 0 done, or saved on request; 2 a mistake, told in one
 sentence; 3 gradients not finite for too long; 4 another process is gone or frozen, or a request could not be answered;
-75 saved after SIGUSR1 and unfinished: start the same command again; 128+N ended by signal N before the first step."""
+5 a gradient computed again (train.replay_every) was not the same bits; 75 saved after SIGUSR1 and unfinished: start the
+same command again; 128+N ended by signal N before the first step."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -94,6 +94,11 @@ class Train(Section):
         description="draw time steps stratified over the global batch; false: independently",
     )
     flip: bool = Field(default=False, description="mirror half of the samples left to right")
+    exact_sums: bool = Field(
+        default=False,
+        description="engine torch: add up the micro-batches' gradients, and the losses told, in a fixed binary tree, "
+        "so that 1, 2, 4 ... processes train the same bits; micro_batch is the leaf. Its costs: engines/exact_sums.py",
+    )
     resident: Literal["auto"] | bool = Field(
         default=False,
         description="hold all samples in the memory of the training device; auto: where they take a sixth of it "
@@ -126,6 +131,22 @@ class Train(Section):
         ge=0,
         description="times that a run goes back to its last good checkpoint and leaves the bad steps' data out; "
         "then it ends with code 3",
+    )
+    spike_sigmas: float = Field(
+        default=0.0,
+        ge=0.0,
+        description="standard deviations by which the loss in a bin of log SNR must exceed that of the lines before it "
+        "for the run to go back to a checkpoint, as for max_bad_steps, and leave that line's data out; 6 is "
+        "cautious; 0 = off",
+    )
+    spike_history: int = Field(
+        default=32, ge=8, le=10_000, description="lines of the log that a spike is judged against"
+    )
+    replay_every: int = Field(
+        default=0,
+        ge=0,
+        description="steps between two whose gradient is computed twice and compared bit for bit; where it differs the "
+        "machine is named, nothing is applied and the run ends with code 5; 0 = off",
     )
     stall_seconds: float = Field(
         default=300.0,

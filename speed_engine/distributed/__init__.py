@@ -106,6 +106,14 @@ class Processes:
 
         return wait
 
+    def largest(self, value: float) -> float:
+        """The largest `value` of all processes. Host only."""
+        if self.world == 1:
+            return value
+        tensor = torch.tensor(value, dtype=torch.float64)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.host_group)
+        return float(tensor)
+
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum of a small host tensor over all processes."""
         if self.world > 1:

@@ -6,6 +6,7 @@ names. One file an engine; its name is `engine.kind`.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -14,6 +15,7 @@ import torch
 from torch import nn
 from torch import save as torch_save  # `torch` becomes the engine of that name in this package
 
+from speed_engine.engines import shards
 from speed_engine.kinds import Section
 
 Settings = TypeVar("Settings", bound=Section)
@@ -67,7 +69,11 @@ class Engine(Protocol):
         ...
 
     def load(self, folder: Path) -> None:
-        """Read what `state` gave and `write` wrote, at the same number of processes. Collective."""
+        """Read what `state` gave and `write` wrote. Collective.
+
+        Where that are shards (`shards.are_in(folder)`), any number of processes and either engine of ours wrote them;
+        else the same engine at the same number of processes.
+        """
         ...
 
     def weights(self, ema: bool) -> dict[str, torch.Tensor] | None:
@@ -98,7 +104,10 @@ def write(state: Mapping[str, Any], folder: Path) -> None:
     """Write an engine's state into a folder that exists. Raises OSError, RuntimeError (torch's writer)."""
     for name, value in state.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        torch_save(value, folder / name)
+        if name.endswith(".safetensors"):
+            shards.write(value, folder / name)
+        else:
+            torch_save(value, folder / name)
 
 
 def frozen_weights(module: nn.Module) -> dict[str, torch.Tensor]:
@@ -109,3 +118,13 @@ def frozen_weights(module: nn.Module) -> dict[str, torch.Tensor]:
         for name, tensor in module.state_dict().items()
         if name not in trained
     }
+
+
+@torch.no_grad()
+def restore_frozen(module: nn.Module, frozen: Mapping[str, torch.Tensor]) -> None:
+    """Put what `frozen_weights` gave back into a module. Raises ValueError for another network's."""
+    for name, tensor in itertools.chain(module.named_parameters(), module.named_buffers()):
+        if name in frozen and not tensor.requires_grad:
+            if tensor.shape != frozen[name].shape:
+                raise ValueError(f"{name} is of another shape in the checkpoint")
+            tensor.copy_(frozen[name])

@@ -17,11 +17,19 @@ from pydantic import Field
 from torch import nn
 
 from speed_engine.distributed import Processes
-from speed_engine.engines import frozen_weights, optimizer, with_precision
+from speed_engine.engines import (
+    deepspeed_parts,
+    frozen_weights,
+    optimizer,
+    restore_frozen,
+    shards,
+    with_precision,
+)
 from speed_engine.engines.deepspeed_json import merged_with, read, users_part
 from speed_engine.kinds import Section
 
 TAG = "zero"
+COUNTS = ("skipped_steps", "global_steps", "global_samples")  # of DeepSpeed's, kept over a resume
 # Of ZeRO 1 and 2 on GPUs, unless a JSON says otherwise. DeepSpeed's own are false and 5e8: most of a model in one
 # bucket, whose sum waits for the end of the backward pass.
 OVERLAPPED = {
@@ -124,6 +132,12 @@ class DeepSpeedEngine:
     ) -> torch.Tensor:
         return self.engine(x, time_B, **conditions)
 
+    def alone(self) -> tuple[nn.Module, Callable[..., torch.Tensor]] | None:
+        """(the network, the forward pass of this process alone); None in ZeRO 3, where no process has a network."""
+        if self.config.zero == 3:
+            return None
+        return self.engine.module, self.engine.module
+
     def backward(self, loss: torch.Tensor) -> None:
         self.engine.backward(loss, scale_wrt_gas=False)
 
@@ -146,6 +160,8 @@ class DeepSpeedEngine:
         return float(theirs) if found is None and theirs else found
 
     def state(self, folder: Path) -> dict[str, Any]:
+        if deepspeed_parts.fits(self.settings):
+            return self._shard()
         collected, writer = _Collected(), self.engine.checkpoint_engine
         self.engine.checkpoint_engine = collected
         self.engine._copy_recovery_script = lambda path: (
@@ -160,10 +176,57 @@ class DeepSpeedEngine:
     def can_load(self) -> bool:
         return True
 
+    def _shard(self) -> dict[str, Any]:
+        rank, whole = self.processes.rank, self.config.zero == 0
+        if whole and rank:  # all processes hold the same state
+            return {}
+        return shards.collected(
+            self._parts(),
+            self.optimizer,
+            index=rank,
+            files=1 if whole else self.processes.world,
+            frozen=self.frozen if rank == 0 else {},
+            counts={name: int(getattr(self.engine, name)) for name in COUNTS},
+        )
+
+    def _parts(self) -> list[shards.Part]:
+        wrapper, stage = self.engine.optimizer, self.config.zero
+        return deepspeed_parts.parts_of(self.engine.module, wrapper, stage, self.unwrapped)
+
     def load(self, folder: Path) -> None:
+        if shards.are_in(folder):
+            self._load_shards(folder)
+            return
         path, _ = self.engine.load_checkpoint(str(folder), tag=TAG)
         if path is None:  # DeepSpeed only logs this
             raise ValueError(f"DeepSpeed found nothing to load in {folder}")
+
+    def _load_shards(self, folder: Path) -> None:
+        if not deepspeed_parts.fits(self.settings):
+            raise ValueError(
+                f"engine.json_file lets DeepSpeed keep the weights where the state in {folder} cannot be put; go on "
+                "without that part of it, or start in another run_dir"
+            )
+        wrapper = self.engine.optimizer
+        with shards.Shards(folder) as state:
+            shards.restore(self._parts(), self.optimizer, state)
+            self._load_frozen(state.frozen)
+            for name in COUNTS:
+                setattr(self.engine, name, state.counts.get(name, 0))
+        rank = self.processes.rank
+        deepspeed_parts.into_network(wrapper, self.config.zero, self.unwrapped, rank)
+
+    def _load_frozen(self, frozen: dict[str, torch.Tensor]) -> None:
+        if not frozen:
+            return
+        from deepspeed.runtime.zero import GatheredParameters
+
+        held = [p for p in self.engine.module.parameters() if not p.requires_grad]
+        cut = self.config.zero == 3 and held
+        gathered = GatheredParameters(held, modifier_rank=0) if cut else contextlib.nullcontext()
+        self.frozen = dict(frozen)
+        with gathered:
+            restore_frozen(self.engine.module, frozen)
 
     def weights(self, ema: bool) -> dict[str, torch.Tensor] | None:
         result = dict(self.frozen)

@@ -6,12 +6,14 @@ that each kind of tensor is one range of memory. Gradients stay where autograd p
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 import torch.distributed as dist
 from speed_kernels.adamw_ema import flat
 from torch import Tensor, nn
+
+from speed_engine.engines.shards import Part
 
 ALIGNED = 16  # elements: 32 bytes in bf16, what wide accesses and matrix products like
 
@@ -71,6 +73,26 @@ class Masters:
         """The module's state dict, its names unchanged, with every parameter as it was before rounding."""
         masters = {name: master.detach() for name, master in self.named()}
         return {**self.module.state_dict(), **self.frozen, **masters}
+
+    def parts(self) -> list[Part]:
+        """Every trained parameter, whole."""
+        masters = {
+            id(p): master for p, master in zip(self.trained, self.tensors, strict=True) if p.numel()
+        }
+        return [
+            Part(name, tuple(p.shape), 0, p.numel(), masters[id(p)], 0)
+            for name, p in self.module.named_parameters()
+            if id(p) in masters
+        ]
+
+    @torch.no_grad()
+    def restored(self, frozen: Mapping[str, Tensor]) -> None:
+        """The masters, and the module's frozen parameters, hold other numbers: the bf16 weights become their rounding.
+
+        frozen: the parameters that are not trained, unrounded."""
+        self.frozen = {name: frozen.get(name, value) for name, value in self.frozen.items()}
+        for master, parameter in self.copies.items():
+            parameter.copy_(master)
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:

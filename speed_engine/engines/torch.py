@@ -20,13 +20,20 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from speed_engine.distributed import Processes
-from speed_engine.engines import frozen_weights, optimizer, with_precision
+from speed_engine.engines import (
+    frozen_weights,
+    optimizer,
+    restore_frozen,
+    shards,
+    with_precision,
+)
 from speed_engine.engines.cuda_graph import (
     CapturedStep,
     CudaRecorder,
     Recorder,
     refuse_what_cannot_be_captured,
 )
+from speed_engine.engines.exact_sums import TreeSums, fix_threads
 from speed_engine.engines.master_weights import GradientSums, Masters
 from speed_engine.kinds import Section
 
@@ -69,6 +76,7 @@ class TorchEngine:
         micro_batch: int,
         accumulation: int,
         backend: str,
+        exact_sums: bool = False,
     ) -> None:
         if config.cuda_graph:
             refuse_what_cannot_be_captured(
@@ -93,7 +101,12 @@ class TorchEngine:
         self.compute_dtype = torch.float32 if config.precision == "fp32" else torch.bfloat16
         self.module = model.to(processes.device)
         self.masters = Masters(self.module, torch.bfloat16 if bf16 else torch.float32)
-        self.sums = GradientSums(self.masters) if bf16 and accumulation > 1 else None
+        self.sums: GradientSums | TreeSums | None = None
+        if exact_sums:
+            fix_threads(processes.device)
+            self.sums = TreeSums(self.masters, processes)
+        elif bf16 and accumulation > 1:
+            self.sums = GradientSums(self.masters)
         self.optimizer = optimizer.build(
             optim_config,
             self.masters.tensors,
@@ -106,7 +119,7 @@ class TorchEngine:
             for block in _blocks(self.module):
                 block.compile()
         self.network: nn.Module = self.module
-        if processes.world > 1:
+        if processes.world > 1 and not exact_sums:
             ids = [processes.device.index] if processes.device.type == "cuda" else None
             # Buffers are the same everywhere already, and a gradient needs no memory beside its bucket.
             self.network = DistributedDataParallel(
@@ -129,6 +142,22 @@ class TorchEngine:
         with self._communication(), torch.autocast(kind, torch.bfloat16, enabled=cast):
             return self.network(x, time_B, **conditions)
 
+    def alone(self) -> tuple[nn.Module, Callable[..., torch.Tensor]]:
+        """(the network, the forward pass of this process alone): no gradient of it reaches another process."""
+
+        def forward(
+            x: torch.Tensor, time_B: torch.Tensor, **conditions: torch.Tensor
+        ) -> torch.Tensor:
+            network: nn.Module = self.network
+            quiet: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+            if isinstance(network, DistributedDataParallel):
+                quiet = network.no_sync()
+            kind, cast = self.processes.device.type, self.config.precision == "autocast"
+            with quiet, torch.autocast(kind, torch.bfloat16, enabled=cast):
+                return network(x, time_B, **conditions)
+
+        return self.module, forward
+
     def backward(self, loss: torch.Tensor) -> None:
         with self._communication():
             loss.backward(self.one)
@@ -147,7 +176,9 @@ class TorchEngine:
             group["lr"] = lr
 
     def _update(self) -> None:
-        if self.sums is not None:
+        if isinstance(self.sums, TreeSums):
+            self.sums.finish()
+        elif self.sums is not None:
             self.sums.average(self.processes.world)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -191,8 +222,9 @@ class TorchEngine:
     def state(self, folder: Path) -> dict[str, Any]:
         if not self.processes.first:  # all processes hold the same state
             return {}
-        state = {"model": self.masters.state_dict(), "optimizer": self.optimizer.state_dict()}
-        return {"state.pt": state}
+        frozen = frozen_weights(self.module) | self.masters.frozen
+        parts = self.masters.parts()
+        return shards.collected(parts, self.optimizer, index=0, files=1, frozen=frozen, counts={})
 
     def can_load(self) -> bool:
         return self.graph is None or self.graph.replay is None
@@ -200,7 +232,13 @@ class TorchEngine:
     def load(self, folder: Path) -> None:
         if not self.can_load():
             raise RuntimeError("the step was captured with the state there is; load before it runs")
-        device = self.processes.device
+        if shards.are_in(folder):
+            with shards.Shards(folder) as state:
+                shards.restore(self.masters.parts(), self.optimizer, state)
+                restore_frozen(self.module, state.frozen)
+                self.masters.restored(state.frozen)
+            return
+        device = self.processes.device  # an earlier version's
         state = torch.load(folder / "state.pt", map_location=device, weights_only=True)
         self.masters.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -214,12 +252,15 @@ class TorchEngine:
             result[name] = source.detach().float().cpu().clone()
         return result
 
+    def _distribution(self) -> str:
+        if not dist.is_initialized() or self.processes.world == 1:
+            return "one process"
+        return "a tree of sums" if isinstance(self.sums, TreeSums) else "DDP"
+
     def facts(self) -> dict[str, Any]:
         return {
             "engine": "torch",
-            "distribution": "DDP"
-            if dist.is_initialized() and self.processes.world > 1
-            else "one process",
+            "distribution": self._distribution(),
             "optimizer": type(self.optimizer).__name__,
         }
 

@@ -37,6 +37,8 @@ class Model(Protocol):
 
     A module may also offer `passes(seed, address) -> [(share, further keywords), ...]`: the forward
     passes that one batch is put through and each one's share of the loss; without it there is one.
+    One that would compute otherwise among several processes, to rounding, has the attribute `same_anywhere`,
+    False; where it is set to True (`train.exact_sums`) it must not.
     """
 
     config: Any  # the file's own Config

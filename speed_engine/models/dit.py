@@ -156,6 +156,7 @@ class DiT(nn.Module):
         channels, self.sample_size, _ = facts.shape
         self.grid = self.sample_size // patch_size
         self.config, self.facts, self.num_outputs = config, facts, num_outputs
+        self.same_anywhere = False
         tokens = self.grid**2
         self.choose_attention = functools.partial(
             choose_attention,
@@ -257,7 +258,7 @@ class DiT(nn.Module):
         if self.config.residual == "fp32":
             x_BTD = x_BTD.to(torch.promote_types(x_BTD.dtype, torch.float32))
         stream = Stream(x_BTD + self.pos_embed.to(x_BTD.dtype))
-        modulations = project_all(c_BD, self.projections())
+        modulations = project_all(c_BD, self.projections(), self.same_anywhere)
         for block in self.blocks:
             stream = block(stream, next(modulations))
         out_BTX = self.final_layer(stream, next(modulations))

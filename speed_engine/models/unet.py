@@ -169,6 +169,7 @@ class UNet(nn.Module):
         super().__init__()
         size = config.resolved()
         self.config, self.facts, self.num_outputs = config, facts, num_outputs
+        self.same_anywhere = False
         self.stages = list(stages(size, facts))
         self.dropout = size.dropout
         self._place = (device, dtype)
@@ -309,7 +310,7 @@ class UNet(nn.Module):
         told_BD = self.t_embedder(time_B, dtype, further)
         if self.y_embedder is not None:
             told_BD = told_BD + self.y_embedder(label)
-        projected = iter(project_all(F.silu(told_BD), self.projections()))
+        projected = iter(project_all(F.silu(told_BD), self.projections(), self.same_anywhere))
 
         x = self.conv_in(x_BCHW.to(dtype, memory_format=torch.channels_last))
         kept = [x]

@@ -17,11 +17,14 @@ from speed_engine.data.loader import Loader
 from speed_engine.data.split import split
 from speed_engine.distributed import Processes
 from speed_engine.engines import Engine, with_precision
+from speed_engine.engines.exact_sums import refuse_what_has_no_tree
 from speed_engine.models import refuse_unknown_conditions
 from speed_engine.step_table import StepTable, build_step_table
 from speed_engine.timesteps.online.policy import Reach
 from speed_engine.training.attention import agree_on_attention
 from speed_engine.training.metrics import Meter
+from speed_engine.training.replay import Replay
+from speed_engine.training.spikes import Bins
 from speed_engine.training.step import DiffusionStep
 
 OPS = ("noise", "loss", "adamw_ema")  # of every training step
@@ -65,6 +68,8 @@ def build(
     source, model: instead of those that the configuration names.
     """
     micro_batch, _ = split_batch(config, processes.world)
+    if config.train.exact_sums:
+        _refuse_inexact(config, processes.world, processes.device.type == "cuda")
     optim = config.optim.in_updates(config.train.global_batch)
     engine = with_precision(config.engine, processes.device, optim.name)
     config = config.model_copy(update={"engine": engine, "optim": optim})
@@ -74,6 +79,8 @@ def build(
     source, held_out = parted(config, source)
     config, conditions, facts = told(config, source.facts)
     network = model or build_model(config, facts, processes.device, backends)
+    if config.train.exact_sums and hasattr(network, "same_anywhere"):
+        network.same_anywhere = True  # pyright: ignore[reportArgumentType]
     agree_on_attention(network, processes)
     residence = resident.choose(
         source,
@@ -93,6 +100,11 @@ def build(
         backends["noise"],
     )
     table = build_table(config).to(processes.device)
+    if config.train.exact_sums and table.changes:
+        raise ValueError(
+            f"train.exact_sums=true cannot add up what timesteps.kind={config.timesteps.kind} learns from all "
+            "processes; choose a kind that does not learn"
+        )
     return Parts(
         config,
         processes,
@@ -112,6 +124,8 @@ def open_engine(parts: Parts) -> Engine:
     """The engine around the model. Collective."""
     config = parts.config
     micro_batch, accumulation = split_batch(config, parts.processes.world)
+    # Outside engines need not know of it.
+    more = {"exact_sums": True} if config.train.exact_sums else {}
     return kinds.find("engine", config.engine.kind).open_engine(
         config.engine,
         parts.model,
@@ -120,6 +134,7 @@ def open_engine(parts: Parts) -> Engine:
         micro_batch=micro_batch,
         accumulation=accumulation,
         backend=parts.backends["adamw_ema"],
+        **more,
     )
 
 
@@ -127,16 +142,43 @@ def open_step(parts: Parts, engine: Engine) -> DiffusionStep:
     """The training step, its table started; a CUDA graph still has to be asked for (`captured`)."""
     config, processes = parts.config, parts.processes
     parts.table.start(config.train.global_batch, parts.facts.shape)
+    accumulation = split_batch(config, processes.world)[1]
+    exact = config.train.exact_sums
     return DiffusionStep(
         config,
         parts.table,
         engine,
         parts.backends,
         Reach(processes.rank, processes.world, processes.all_reduce()),
-        split_batch(config, processes.world)[1],
-        Meter(processes.device, parts.table.num_rows),
+        accumulation,
+        _meter(parts, accumulation if exact else 1),
         getattr(parts.model, "passes", None),
+        accumulation * processes.world if exact else None,
+        _replay(config, engine, processes),
     )
+
+
+def _meter(parts: Parts, lanes: int) -> Meter:
+    table, device, bins = parts.table, parts.processes.device, None
+    if parts.config.train.spike_sigmas:
+        bins = Bins(table.schedule.log_snr, lanes, device)
+    return Meter(device, table.num_rows, lanes, bins)
+
+
+def _replay(config: RunConfig, engine: Engine, processes: Processes) -> Replay | None:
+    """What `train.replay_every` asks for. Raises ValueError for an engine whose step cannot be computed twice."""
+    if not config.train.replay_every:
+        return None
+    alone = getattr(engine, "alone", None)
+    found = None if alone is None or getattr(config.engine, "cuda_graph", False) else alone()
+    if found is None:
+        raise ValueError(
+            f"train.replay_every={config.train.replay_every} computes a gradient beside the engine, which "
+            f"engine.kind={config.engine.kind} allows neither in a CUDA graph nor with parameters cut by ZeRO 3; set "
+            "engine.cuda_graph=false, or engine.zero to 2 or less, or train.replay_every=0"
+        )
+    module, forward = found
+    return Replay(config.train.replay_every, module, forward, processes)
 
 
 # ---------------------------------------------------------------------------------------------- one part each
@@ -162,6 +204,25 @@ def split_batch(config: RunConfig, world: int) -> tuple[int, int]:
             f"train.micro_batch={micro} and {world} processes; choose a divisor of {share}"
         )
     return micro, share // micro
+
+
+def _refuse_inexact(config: RunConfig, world: int, on_gpu: bool) -> None:
+    """Raise ValueError, with the cure, for settings under which `train.exact_sums` could not keep its word."""
+    if config.engine.kind != "torch":
+        raise ValueError(
+            f"train.exact_sums=true adds up gradients by itself, which engine.kind={config.engine.kind} does in its "
+            "own order; set engine.kind=torch"
+        )
+    if config.engine.cuda_graph:
+        raise ValueError(
+            "train.exact_sums=true adds up gradients outside of a captured step; set engine.cuda_graph=false"
+        )
+    if on_gpu and getattr(config.model, "attention", "") == "auto":
+        raise ValueError(
+            "train.exact_sums=true needs an attention that is not chosen by its speed, which differs from start to "
+            "start; set model.attention=sdpa_efficient, or another that does not measure"
+        )
+    refuse_what_has_no_tree(config.train.global_batch, config.train.micro_batch, world)
 
 
 def build_source(config: RunConfig) -> Source:

@@ -30,6 +30,10 @@ class Board(Protocol):
         """A uint8 picture of 3 channels."""
         ...
 
+    def rewind(self, step: int) -> str | None:
+        """The run goes back to `step`: forget what came after. Returns what a person is to be told where it cannot."""
+        ...
+
     def close(self) -> None: ...
 
 
@@ -48,6 +52,15 @@ class Boards:
         """`action` with every board."""
         for name, board in list(self.open.items()):
             self._guarded(name, lambda board=board: action(board))
+
+    def rewind(self, step: int) -> None:
+        """See `Board.rewind`."""
+
+        def back(board: Board) -> None:
+            if remark := board.rewind(step):
+                self.say(f"WARNING: {remark}")
+
+        self.each(back)
 
     def _guarded(self, name: str, action: Callable[[], None]) -> None:
         try:
@@ -70,10 +83,12 @@ def open_boards(
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise ValueError("log.tensorboard=true needs: pip install tensorboard") from error
-        # What an interrupted run wrote of later steps is hidden: it is written again.
+        folder = str(run / "tensorboard")
         boards.add(
             "TensorBoard",
-            lambda: TensorBoard(SummaryWriter(str(run / "tensorboard"), purge_step=first_step + 1)),
+            lambda: TensorBoard(
+                lambda step: SummaryWriter(folder, purge_step=step + 1), first_step
+            ),
         )
     if config.log.wandb:
         try:
@@ -85,10 +100,14 @@ def open_boards(
 
 
 class TensorBoard:
-    """See `Board`. writer: a SummaryWriter."""
+    """See `Board`. writer_after(step): a SummaryWriter that hides what the folder holds of later steps.
 
-    def __init__(self, writer: Any) -> None:
-        self.writer = writer
+    An interrupted run, or one that goes back, writes these again.
+    """
+
+    def __init__(self, writer_after: Callable[[int], Any], step: int) -> None:
+        self.writer_after = writer_after
+        self.writer = writer_after(step)
 
     def numbers(self, values: Mapping[str, float], step: int) -> None:
         for name, value in values.items():
@@ -97,6 +116,10 @@ class TensorBoard:
     def picture(self, name: str, pixels_HWC: np.ndarray, step: int) -> None:
         self.writer.add_image(name, pixels_HWC, step, dataformats="HWC")
 
+    def rewind(self, step: int) -> None:
+        self.writer.close()
+        self.writer = self.writer_after(step)
+
     def close(self) -> None:
         self.writer.close()
 
@@ -104,7 +127,8 @@ class TensorBoard:
 class WandB:
     """See `Board`. The id in the run folder makes a resumed run go on in the same run there.
 
-    W&B passes over what is sent of steps that it has seen, which a resume makes again: the same numbers.
+    W&B passes over what is sent of steps that it has seen. A resume makes the same numbers again; a run that goes back
+    without some data makes others, and says so.
     """
 
     def __init__(self, package: Any, run: Path, config: RunConfig) -> None:
@@ -127,6 +151,12 @@ class WandB:
 
     def picture(self, name: str, pixels_HWC: np.ndarray, step: int) -> None:
         self.session.log({name: self.package.Image(pixels_HWC)}, step=step)
+
+    def rewind(self, step: int) -> str:
+        return (
+            f"W&B keeps its points of the steps after {step}, which are trained again on other data; metrics.jsonl has "
+            "the new ones"
+        )
 
     def close(self) -> None:
         self.session.finish()

@@ -37,6 +37,7 @@ class Guard:
         self.recent: deque[int] = deque()  # refused, within the window
         self.bad: list[int] = []  # refused since the verdict before
         self.guilty: list[int] = []  # what the verdict is about
+        self.looked_at = range(step, step)  # the steps of the last verdict
 
     @torch.no_grad()
     def update(self, skipped: Tensor | int) -> None:
@@ -51,6 +52,7 @@ class Guard:
         """
         counts = [self.told, *(torch.stack(self.counts).tolist() if self.counts else ())]
         before, self.step, self.counts = self.step, self.step + len(self.counts), []
+        self.looked_at = range(before, self.step)
         self.bad, self.guilty, self.told = [], [], counts[-1]
         reason = None
         for step, (one, other) in enumerate(itertools.pairwise(counts), start=before):
@@ -77,6 +79,13 @@ class Guard:
         if reason is None and not self.bad and not math.isfinite(loss):
             self.guilty = list(range(before, self.step))
             reason = "the loss is not finite, and no update was skipped, so the weights are spoilt"
+        return reason
+
+    def blame(self, reason: str | None) -> str | None:
+        """`reason`, if any, is about all steps that the verdict looked at: a spike of the loss."""
+        if reason is not None:
+            self.guilty = list(self.looked_at)
+            self.bad = sorted({*self.bad, *self.guilty})
         return reason
 
 

@@ -26,6 +26,7 @@ from speed_engine.distributed import Processes, lost_connection, start, stop
 from speed_engine.distributed.launched import place
 from speed_engine.engines import optimizer
 from speed_engine.engines.host_memory import keep_freed_memory
+from speed_engine.errors import SaidElsewhere
 from speed_engine.training import (
     assembly,
     checkpoint,
@@ -37,17 +38,20 @@ from speed_engine.training import (
     validation,
 )
 from speed_engine.training import manifest as manifests
+from speed_engine.training import scales as adaln
 from speed_engine.training.agreement import ENDS, FOLDER_GONE, SAVE_FAILED, Agreement
 from speed_engine.training.assembly import Parts
 from speed_engine.training.guard import Guard
 from speed_engine.training.heartbeat import Pulse
 from speed_engine.training.interrupt import REQUEUE, REQUEUED, Interrupt
+from speed_engine.training.replay import Unrepeatable
 from speed_engine.training.resume import begin, load, resume
 from speed_engine.training.run_lock import RunLock, refuse_other_folders
 from speed_engine.training.saving import Saver
+from speed_engine.training.spikes import Spikes
 from speed_engine.training.watch import LOST, Watch, kept
 
-DONE, NOT_FINITE = 0, 3  # exit codes; LOST, REQUEUED
+DONE, NOT_FINITE, UNREPEATABLE = 0, 3, 5  # exit codes; LOST, REQUEUED
 
 
 def train(config: RunConfig, judge: preview.Judge | None = None) -> int:
@@ -55,7 +59,7 @@ def train(config: RunConfig, judge: preview.Judge | None = None) -> int:
 
     judge: scores the pictures of `sample.every`, where it can.
     0: done, or stopped on request with a checkpoint. 75: the same by SIGUSR1, unfinished. 3: gradients were not finite
-    for too long. 4: another process is gone or frozen.
+    for too long. 4: another process is gone or frozen. 5: a gradient computed again was another one.
     Raises ValueError (a user's mistake, in one sentence; CheckpointError, DataError are such).
     """
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
@@ -85,7 +89,7 @@ def _train(
     # ------------------------------------------------------------------ the parts
     host_memory = keep_freed_memory(processes.device)
     parts = assembly.build(config, processes)
-    run = manifests.run_folder(parts.config, parts.source.fingerprint, processes.world)
+    run = manifests.run_folder(parts.config, parts.source.fingerprint)
     blueprint = assembly.build_model(parts.config, parts.facts, "meta")
     grids = processes.attempt(lambda: preview.of(parts, run, blueprint, judge))
     held = processes.attempt(lambda: RunLock(run) if processes.first else None)
@@ -171,6 +175,8 @@ def _train_in(
     validate_every = config.validation.every
     left_out: list[int] = manifest.get("left_out", [])
     times_back: int = manifest.get("rollbacks", 0)
+    spikes = Spikes(limits.spike_sigmas, limits.spike_history) if limits.spike_sigmas else None
+    scales = adaln.of(parts.model, processes.device, config.engine)
     alone = processes.world == 1  # can save wherever it waits for data; many must agree first
     stopping = (lambda: interrupt.requested) if alone else (lambda: False)
     readers = contextlib.ExitStack()
@@ -204,7 +210,16 @@ def _train_in(
                     saver.save_at_end(step)
                     journal.say(f"stopped at step {step}, which is saved in {run}")
                 raise
-            do(step, ready)
+            try:
+                tells = (step + 1) % log_every == 0 or step + 1 == steps
+                seen = scales if tells else None
+                with contextlib.nullcontext() if seen is None else seen.noting():
+                    do(step, ready)
+            except (Unrepeatable, SaidElsewhere) as error:
+                if isinstance(error, Unrepeatable):
+                    print(f"error (process {processes.rank}): {error}", file=sys.stderr, flush=True)
+                code = UNREPEATABLE
+                break
             step += 1
             pulse.beat("step", step)
             guard.update(engine.skip_count())
@@ -217,6 +232,7 @@ def _train_in(
                     "lr": optimizer.learning_rate(config.optim, step - 1),
                     "skipped": engine.num_skipped(),
                     "grad_norm": engine.grad_norm(),
+                    "adaln_scale": None if scales is None else scales.read(processes),
                 }
                 if measures is not None and (step % validate_every == 0 or step == steps):
                     with pulse.during("validate"):
@@ -227,6 +243,8 @@ def _train_in(
                         line |= rate.without(drawing)
                 journal.write(line)
                 reason = guard.verdict(line["loss"])
+                if reason is None and spikes is not None:
+                    reason = guard.blame(spikes.verdict(do.meter.last_bins))
                 noting = functools.partial(rollback.note, parts, run, guard.bad, left_out)
                 journal.told_or_not(rollback.FILE, noting)
                 back = None

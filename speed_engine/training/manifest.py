@@ -37,15 +37,21 @@ MAY_CHANGE = {
     "train.bad_window": "when to give up",
     "train.max_bad_in_window": "when to give up",
     "train.max_rollbacks": "when to give up",
+    "train.spike_sigmas": "when to go back",
+    "train.spike_history": "when to go back",
+    "train.replay_every": "only looked at",
     "train.stall_seconds": "how long to wait for others",
     "train.first_step_seconds": "how long to wait for others",
     "data": "another place or way to read; the fingerprint of what is there must be the same",
     "model.recompute": "the same activations, computed again",
+    "engine.kind": "deepspeed and torch keep the same state; the same formulas, to rounding",
+    "engine.zero": "the same state in other pieces; the same sums of gradients in another order, to rounding",
     "engine.device": "the same formulas, to rounding",
     "engine.compile": "the same formulas, to rounding",
     "engine.cuda_graph": "the same kernels, launched at once",
-    "processes": "engine torch alone: ZeRO's shards fit one number of processes",
+    "processes": "the same samples, times and noise; the same sums of gradients in another order, to rounding",
 }
+ENGINES = ("deepspeed", "torch")  # those that keep the same state
 
 
 def describe(parts: Parts, engine_facts: dict[str, Any]) -> dict[str, Any]:
@@ -159,7 +165,7 @@ def with_new_keys(manifest: dict[str, Any], config: RunConfig) -> dict[str, Any]
     return {**manifest, "config": filled.model_dump(mode="json")}
 
 
-def run_folder(config: RunConfig, fingerprint: str, world: int) -> Path:
+def run_folder(config: RunConfig, fingerprint: str) -> Path:
     """Where the run writes: `run_dir`, or runs/NAME-HASH with the hash of what a resume compares."""
     if config.run_dir is not None:
         return Path(config.run_dir)
@@ -167,7 +173,6 @@ def run_folder(config: RunConfig, fingerprint: str, world: int) -> Path:
     decided = {
         "config": config.model_dump(mode="json"),
         "data": {"fingerprint": fingerprint},
-        "processes": world,
         "deepspeed_json": users_part(read(json_file)) if json_file else {},
     }
     text = json.dumps(comparable(decided), sort_keys=True)
@@ -181,12 +186,34 @@ def comparable(manifest: dict[str, Any]) -> dict[str, Any]:
         kept = {k: v for k, v in config[section].items() if f"{section}.{k}" not in MAY_CHANGE}
         config[section] = kept
     config["data"] = manifest["data"]["fingerprint"]
-    if config["engine"].get("json_file") is not None:  # what it says, wherever it lies
-        config["engine"]["json_file"] = manifest["deepspeed_json"] or None
-    result = {"config": config}
-    if manifest["config"]["engine"]["kind"] == "deepspeed":
-        result["processes"] = manifest["processes"]
-    return result
+    engine = manifest["config"]["engine"]
+    if config["engine"].pop("json_file", None) and manifest["deepspeed_json"]:
+        config["engine"]["json_file"] = manifest["deepspeed_json"]  # what it says, wherever it lies
+    if config["train"].get("exact_sums"):  # the leaves of its tree
+        config["train"]["micro_batch"] = manifest["config"]["train"]["micro_batch"]
+    if engine["kind"] not in ENGINES:  # from outside: it knows its own state alone
+        config["engine"]["kind"] = engine["kind"]
+    return {"config": config}
+
+
+def changed(before: dict[str, Any], now: dict[str, Any], shards: bool) -> list[str]:
+    """`key: old -> new` of all that must be equal for a resume and is not.
+
+    Both are whole manifests. shards: whether the state can be cut in other pieces; that of earlier versions fits the
+    engine, the ZeRO stage and the number of processes that wrote it (engine torch: any number).
+    """
+    old, new = comparable(before), comparable(now)
+    kinds = [each["config"]["engine"]["kind"] for each in (before, now)]
+    if kinds[0] != kinds[1] and all(kind in ENGINES for kind in kinds):
+        for each in (old, new):  # it tells how DeepSpeed computes
+            each["config"]["engine"].pop("json_file", None)
+    if not shards:
+        for each, manifest in ((old, before), (new, now)):
+            engine = manifest["config"]["engine"]
+            each["config"]["engine"] |= {"kind": engine["kind"], "zero": engine.get("zero")}
+            if kinds[0] == "deepspeed":
+                each["processes"] = manifest["processes"]
+    return differences(old, new)
 
 
 def free_changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
@@ -203,8 +230,14 @@ def free_changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
         }
         for each in (before, now)
     )
+    if now["config"]["train"].get(
+        "exact_sums"
+    ):  # whose sums depend on them, and not on the processes
+        for each, manifest in ((old, before), (new, now)):
+            each["processes"], each["threads"] = 0, manifest["threads"]
+    both = old["engine"].keys() & new["engine"].keys() - {"json_file"}
     for each in (old, new):
-        each["engine"] = {k: v for k, v in each["engine"].items() if k != "json_file"}
+        each["engine"] = {k: v for k, v in each["engine"].items() if k in both}
     return differences(old, new)
 
 

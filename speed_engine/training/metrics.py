@@ -22,6 +22,7 @@ from speed_engine.distributed import Processes
 from speed_engine.progress import progress
 from speed_engine.training.boards import open_boards
 from speed_engine.training.metrics_file import cut_off_after, finite, line_of
+from speed_engine.training.spikes import BINS, Bins
 
 Each = TypeVar("Each")
 
@@ -52,46 +53,69 @@ def peak_tflops(name: str) -> float | None:
 
 
 class Meter:
-    """Sums of losses since the last reading, on the device."""
+    """Sums of losses since the last reading, on the device.
 
-    def __init__(self, device: torch.device, num_rows: int) -> None:
+    lanes: 1, or the number of micro-batches of a process in a step. With a lane each, and of any number of processes,
+    the same numbers are added in the same order (`train.exact_sums`). bins: for `spikes`; what they held at the last
+    reading, over all processes, is `last_bins`, float64 [3, BINS].
+    """
+
+    def __init__(
+        self, device: torch.device, num_rows: int, lanes: int = 1, bins: Bins | None = None
+    ) -> None:
         self.num_rows = num_rows
-        self.sums = torch.zeros(4, dtype=torch.float64, device=device)  # total, mse, vb, samples
-        self.bucket_sums = torch.zeros(2, BUCKETS, dtype=torch.float64, device=device)
+        self.bins, self.last_bins = bins, torch.zeros(3, BINS, dtype=torch.float64)
+        # Of each lane: total, mse, vb, samples.
+        self.sums = torch.zeros(lanes, 4, dtype=torch.float64, device=device)
+        self.bucket_sums = torch.zeros(lanes, 2, BUCKETS, dtype=torch.float64, device=device)
 
-    def add(self, losses_3B: torch.Tensor, row_B: torch.Tensor) -> None:
+    def add(self, losses_3B: torch.Tensor, row_B: torch.Tensor, lane: int = 0) -> None:
         """Add one micro-batch's per-sample losses [total, mse, vb] and table rows."""
         with torch.no_grad():
-            self.sums[:3] += losses_3B.double().sum(1)
-            self.sums[3] += row_B.numel()
+            self.sums[lane, :3] += losses_3B.double().sum(1)
+            self.sums[lane, 3] += row_B.numel()
             bucket_B = row_B * BUCKETS // self.num_rows
-            self.bucket_sums[0].index_add_(0, bucket_B, losses_3B[1].double())
-            self.bucket_sums[1].index_add_(0, bucket_B, torch.ones_like(losses_3B[1]).double())
+            sums, ones = self.bucket_sums[lane], torch.ones_like(losses_3B[1]).double()
+            sums[0].index_add_(0, bucket_B, losses_3B[1].double())
+            sums[1].index_add_(0, bucket_B, ones)
+            if self.bins is not None:
+                self.bins.add(losses_3B[1], row_B, lane)
 
     def state(self, processes: Processes) -> torch.Tensor:
-        """The open interval: every process's sums since the last reading, float64 [world, .], host. Collective."""
-        own = torch.cat([self.sums, self.bucket_sums.flatten()]).cpu()
-        every = torch.zeros(processes.world, own.numel(), dtype=torch.float64)
-        every[processes.rank] = own
-        return processes.sum(every)
+        """The open interval: the sums since the last reading, float64 [lanes x world, .], host. Collective.
+
+        Row a x world + r is lane a of process r: with a lane for each, the step's micro-batches in order.
+        """
+        further = [] if self.bins is None else [self.bins.sums.flatten(1)]
+        own = torch.cat([self.sums, self.bucket_sums.flatten(1), *further], 1).cpu()
+        every = torch.zeros(len(own), processes.world, own.shape[1], dtype=torch.float64)
+        every[:, processes.rank] = own
+        return processes.sum(every).flatten(0, 1)
 
     def load_state(self, every: torch.Tensor, processes: Processes) -> None:
-        """Go on with what `state` gave. At another number of processes the first one takes it all."""
-        if len(every) == processes.world:
-            own = every[processes.rank]
-        else:
-            own = every.sum(0) * processes.first
-        self.sums.copy_(own[:4])
-        self.bucket_sums.copy_(own[4:].view(2, BUCKETS))
+        """Go on with what `state` gave. Where the rows are others, the first process's first lane takes it all."""
+        lanes, world = len(self.sums), processes.world
+        own = torch.zeros(lanes, every.shape[1], dtype=torch.float64)
+        if len(every) == lanes * world:
+            own = every.view(lanes, world, -1)[:, processes.rank]
+        elif processes.first:
+            own[0] = every.sum(0)
+        self.sums.copy_(own[:, :4])
+        end = 4 + 2 * BUCKETS
+        self.bucket_sums.copy_(own[:, 4:end].view(lanes, 2, BUCKETS))
+        if self.bins is not None and own.shape[1] > end:  # else they were not asked for then
+            self.bins.sums.copy_(own[:, end:].view(lanes, 3, BINS))
 
     def read(self, processes: Processes) -> dict[str, Any]:
         """Means over all processes since the last reading; then start again. Waits for the device."""
-        both = torch.cat([self.sums, self.bucket_sums.flatten()]).cpu()
+        both = self.state(processes).sum(0)
         self.sums.zero_()
         self.bucket_sums.zero_()
-        both = processes.sum(both)
+        if self.bins is not None:
+            self.bins.sums.zero_()
+            self.last_bins = both[4 + 2 * BUCKETS :].view(3, BINS)
         total, mse, vb, samples = both[:4].tolist()
-        sums, counts = both[4:].view(2, BUCKETS).tolist()
+        sums, counts = both[4 : 4 + 2 * BUCKETS].view(2, BUCKETS).tolist()
         by_t = [s / c if c else None for s, c in zip(sums, counts, strict=True)]
         n = max(samples, 1.0)
         return {"loss": total / n, "mse": mse / n, "vb": vb / n, "loss_by_t": by_t}
@@ -239,6 +263,7 @@ class Journal:
         """Forget the lines after `step`, to which the run goes back."""
         if not self.silent:
             self.told_or_not("metrics.jsonl", lambda: self._cut_off_after(step))
+            self.boards.rewind(step)
 
     def _cut_off_after(self, step: int) -> None:
         self.file.close()

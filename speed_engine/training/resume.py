@@ -7,7 +7,7 @@ from typing import Any
 
 from safetensors.torch import load_file
 
-from speed_engine.engines import Engine
+from speed_engine.engines import Engine, shards
 from speed_engine.training import checkpoint, init_from, metrics
 from speed_engine.training import manifest as manifests
 from speed_engine.training.assembly import Parts
@@ -62,8 +62,8 @@ def resume(
         )
     before = manifests.upgraded(found.manifest, found.folder)
     before = manifests.with_new_keys(before, config)
-    changed = manifests.differences(manifests.comparable(before), manifests.comparable(manifest))
-    if changed:
+    any_pieces = shards.are_in(found.folder / "state")
+    if changed := manifests.changed(before, manifest, shards=any_pieces):
         raise checkpoint.CheckpointError(
             f"{run} holds a run with another configuration ({'; '.join(changed)}); "
             "choose another run_dir, or go back to the old values"

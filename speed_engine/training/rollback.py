@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from speed_engine.atomic_files import write_text
 from speed_engine.data import order
 from speed_engine.data.split import Part
 from speed_engine.distributed import Processes
@@ -64,6 +65,7 @@ def target(
             except checkpoint.CheckpointError as error:
                 warn(str(error))
                 continue
+            write_text(run / "checkpoints" / "latest", folder.name)
             for later in folders:
                 if checkpoint.step_of(later) > found.step:
                     shutil.rmtree(later)

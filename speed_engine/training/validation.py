@@ -41,11 +41,9 @@ from speed_engine.engines import Engine
 from speed_engine.objectives import COLUMNS
 from speed_engine.step_table import StepTable, build_step_table
 from speed_engine.training.assembly import Parts
+from speed_engine.training.spikes import EDGES
 
 GOLDEN = (math.sqrt(5) - 1) / 2
-EDGES = torch.arange(
-    -12.0, 12.1, 1.5, dtype=torch.float64
-)  # of the bins of ln SNR; the outer ones are open
 BATCH = (
     64  # samples of a forward pass: fixed, so that the sums of products are the same at any split
 )

@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from speed_engine import config as configuration
+from speed_engine.training import boards
+
 
 class Service(types.ModuleType):
     """In place of W&B's package: notes what it is told, and fails where it is asked to."""
@@ -100,3 +103,13 @@ def test_no_step_stands_twice_on_tensorboard(going_on):
     going_on(None, "log.tensorboard=true", "train.steps=26")
     shown = EventAccumulator(str(copy / "tensorboard")).Reload()
     assert [event.step for event in shown.Scalars("loss")] == [10, 20, 22, 24, 26]
+
+
+def test_wandb_tells_that_it_keeps_points_of_steps_that_are_trained_again(tmp_path):
+    said: list[str] = []
+    all_boards = boards.Boards(said.append)
+    config = configuration.load("digits_dit_tiny")
+    all_boards.add("W&B", lambda: boards.WandB(Service(), tmp_path, config))
+    all_boards.rewind(30)
+    (sentence,) = said
+    assert sentence.startswith("WARNING: W&B keeps its points of the steps after 30")

@@ -60,14 +60,12 @@ def test_resume_is_bit_exact(folder, launcher, name):
     micro_batch = f"train.micro_batch={micro}"
     launcher.train("resumed", *COMMON, micro_batch, "checkpoint.resume=must", world=world)
     one, other = (
-        torch.load(checkpoint(run, 10) / "state" / "state.pt", weights_only=True)
+        load_file(checkpoint(run, 10) / "state" / "shard-00000.safetensors")
         for run in (whole, resumed)
     )
-    assert {tensor.dtype for tensor in one["model"].values()} == {torch.float32}
-    for name, tensor in one["model"].items():
-        assert torch.equal(tensor, other["model"][name]), name
-    for index, state in one["optimizer"]["state"].items():
-        assert all(torch.equal(v, other["optimizer"]["state"][index][k]) for k, v in state.items())
+    assert {tensor.dtype for tensor in one.values()} == {torch.float32}
+    assert one.keys() == other.keys() and len({key.split("/")[0] for key in one}) >= 4
+    assert not [key for key, tensor in one.items() if not torch.equal(tensor, other[key])]
     for which in ("model", "ema"):
         found = weights(resumed, 10, which)
         assert all(torch.equal(v, found[k]) for k, v in weights(whole, 10, which).items())

@@ -45,9 +45,8 @@ def tensors_in(value, path: str = "") -> dict[str, torch.Tensor]:
 def training_state(folder: Path) -> dict[str, torch.Tensor]:
     """All tensors of a checkpoint: parameters, optimizer and EMA, from all of its files."""
     state: dict[str, torch.Tensor] = {}
-    for path in sorted((folder / "state").rglob("*.pt")):
-        loaded = torch.load(path, map_location="cpu", weights_only=False)
-        state |= tensors_in(loaded, path.name)
+    for path in sorted((folder / "state").iterdir()):
+        state |= tensors_in(load_file(path), path.name)
     for name in ("model", "ema"):
         state |= tensors_in(load_file(folder / f"{name}.safetensors"), name)
     return state
@@ -128,6 +127,36 @@ def test_all_engines_and_stages_train_the_same(whole, launcher):
     assert one.std() > 10 and abs(one - other).max() <= 1
     norms = {name: metrics(run)[0]["grad_norm"] for name, run in runs.items()}
     assert all(norm == pytest.approx(norms["ddp"], rel=1e-4) for norm in norms.values()), norms
+
+
+def test_a_run_goes_on_elsewhere(whole, launcher):
+    """ZeRO 1 on two processes, then torch on one in micro-batches, then ZeRO 2 on two, against ZeRO 1 all the way."""
+    one, other = whole("zero1 of two"), launcher.folder / "moved"
+    shutil.copytree(one, other)
+    for later in (10, 15, 20):
+        shutil.rmtree(checkpoint(other, later))
+    common = ("checkpoint.every=5", "checkpoint.keep=4", "log.every=4", "checkpoint.resume=must")
+    where = ("engine=torch", "train.micro_batch=4")
+    told = launcher.train("moved", *common, *where, "train.steps=8", world=1)
+    assert "engine.kind: deepspeed -> torch" in told and "processes: 2 -> 1" in told
+    launcher.train("moved", *common, "engine.zero=2", "train.steps=20", world=2)
+    manifest = json.loads((checkpoint(other, 20) / "manifest.json").read_text())
+    assert [each["step"] for each in manifest["continued"]] == [5, 8]
+    for step in (10, 20):
+        for which in ("model", "ema"):
+            start, expected, found = (
+                load_file(checkpoint(run, at) / f"{which}.safetensors")
+                for run, at in ((one, 5), (one, step), (other, step))
+            )
+            moved, gap = (
+                torch.cat([(each[key] - expected[key]).flatten() for key in expected]).norm()
+                for each in (start, found)
+            )
+            assert gap < 1e-5 * moved, (step, which, gap, moved)
+    expected, found = (
+        {line["step"]: line["loss"] for line in metrics(run)} for run in (one, other)
+    )
+    assert found == pytest.approx(expected, rel=1e-5)
 
 
 def test_the_launcher_and_another_folder(launcher):

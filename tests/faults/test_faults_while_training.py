@@ -1,5 +1,6 @@
 """What breaks while a run trains: what could be saved is saved, and one sentence tells."""
 
+import itertools
 import json
 import re
 import shutil
@@ -8,11 +9,14 @@ from collections import namedtuple
 from pathlib import Path
 
 import pytest
+import torch
 
 from speed_engine import train
 from speed_engine.data import digits
+from speed_engine.engines.torch import TorchEngine
 from speed_engine.training import checkpoint, metrics, saving
 
+SHARD = "shard-00000.safetensors"
 SMALL = {
     "model.depth": 1,
     "model.hidden_size": 32,
@@ -106,9 +110,79 @@ def test_a_thread_writes_the_same_bytes(run, tmp_path):
     one, other = tmp_path / "one", tmp_path / "run"
     assert steps(one) == steps(other) == [4, 6]
     for step in ("step-00000004", "step-00000006"):
-        state = [folder / "checkpoints" / step / "state" / "state.pt" for folder in (one, other)]
+        state = [folder / "checkpoints" / step / "state" / SHARD for folder in (one, other)]
         assert state[0].read_bytes() == state[1].read_bytes()
     assert run("checkpoint.asynchronous=true", "train.steps=7")[0] == 0
+
+
+def flipping(monkeypatch, call: int) -> None:
+    """One bit of one number of the gradient flips in the `call`-th pass forward: a processor that errs once."""
+    forward, calls = TorchEngine.forward, itertools.count(1)
+
+    def flip(gradient):
+        bits = gradient.clone().view(torch.int32)
+        bits.view(-1)[5] ^= 1 << 18
+        return bits.view(torch.float32)
+
+    def erring(self, x, time_B, **conditions):
+        out = forward(self, x, time_B, **conditions)
+        if next(calls) == call:
+            out.register_hook(flip)
+        return out
+
+    monkeypatch.setattr(TorchEngine, "forward", erring)
+
+
+@pytest.mark.parametrize("more", [[], ["train.micro_batch=4", "train.exact_sums=true"]])
+def test_a_gradient_that_is_not_the_same_again_ends_the_run(run, tmp_path, monkeypatch, more):
+    flipping(monkeypatch, 5 * (1 + bool(more)))
+    code, output = run("train.replay_every=5", "train.steps=20", *more)
+    assert code == 5 and steps(tmp_path / "run") == [2, 4]
+    (sentence,) = [line for line in output.splitlines() if line.startswith("error")]
+    assert "the gradient of step 4, computed again on process 0" in sentence
+    assert " differs first, in " in sentence and "The step was not applied" in sentence
+    code, output = run("train.replay_every=5", "train.steps=20", *more)
+    assert code == 0 and "is at step 4; going on from there" in output
+
+
+def test_an_error_that_is_not_looked_for_is_not_seen(run, tmp_path, monkeypatch):
+    flipping(monkeypatch, 4)
+    assert run("train.replay_every=5")[0] == 0
+
+
+def test_a_spike_of_the_loss_goes_back(run, tmp_path, monkeypatch):
+    """The network's answers are off in one step of a line, once: the run goes back and leaves that line's data out."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    forward, calls = TorchEngine.forward, itertools.count(1)
+
+    def off(self, x, time_B, **conditions):
+        out = forward(self, x, time_B, **conditions)
+        return out + 3.0 if next(calls) == 39 else out
+
+    monkeypatch.setattr(TorchEngine, "forward", off)
+    settings = ("train.global_batch=128", "log.every=4", "checkpoint.every=6", "train.steps=44")
+    spikes = ("train.spike_sigmas=6", "train.spike_history=16")
+    code, output = run(*settings, *spikes, "log.tensorboard=true")
+    assert code == 0 and output.count("going back from step 40 to 36 without their data") == 1
+    assert "the loss at ln SNR" in output
+    last = tmp_path / "run" / "checkpoints" / "step-00000044" / "manifest.json"
+    assert json.loads(last.read_text())["left_out"] == [36, 37, 38, 39]
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
+    shown = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    assert [event.step for event in shown.Scalars("loss")] == [*range(4, 45, 4)]
+    assert shown.Scalars("loss")[9].value == pytest.approx(lines[9]["loss"], rel=1e-6)
+
+
+def test_looking_changes_nothing(run, tmp_path):
+    for name, more in (("one", []), ("other", ["train.replay_every=2"])):
+        assert run("train.micro_batch=4", *more)[0] == 0
+        (tmp_path / "run").rename(tmp_path / name)
+    one, other = (
+        (tmp_path / name / "checkpoints" / "step-00000006" / "state" / SHARD).read_bytes()
+        for name in ("one", "other")
+    )
+    assert one == other
 
 
 def test_a_failure_of_the_thread_ends_the_run(run, tmp_path, monkeypatch):

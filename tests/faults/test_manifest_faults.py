@@ -147,7 +147,7 @@ def test_bit_flips_of_the_first_format_never_surprise(run):
         (lambda m: m.pop("files"), ["its list of files lacks"]),
         (lambda m: m.update(files=[]), ["its list of files lacks"]),
         (lambda m: m["files"].pop("ema.safetensors"), ["lacks ema.safetensors"]),
-        (lambda m: m["files"].pop("state/state.pt"), ["lacks state/"]),
+        (lambda m: m["files"].pop("state/shard-00000.safetensors"), ["lacks state/"]),
         (lambda m: m["files"].update({"../../../x": {"bytes": 1, "crc32": 1}}), ["'../../../x'"]),
         (lambda m: m["files"].update({"/etc/passwd": {"bytes": 1, "crc32": 1}}), ["/etc/passwd"]),
         (lambda m: m["files"].update({"x": {"bytes": "1", "crc32": 1}}), ["entry 'x'"]),

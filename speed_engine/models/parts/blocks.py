@@ -125,6 +125,8 @@ def modulation(hidden_size: int, num_outputs: int) -> nn.Sequential:
 class Block(nn.Module):
     """A transformer block with adaLN-Zero: attention, then MLP, each normed, modulated, gated."""
 
+    SCALES = (6, (1, 4))  # parts of modulation_BX, and which are scales
+
     def __init__(
         self,
         hidden_size: int,
@@ -175,6 +177,8 @@ class Block(nn.Module):
 
 class FinalLayer(nn.Module):
     """Tokens [B, T, D] -> patches [B, T, patch * patch * C']."""
+
+    SCALES = (2, (1,))
 
     def __init__(self, hidden_size: int, num_outputs: int, glue: Glue) -> None:
         super().__init__()

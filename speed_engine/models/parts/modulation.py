@@ -74,9 +74,11 @@ def parts(num_layers: int) -> list[slice]:
     return [slice(*pair) for pair in pairwise(ends)]
 
 
-def project_all(c_BD: Tensor, linears: Sequence[nn.Linear]) -> Iterator[Tensor]:
+def project_all(
+    c_BD: Tensor, linears: Sequence[nn.Linear], same_anywhere: bool = False
+) -> Iterator[Tensor]:
     """[B, D] -> for every layer [B, X]: rows of one large product, so with its stride, or tensors
-    of their own. Take each when it is needed."""
+    of their own. Take each when it is needed. same_anywhere: as in one process, whatever there is."""
     # autocast casts the weights one by one, and a compiler cannot look at addresses.
     alone = torch.is_autocast_enabled(c_BD.device.type) or torch.compiler.is_compiling()
     # Not by attribute: ZeRO 3 would fetch every parameter that is touched, and all at once.
@@ -87,7 +89,7 @@ def project_all(c_BD: Tensor, linears: Sequence[nn.Linear]) -> Iterator[Tensor]:
     )
     if alone or not (here and adjacent(weights) and adjacent(biases)):
         return iter([linear(c_BD) for linear in linears])
-    if len(cut := parts(len(weights))) == 1:
+    if same_anywhere or len(cut := parts(len(weights))) == 1:
         return iter(_product(c_BD, weights, biases))
     return chain.from_iterable(_product(c_BD, weights[part], biases[part]) for part in cut)
 

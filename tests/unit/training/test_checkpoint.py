@@ -8,7 +8,7 @@ import torch
 
 from speed_engine import atomic_files
 from speed_engine.distributed import Processes
-from speed_engine.training import checkpoint
+from speed_engine.training import checkpoint, rollback
 from speed_engine.training.checkpoint import CheckpointError
 
 ALONE = Processes(0, 1, 0, torch.device("cpu"))
@@ -135,3 +135,13 @@ def test_written_json_is_whole(tmp_path):
     atomic_files.write_json(path, {"a": 1})
     assert json.loads(path.read_text()) == {"a": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
+
+
+def test_after_going_back_latest_names_what_is_there(tmp_path):
+    for step in (10, 20, 30):
+        save(tmp_path, step, keep=9)
+    found = rollback.target(tmp_path, [25, 26], ALONE, print)
+    assert found is not None and found.step == 20
+    assert (tmp_path / "checkpoints" / "latest").read_text() == "step-00000020"
+    names = sorted(p.name for p in (tmp_path / "checkpoints").glob("step-*"))
+    assert names == ["step-00000010", "step-00000020"]

@@ -65,6 +65,34 @@ def test_what_changes_the_result_is_another_run(described, override):
     assert manifest.comparable(described()) != manifest.comparable(described(override))
 
 
+def test_state_of_earlier_versions_fits_one_place(described):
+    """What goes anywhere as shards does not as DeepSpeed's own files; the seed never may."""
+    base = {"deepspeed_json": {}, "processes": 2}
+    one, two = (described("engine.kind=deepspeed", f"engine.zero={zero}") | base for zero in (1, 2))
+    torch_ = described() | {"processes": 1}
+    assert (
+        manifest.changed(one, two, shards=True) == manifest.changed(one, torch_, shards=True) == []
+    )
+    assert manifest.changed(one, two, shards=False) == ["config.engine.zero: 1 -> 2"]
+    moved = manifest.changed(one, torch_, shards=False)
+    assert moved[0] == "config.engine.kind: deepspeed -> torch" and "processes: 2 -> 1" in moved
+    assert manifest.changed(torch_, torch_ | {"processes": 3}, shards=False) == []
+    seeded = described("seed=3") | {"processes": 1}
+    assert manifest.changed(one, seeded, shards=True) == ["config.seed: 0 -> 3"]
+    told = manifest.free_changes(one, torch_)
+    assert told == ["engine.kind: deepspeed -> torch", "processes: 2 -> 1"]
+
+
+def test_a_json_counts_between_two_runs_of_deepspeed(described, tmp_path):
+    path = tmp_path / "ds.json"
+    path.write_text('{"zero_optimization": {"overlap_comm": false}}')
+    plain = described("engine.kind=deepspeed") | {"deepspeed_json": {}}
+    told = {"deepspeed_json": {"zero_optimization": {"overlap_comm": False}}}
+    with_json = described("engine.kind=deepspeed", f"engine.json_file={path}") | told
+    assert "json_file" in manifest.changed(plain, with_json, shards=True)[0]
+    assert manifest.changed(described(), with_json, shards=True) == []
+
+
 def test_a_manifest_tells_no_place_of_its_machine(described, tmp_path):
     text = str(described(f"run_dir={tmp_path}/run"))
     assert str(tmp_path.parent) not in text and str(Path.home()) not in text
