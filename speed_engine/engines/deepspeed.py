@@ -130,7 +130,8 @@ class DeepSpeedEngine:
     def forward(
         self, x: torch.Tensor, time_B: torch.Tensor, **conditions: torch.Tensor
     ) -> torch.Tensor:
-        return self.engine(x, time_B, **conditions)
+        with _local_rank_told(self.processes.local_rank):  # ZeRO 3 asks for it in its first steps
+            return self.engine(x, time_B, **conditions)
 
     def alone(self) -> tuple[nn.Module, Callable[..., torch.Tensor]] | None:
         """(the network, the forward pass of this process alone); None in ZeRO 3, where no process has a network."""
@@ -139,12 +140,14 @@ class DeepSpeedEngine:
         return self.engine.module, self.engine.module
 
     def backward(self, loss: torch.Tensor) -> None:
-        self.engine.backward(loss, scale_wrt_gas=False)
+        with _local_rank_told(self.processes.local_rank):
+            self.engine.backward(loss, scale_wrt_gas=False)
 
     def step(self, lr: float) -> None:
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
-        self.engine.step()
+        with _local_rank_told(self.processes.local_rank):
+            self.engine.step()
 
     def num_skipped(self) -> int:
         # DeepSpeed's own guard and the optimizer's.

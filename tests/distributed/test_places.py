@@ -90,3 +90,10 @@ def test_a_taken_port_is_named_with_the_cure(launcher):
     assert f"cannot open port {port} of 127.0.0.1" in text
     assert "--master_port" in text
     assert "Traceback" not in text
+
+
+def test_zero_three_trains_alone_without_a_launcher(launcher):
+    """DeepSpeed looks for LOCAL_RANK in its first steps, long after its start."""
+    words = [word for word in SHORT if word != "engine=torch"]
+    launcher.wait([start(launcher.arguments("run", *words, "engine.zero=3"))])
+    assert len(losses(launcher.folder / "run")) == 2
