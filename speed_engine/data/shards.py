@@ -187,6 +187,8 @@ class Shards:
         flipped = None if flips is None else np.asarray(flips, bool)
         if flipped is not None and flipped.shape != chosen.shape:
             raise DataError(f"{len(chosen)} samples need as many flips, not {flipped.shape}")
+        if self.cached is not None:
+            self.cached.bring(np.unique(self._shard[chosen]).tolist())
         for sample in np.sort(chosen[~self._checked[chosen]]).tolist():  # shard by shard
             self._examine(sample)
         if self.instead:
@@ -212,6 +214,8 @@ class Shards:
         """Check a sample before its first use. Raises DataError, or notes the next good one in its place."""
         if sample in self.instead:
             return
+        with self._open(int(self._shard[sample])):  # a shard out of reach is not a damaged sample
+            pass
         try:
             self._region(sample)
             return

@@ -99,7 +99,7 @@ def test_one_is_killed_and_another_number_continues(tmp_path, images):
 @pytest.mark.parametrize(
     ("words", "reason"),
     [
-        (["--images", "nowhere", "--out", "out"], "nowhere is not a folder"),
+        (["--images", "nowhere", "--out", "out", "--patience", "20"], "nowhere is not a folder"),
         (["--sighs", "8"], "unrecognized arguments: --sighs 8"),
     ],
 )

@@ -1,6 +1,7 @@
 """Shards on an HTTP server that stalls, truncates, lies and fails, and in an object store: read, or one sentence."""
 
 import http.server
+import importlib.util
 import os
 import socket
 import threading
@@ -101,8 +102,8 @@ def server(whole, monkeypatch):
     one.server_close()
 
 
-def source(url, cache, most=10**9, retries=2, timeout=0.3):
-    told = {"path": url, "cache": str(cache), "cache_bytes": most}
+def source(url, cache, most=10**9, retries=2, timeout=0.3, **told):
+    told |= {"path": url, "cache": str(cache), "cache_bytes": most}
     config = shards.Config(**told, retries=retries, timeout=timeout, check_scale=False)
     return shards.build(config)
 
@@ -124,11 +125,13 @@ def test_values_order_and_facts_are_those_of_the_folder(server, whole, tmp_path)
     stored, told = there.read(order)
     assert np.array_equal(stored.numpy(), X[order]) and told["label"].tolist() == [1, 1, 1, 2]
     assert shard_files(tmp_path / "cache") == ["shard-000000.tar", "shard-000002.tar"]
-    assert not there.remarks or all("cache_bytes" not in remark for remark in there.remarks)
+    total = sum(path.stat().st_size for path in whole.glob("*.tar"))
+    assert any(f"4 shards of {server.url}, {total} bytes, come into" in r for r in there.remarks)
     server.asked.clear()
     again = source(server.url + "/index.json", tmp_path / "cache")
     assert np.array_equal(again.read(order)[0].numpy(), X[order])
     assert [name for name, _ in server.asked] == ["index.json"]  # the rest is here
+    assert any(f"2 shards of {server.url}, " in remark for remark in again.remarks)
 
 
 @pytest.mark.parametrize(
@@ -191,6 +194,14 @@ def test_in_the_end_it_is_one_sentence_and_nothing_is_left(server, tmp_path, nam
     )
     assert not list((tmp_path / "cache").glob("*/*.partial"))
     assert "shard-000001.tar" not in shard_files(tmp_path / "cache")
+
+
+def test_a_shard_out_of_reach_is_no_damaged_sample(server, tmp_path):
+    """skip_damaged would go through all samples, one time-out after the other."""
+    one = source(server.url, tmp_path / "cache", skip_damaged=True)
+    server.faults = {"shard-000001.tar": ["404"]}
+    with pytest.raises(DataError, match=r"shard-000001\.tar cannot be fetched"):
+        one.read([EACH])
 
 
 def test_no_server_at_all(tmp_path, monkeypatch):
@@ -279,6 +290,11 @@ def test_an_object_store(whole, tmp_path):
             DataError, match=r"shard-000003\.tar cannot be fetched: there is no such"
         ):
             fresh.read([NUM - 1])
+        if importlib.util.find_spec("s3fs") is None:
+            with pytest.raises(
+                DataError, match=r"s3://bucket/.* needs a package: .*s3fs.*pip install"
+            ):
+                source("s3://bucket/set", tmp_path / "cache")
         with pytest.raises(DataError, match=r"cannot be opened .*check data.path"):
             source("nothing://bucket/set", tmp_path / "cache")
     finally:

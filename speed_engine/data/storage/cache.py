@@ -15,6 +15,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from speed_engine.atomic_files import write_bytes
@@ -28,6 +29,7 @@ from .scan import entries_path
 MOST_INDEX = 1 << 28  # bytes of an index.json
 LEAST_ENTRY = 1 << 12  # bytes of an .idx.npy, and
 PER_ENTRY = 1 << 11  # for each sample; a name takes 8
+AT_A_TIME = 8  # shards that are fetched
 TOUCH = 30.0  # seconds between two notes that a shard is in use
 
 
@@ -80,14 +82,24 @@ class CachedSet:
 
     @property
     def remark(self) -> str | None:
-        """A sentence where the cache is too small to be of use."""
+        """A sentence on what is still to come, and on a cache that is too small to be of use."""
         whole = sum(shard.bytes for shard in self.index.shards)
-        if whole <= self.most:
+        if whole > self.most:
+            return (
+                f"data.cache_bytes={self.most} holds a part of {self.url} only, which has {whole} bytes; samples are "
+                "read in random order over all shards, so most reads will fetch a whole shard: raise it where there is "
+                "room"
+            )
+        coming = [shard.bytes for shard in self.index.shards if not self._here(shard.name)]
+        if not coming:
             return None
         return (
-            f"data.cache_bytes={self.most} holds a part of {self.url} only, which has {whole} bytes; samples are read "
-            "in random order over all shards, so most reads will fetch a whole shard: raise it where there is room"
+            f"{len(coming)} shards of {self.url}, {sum(coming)} bytes, come into {self.cache} when they are first "
+            "read, most of them in the first steps"
         )
+
+    def _here(self, name: str) -> bool:
+        return (self.folder / name).exists()
 
     @contextlib.contextmanager
     def file(self, number: int) -> Iterator[int]:
@@ -109,6 +121,21 @@ class CachedSet:
             with contextlib.suppress(OSError):  # given up by another process: nothing to note
                 os.utime(self._path(number))
         yield opened.descriptor
+
+    def bring(self, numbers: list[int]) -> None:
+        """Fetch what is missing of these shards, several at a time, where the cache has room for all of them."""
+        with self._mutex:
+            missing = [number for number in numbers if number not in self._files]
+        needed = sum(self.index.shards[number].bytes for number in numbers)
+        if len(missing) < 2 or needed > self.most:
+            return
+        with ThreadPoolExecutor(AT_A_TIME) as pool:
+            for _ in pool.map(self._bring, missing):
+                pass
+
+    def _bring(self, number: int) -> None:
+        with self.file(number):
+            pass
 
     def forget(self, number: int) -> None:
         """Give a shard up that is damaged on this machine: the next `file` fetches it again."""
