@@ -153,9 +153,31 @@ def test_pictures_of_other_sizes_are_scaled_and_it_is_said(
     assert answer.code == 2 and "give --resize" in answer.err
     answer = good("score", "--samples", folder, "--reference", "digits", "--resize", "8", *out)
     assert "pictures of photos are cropped" in answer.err
+    (folder / "notes.txt").write_text("no picture, by its name")
+    answer = good("score", "--samples", samples, "--reference", folder, *out)
+    assert "left out of photos: 1 of its files (notes.txt" in answer.err
     (folder / "3.png").write_bytes(b"no picture")
     answer = command("score", "--samples", folder, "--reference", "digits", "--resize", "8", *out)
     assert answer.code == 2 and "3.png cannot be decoded" in answer.err
+
+
+def test_tars_are_read_a_picture_at_a_time_and_a_summary_takes_any_score(
+    good, run, samples, places, tmp_path, read_json
+):
+    import tarfile
+
+    with tarfile.open(tmp_path / "set.tar", "w") as archive:
+        for number, path in enumerate(sorted((Path(places["classes"]) / "class 3").iterdir())):
+            archive.add(path, f"{number:03d}.png")
+    copy = Path(shutil.copytree(run, tmp_path / "run"))
+    drawn = Path(shutil.copytree(samples, copy / "samples"))
+    good("score", "--samples", drawn, "--reference", tmp_path / "set.tar", "--features", "pixels")
+    report = read_json(drawn / "score.json")
+    assert report["reference"]["num"] == len(list((Path(places["classes"]) / "class 3").iterdir()))
+    good("summary", "--run", copy)
+    told = read_json(copy / "summary.json")
+    assert told["frechet_distance"] == report["frechet"]["same_size"]["mean"]
+    assert told["class_agreement"] is None and "nearest_scan_ratio" not in told
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ A folder that `sample` wrote, a folder of classes (or tars, or a CIFAR archive) 
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from PIL import Image
 
 from speed_engine.data import DataError, autoencoder, shards
 from speed_engine.data.storage import pictures, places
-from speed_engine.sampling.folder import array_path, image_path, read_recipe, to_uint8
+from speed_engine.sampling.folder import image_path, read_recipe, to_uint8
 
 NAMES_OF_ARRAY = ("arr_0", "images", "x")
 
@@ -142,7 +142,7 @@ def _samples(folder: Path) -> Pictures:
         raise ValueError(f"{folder} holds arrays and no pictures; give a folder of pictures")
     num = recipe["num"]
     missing = [n for n in range(num) if not image_path(folder, n).exists()]
-    if missing or not num or array_path(folder, 0).exists():
+    if missing or not num:
         raise ValueError(
             f"{folder} lacks {len(missing)} of {num} samples; run `sample` again to finish this folder"
         )
@@ -152,8 +152,10 @@ def _samples(folder: Path) -> Pictures:
     if archive.exists():
         with np.load(archive, allow_pickle=False) as arrays:
             labels = arrays.get("labels")
-    size, channels = _first(files[0])
-    found = Pictures(folder.name, num, size, channels, _reader(files, size, channels), labels)
+    size, channels = _first(files[0], files[0].name)
+    names = [file.name for file in files]
+    reader = _reader(files.__getitem__, names, size, channels)
+    found = Pictures(folder.name, num, size, channels, reader, labels)
     found.told = {"kind": "samples", "recipe": recipe}
     return found
 
@@ -204,15 +206,26 @@ def _of_files(place: Path, size: int | None, channels: int | None, option: str) 
         cure = "give a folder of images, of `sample` or of `encode`"
         said = str(error).replace("give --images another folder", cure)
         raise ValueError(f"{option}: {said.replace('--images', option)}") from error
-    raws = [listing.load(picture) for picture in listing.pictures]
-    own_size, own_channels = _first(raws[0])
+    names = [picture.path for picture in listing.pictures]
+
+    def load(
+        number: int,
+    ) -> pictures.Raw:  # one at a time: a tar's pictures are in no file of their own
+        return listing.load(listing.pictures[number])
+
+    own_size, own_channels = _first(load(0), names[0])
     wanted, planes = size or own_size, channels or own_channels
     labels = None
     if listing.class_names:
         labels = np.array([picture.label for picture in listing.pictures], np.int64)
-    reader = _reader(raws, wanted, planes, scaled=size is not None)
-    found = Pictures(place.name, len(raws), wanted, planes, reader, labels, {"kind": "files"})
+    reader = _reader(load, names, wanted, planes, scaled=size is not None)
+    found = Pictures(place.name, len(names), wanted, planes, reader, labels, {"kind": "files"})
     found.remarks += listing.remarks
+    if listing.others:
+        name, why = listing.others[0]
+        found.remarks.append(
+            f"left out of {place.name}: {len(listing.others)} of its files ({name}: {why})"
+        )
     if size is not None and own_size != size:
         found.told["scaled_from"] = own_size
         found.remarks.append(
@@ -221,14 +234,14 @@ def _of_files(place: Path, size: int | None, channels: int | None, option: str) 
     return found
 
 
-def _first(raw: pictures.Raw) -> tuple[int, int]:
+def _first(raw: pictures.Raw, name: str) -> tuple[int, int]:
     """(short side, channels) of a picture."""
     try:
         with _opened(raw) as image:
             grey = image.mode in ("1", "L", "I", "I;16", "F")
             return min(image.size), 1 if grey else 3
     except Exception as error:  # a decoder may raise anything on damaged bytes
-        raise ValueError(f"{_told(raw)} cannot be decoded ({error})") from error
+        raise ValueError(f"{name} cannot be decoded ({error}); move it away") from error
 
 
 def _opened(raw: pictures.Raw) -> Image.Image:
@@ -238,29 +251,36 @@ def _opened(raw: pictures.Raw) -> Image.Image:
     return Image.open(plain, formats=pictures.FORMATS)
 
 
-def _told(raw: pictures.Raw) -> str:
-    return str(raw) if isinstance(raw, Path) else "a picture"
-
-
 def _reader(
-    raws: list[Any], size: int, channels: int, scaled: bool = False
+    load: Callable[[int], pictures.Raw],
+    names: Sequence[str],
+    size: int,
+    channels: int,
+    scaled: bool = False,
 ) -> Callable[[range], np.ndarray]:
     def one(number: int) -> np.ndarray:
-        raw = raws[number]
-        if not scaled:
-            with _opened(raw) as image:
-                if image.size != (size, size):
-                    width, height = image.size
-                    raise ValueError(
-                        f"{_told(raw)} is {width}x{height}, and the first picture {size}x{size}; give --resize, to "
-                        "which the centre squares of all are scaled"
-                    )
+        raw, name = load(number), names[number]
         try:
+            if not scaled:
+                _refuse_other_size(raw, name, size)
             return pictures.decode(raw, size, channels, 1).transpose(1, 2, 0)
         except pictures.PictureError as error:
-            raise ValueError(f"{_told(raw)} {error}; move it away") from error
+            raise ValueError(f"{name} {error}; move it away") from error
 
     return lambda at: np.stack([one(number) for number in at])
+
+
+def _refuse_other_size(raw: pictures.Raw, name: str, size: int) -> None:
+    try:
+        with _opened(raw) as image:
+            width, height = image.size
+    except Exception as error:  # a decoder may raise anything on damaged bytes
+        raise pictures.PictureError(f"cannot be decoded ({error})") from error
+    if (width, height) != (size, size):
+        raise ValueError(
+            f"{name} is {width}x{height}, and the first picture {size}x{size}; give --resize, to which the centre "
+            "squares of all are scaled"
+        )
 
 
 def _fitted(found: Pictures, size: int, channels: int) -> Pictures:
