@@ -26,7 +26,7 @@ $(VENV)/installed: pyproject.toml Makefile
 demo: install
 	rm -rf $(RUN) && mkdir -p $(RUN) && date +%s > $(RUN)/started
 	$(BIN)/python -m speed_engine encode --images digits --out data/digits
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/deepspeed --num_accelerators 1 speed_engine/train.py --config digits_dit_tiny run_dir=$(RUN)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/deepspeed --quiet --num_accelerators 1 speed_engine/train.py --config digits_dit_tiny run_dir=$(RUN)
 	$(BIN)/python -m speed_engine sample --run $(RUN) --num 500 --sampler ddim --steps 50 --guidance 1.5 --out $(RUN)/samples
 	$(BIN)/python -m speed_engine score --samples $(RUN)/samples --reference digits > /dev/null
 	$(BIN)/python -m speed_engine plot --run $(RUN)

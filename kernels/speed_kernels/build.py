@@ -15,7 +15,9 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 import tempfile
+import time
 from pathlib import Path
 
 import torch
@@ -111,7 +113,7 @@ def load(source: str, isa_name: str | None = None) -> ctypes.CDLL:
         with open(cache / f"{target.stem}.lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not _is_whole(target):
-                _compile(path, version, flags, folder / source, target)
+                _announced(path, version, flags, folder / source, target)
     except OSError as error:
         raise BuildError(
             f"cannot write the kernel cache {cache}: {error}; set XDG_CACHE_HOME"
@@ -130,6 +132,20 @@ def _is_whole(target: Path) -> bool:
 
 def _seal_of(target: Path) -> Path:
     return target.with_suffix(".sha256")
+
+
+def _announced(path: str, version: str, flags: tuple[str, ...], source: Path, target: Path) -> None:
+    """Compile, with a line on standard error: whoever waits should know what for, and that it happens once."""
+    began = time.monotonic()
+    print(
+        f"compiling {source.name} for this machine, once ...", end="", file=sys.stderr, flush=True
+    )
+    done = "failed"
+    try:
+        _compile(path, version, flags, source, target)
+        done = f"{time.monotonic() - began:.1f} s, kept in {target.parent}"
+    finally:
+        print(f" {done}", file=sys.stderr, flush=True)
 
 
 def _compile(path: str, version: str, flags: tuple[str, ...], source: Path, target: Path) -> None:

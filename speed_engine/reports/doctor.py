@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import importlib.util
 import json
+import os
 import platform
+import shutil
+from pathlib import Path
 from typing import Any
 
 import torch
 
 ATTENTION_HEAD = 72  # the head size of DiT-XL/2
 PACKAGES = ("torch", "triton", "deepspeed", "xformers", "webdataset", "diffusers", "safetensors")
+# What is needed for one thing alone: package -> the thing.
+OPTIONAL = {
+    "torch-fidelity": "score with Inception features",
+    "torchvision": "the same; must fit torch's version",
+    "tensorboard": "log.tensorboard=true",
+    "wandb": "log.wandb=true",
+    "scikit-learn": "the digits",
+}
 
 
 def examine() -> dict[str, Any]:
@@ -31,10 +43,16 @@ def examine() -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in PACKAGES} | {"apex": _apex()},
+        "optional": {name: _version(name) for name in OPTIONAL},
+        "nccl": _nccl(),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "cpu": {"isa": build.isa(), "threads": torch.get_num_threads()},
         "compiler": _compiler(),
         "kernel_cache": str(build.cache_folder()),
+        "kernel_cache_bytes": _size(build.cache_folder()),
+        "hub_cache": str(_hub_cache()),
+        "hub_cache_bytes": _size(_hub_cache()),
+        "disk_free_bytes": shutil.disk_usage(".").free,
         "kernels": kernels,
     }
 
@@ -44,6 +62,30 @@ def _version(name: str) -> str:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
+
+
+def _nccl() -> str:
+    if not torch.distributed.is_nccl_available():
+        return "not in this build of torch"
+    from torch.cuda import nccl
+
+    return ".".join(map(str, nccl.version()))
+
+
+def _hub_cache() -> Path:
+    """Where huggingface_hub keeps what it fetched, as it decides by its variables."""
+    home = os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface"
+    return Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub")
+
+
+def _size(folder: Path) -> int:
+    """Bytes of all files below; 0 where there is no such folder. Links are not followed."""
+    total = 0
+    for path, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(OSError):  # gone meanwhile
+                total += os.lstat(os.path.join(path, name)).st_size
+    return total
 
 
 def _apex() -> str:
@@ -73,9 +115,15 @@ def run(as_json: bool) -> int:
     print(f"python       {facts['python']}")
     for name, version in facts["packages"].items():
         print(f"{name:12} {version}")
+    for name, version in facts["optional"].items():
+        print(f"{name:14} {version:14} for {OPTIONAL[name]}")
+    print(f"NCCL         {facts['nccl']}")
     print(f"GPUs         {', '.join(facts['gpus']) or 'none'}")
     print(f"CPU          {facts['cpu']['isa']}, {facts['cpu']['threads']} threads")
     print(f"compiler     {facts['compiler']}")
+    print(f"disk         {facts['disk_free_bytes'] / 2**30:.1f} GiB free here")
+    for name in ("kernel_cache", "hub_cache"):
+        print(f"{name:12} {facts[name]} ({facts[name + '_bytes'] / 2**20:.1f} MiB)")
     for kernel in facts["kernels"]:
         print(
             f"kernel       {kernel['op']} on {kernel['device']}: "

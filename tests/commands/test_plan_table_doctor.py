@@ -213,3 +213,18 @@ def test_doctor_as_text_tells_the_same(good):
         assert kernel["backend"] in line and kernel["reason"] in line
     for package, version in facts["packages"].items():
         assert re.search(rf"^{package} +{re.escape(version)}", text, re.MULTILINE)
+
+
+def test_doctor_knows_places_and_what_is_missing(good, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    (tmp_path / "hub" / "models").mkdir(parents=True)
+    (tmp_path / "hub" / "models" / "weights").write_bytes(bytes(3 * 2**20))
+    facts = json.loads(good("doctor", "--json").out)
+    assert facts["hub_cache_bytes"] == 3 * 2**20 and facts["disk_free_bytes"] > 0
+    assert facts["optional"]["scikit-learn"] == importlib.metadata.version("scikit-learn")
+    text = good("doctor").out
+    assert f"{tmp_path / 'hub'} (3.0 MiB)" in text
+    for name, thing in (("torch-fidelity", "Inception"), ("wandb", "log.wandb=true")):
+        assert re.search(rf"^{name} .*{thing}", text, re.MULTILINE)
+    for name in ("NCCL", "disk", "kernel_cache"):
+        assert re.search(rf"^{name} ", text, re.MULTILINE)

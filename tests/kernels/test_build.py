@@ -46,6 +46,21 @@ def test_builds_once_and_reuses(sources: Path) -> None:
     assert libraries() == [library] and library.stat().st_mtime_ns == written
 
 
+def test_a_build_is_announced_once(sources: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    build.load("answer.cpp")
+    said = capsys.readouterr().err
+    assert said.startswith("compiling answer.cpp for this machine, once ... ")
+    assert said.endswith(f" s, kept in {build.cache_folder()}\n")
+    build.load.cache_clear()
+    build.load("answer.cpp")
+    assert capsys.readouterr().err == ""
+    (sources / "answer.cpp").write_text("no C++")
+    build.load.cache_clear()
+    with pytest.raises(build.BuildError):
+        build.load("answer.cpp")
+    assert capsys.readouterr().err.endswith("... failed\n")
+
+
 @pytest.mark.parametrize("damage", [b"", b"\x7fELF garbage", None])
 def test_a_damaged_library_is_built_anew(sources: Path, damage: bytes | None) -> None:
     """A truncated one would kill the process that loads it."""
