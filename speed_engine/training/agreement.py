@@ -9,7 +9,8 @@ from speed_engine.distributed import Processes
 from speed_engine.training.interrupt import REQUEUE, STOP
 
 # Beside STOP and REQUEUE; the largest holds, and what is not done yet is asked for again.
-SAVE_FAILED, FOLDER_GONE = REQUEUE + 1, REQUEUE + 2
+# Nothing is larger than a step that cannot be made.
+SAVE_FAILED, FOLDER_GONE, READ_FAILED = REQUEUE + 1, REQUEUE + 2, REQUEUE + 3
 ENDS = (STOP, REQUEUE)
 
 

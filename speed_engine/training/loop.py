@@ -12,7 +12,6 @@ import functools
 import logging
 import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from torch import nn
 
 from speed_engine.atomic_files import write_json
 from speed_engine.config import RunConfig
-from speed_engine.data import Batch, order
+from speed_engine.data import order
 from speed_engine.data.loader import StoppedWaiting
 from speed_engine.distributed import Processes, lost_connection, start, stop
 from speed_engine.distributed.launched import place
@@ -39,11 +38,18 @@ from speed_engine.training import (
 )
 from speed_engine.training import manifest as manifests
 from speed_engine.training import scales as adaln
-from speed_engine.training.agreement import ENDS, FOLDER_GONE, SAVE_FAILED, Agreement
+from speed_engine.training.agreement import (
+    ENDS,
+    FOLDER_GONE,
+    READ_FAILED,
+    SAVE_FAILED,
+    Agreement,
+)
 from speed_engine.training.assembly import Parts
 from speed_engine.training.guard import Guard
 from speed_engine.training.heartbeat import Pulse
 from speed_engine.training.interrupt import REQUEUE, REQUEUED, Interrupt
+from speed_engine.training.reading import Reading
 from speed_engine.training.replay import Unrepeatable
 from speed_engine.training.resume import begin, load, resume
 from speed_engine.training.run_lock import RunLock, refuse_other_folders
@@ -181,34 +187,38 @@ def _train_in(
     stopping = (lambda: interrupt.requested) if alone else (lambda: False)
     readers = contextlib.ExitStack()
 
-    def from_here() -> tuple[metrics.Rate, Guard, Iterator[Batch]]:
+    def from_here() -> tuple[metrics.Rate, Guard, Reading]:
         rate = metrics.Rate(macs, processes, step)
         row, window, most = limits.max_bad_steps, limits.bad_window, limits.max_bad_in_window
         guard = Guard(row, engine.skip_count(), step, window, most)
         readers.close()  # of the batches until now
         batches = parts.loader.batches(step, steps, stopping, tuple(left_out))
         readers.callback(batches.close)
-        return rate, guard, rate.waiting(heartbeat.noted(batches, pulse))
+        arriving = rate.waiting(heartbeat.noted(batches, pulse))
+        of_one_step = functools.partial(parts.loader.of_one_step, arriving)
+        return rate, guard, Reading(of_one_step, processes, step, steps)
+
+    def unreadable(step: int) -> None:
+        if pulse.saved != step:
+            saver.save_at_end(step)
+            journal.say(f"stopped at step {step}, which is saved in {run}")
 
     def stopped(step: int) -> None:
         saver.save_at_end(step)
         journal.say(f"stopped on request; step {step} is saved in {run}")
 
     with journal, saver, readers:
-        rate, guard, arriving = from_here()
+        rate, guard, reading = from_here()
         agreement = Agreement(processes)
         while step < steps:
             try:
-                reading = functools.partial(parts.loader.of_one_step, arriving)
-                ready = iter(processes.attempt(reading))
+                ready = iter(reading.next())
             except StoppedWaiting:
                 stopped(step)
                 code = REQUEUED if interrupt.wanted == REQUEUE else DONE
                 break
             except (ValueError, OSError):  # a sample that cannot be read, here or elsewhere
-                if pulse.saved != step:
-                    saver.save_at_end(step)
-                    journal.say(f"stopped at step {step}, which is saved in {run}")
+                unreadable(step)
                 raise
             try:
                 tells = (step + 1) % log_every == 0 or step + 1 == steps
@@ -261,7 +271,7 @@ def _train_in(
                     load(parts, back, engine, do.meter)
                     step = pulse.step = pulse.saved = back.step
                     journal.rewind(step)
-                    rate, guard, arriving = from_here()
+                    rate, guard, reading = from_here()
                     continue
                 if reason:
                     journal.say(
@@ -273,8 +283,14 @@ def _train_in(
             if step == steps or step % config.checkpoint.every == 0:
                 saver.save(step, last=step == steps)
             own = FOLDER_GONE if watch.gone else SAVE_FAILED if saver.failed else interrupt.wanted
-            agreed = agreement.on(own)
-            if agreed == FOLDER_GONE:
+            agreed = agreement.on(own if reading.look_ahead() else READ_FAILED)
+            if agreed == READ_FAILED:
+                try:
+                    reading.end_together()
+                except (ValueError, OSError):
+                    unreadable(step)
+                    raise
+            elif agreed == FOLDER_GONE:
                 saver.save(step)  # makes it anew, and says so
                 look_after_folder()
             elif agreed == SAVE_FAILED:

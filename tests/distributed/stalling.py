@@ -19,6 +19,7 @@ class Config(Section):
     path: str = Field(description="as of the kind digits")
     seconds: float = Field(0.0, description="what every read takes")
     poisoned: list[int] = Field([], description="samples that are not finite")
+    unreadable: list[int] = Field([], description="samples that cannot be read")
 
 
 def build(config: Config) -> "Stalling":
@@ -31,6 +32,7 @@ class Stalling:
         self.facts, self.fingerprint = self.inner.facts, self.inner.fingerprint
         self.seconds = config.seconds
         self.poisoned = torch.tensor(config.poisoned, dtype=torch.int64)
+        self.unreadable = set(config.unreadable)
         self.hang = Path(f"hang-{os.environ.get('RANK', '0')}").absolute()
 
     def __len__(self) -> int:
@@ -43,6 +45,8 @@ class Stalling:
         time.sleep(self.seconds)
         while self.hang.exists():
             time.sleep(0.05)
+        if found := self.unreadable.intersection(indices.tolist()):
+            raise ValueError(f"sample {min(found)} cannot be read")
         stored, arrays = self.inner.read(indices, flips)
         x = self.inner.decode(stored)
         x[torch.isin(torch.as_tensor(indices), self.poisoned)] = float("nan")

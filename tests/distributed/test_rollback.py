@@ -58,3 +58,18 @@ def test_the_run_goes_back_and_leaves_the_data_out(launcher, engine, world):
 def test_the_order_without_what_is_left_out():
     assert [order.data_step(n, [2, 3, 6]) for n in range(6)] == [0, 1, 4, 5, 7, 8]
     assert order.data_step(3, []) == 3
+
+
+@pytest.mark.parametrize(("step", "checkpoints"), [(1, [1]), (6, [5, 6])])
+def test_a_sample_that_one_process_cannot_read_ends_both_before_its_step(
+    launcher, step, checkpoints
+):
+    """In the first two steps, which are agreed on by themselves, and later, when it is told a step ahead."""
+    sample = samples(step)[-1]  # the last slot is the second process's
+    assert not any(sample in samples(other) for other in range(step))
+    settings = (*SETTINGS[:1], f"data.unreadable=[{sample}]", *SETTINGS[2:], "engine=torch")
+    output = launcher.train("run", *settings, "train.steps=9", world=2, expect=2)
+    assert output.count(f"error (process 1): sample {sample} cannot be read") == 1, output
+    assert "Traceback" not in output and output.count("error") == 1, output
+    folders = (launcher.folder / "run" / "checkpoints").glob("step-*")
+    assert sorted(int(folder.name[5:]) for folder in folders) == checkpoints
