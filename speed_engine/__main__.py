@@ -21,11 +21,11 @@ COMMANDS = {
     "encode": "images -> WebDataset shards with an index",
     "train": "train in one process (for many: deepspeed speed_engine/train.py)",
     "sample": "pictures from a run's averaged weights",
-    "score": "how good a folder of samples is",
-    "plot": "the pictures of a run",
+    "score": "how good pictures are, against others or stored statistics",
+    "plot": "the pictures of a run, or of several in one",
     "compare": "a study: methods x seeds x settings, run and compared with intervals",
     "summary": "one page on a run, and summary.json",
-    "export": "weights as safetensors or as a diffusers folder",
+    "export": "weights as safetensors, or as a diffusers folder with a model card",
     "import": "a public DiT checkpoint or diffusers folder as our safetensors",
 }
 

@@ -37,9 +37,16 @@ def config_arguments(parser: argparse.ArgumentParser, default: str | None = None
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
 
 
-def run_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:
-    """--run, and the modules that the run may name."""
-    parser.add_argument("--run", type=Path, required=required, help="the run folder")
+def run_arguments(
+    parser: argparse.ArgumentParser, required: bool = True, many: bool = False
+) -> None:
+    """--run, and the modules that the run may name. many: may be repeated, and is a list."""
+    if many:
+        parser.add_argument(
+            "--run", type=Path, required=required, action="append", help="a run folder; repeatable"
+        )
+    else:
+        parser.add_argument("--run", type=Path, required=required, help="the run folder")
     parser.add_argument(
         "--trust",
         action="append",

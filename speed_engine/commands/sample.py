@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +16,7 @@ from speed_engine.commands.import_weights import foreign_arguments
 
 if TYPE_CHECKING:
     from speed_engine.data import Facts
+    from speed_engine.distributed import Processes
 
 
 def _at_least_one(text: str) -> int:
@@ -27,6 +31,10 @@ def _channels(text: str) -> int | Literal["all"]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     run_arguments(parser, required=False)
+    parser.epilog = (
+        "Many processes draw what one draws, each its share: torchrun --nproc-per-node 8 -m -- speed_engine sample ... "
+        "(the -- keeps torchrun from reading --run and --num as its own), or srun. The same command continues."
+    )
     parser.add_argument(
         "--weights",
         default="ema",
@@ -66,14 +74,92 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--vae", help="folder or hub name of the AutoencoderKL that decodes latents"
     )
-    parser.add_argument("--batch-size", type=_at_least_one, default=64)
+    parser.add_argument(
+        "--precision",
+        choices=("fp32", "bf16"),
+        default="fp32",
+        help="of the network's weights and products; the chain itself stays in fp32",
+    )
+    parser.add_argument("--batch-size", type=_at_least_one, default=64, help="of each process")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # DeepSpeed's launcher adds it
 
 
 def run(args: argparse.Namespace) -> int:
-    from speed_engine.reports import trained
+    """Draw; started by torchrun, each process draws its share."""
+    from speed_engine import distributed
+
+    with _processes(args.device) as processes:
+        drawn = _draw(args, processes)
+        if processes.first:
+            print(drawn)
+        distributed.stop(together=True)
+    return 0
+
+
+@contextlib.contextmanager
+def _processes(device: str) -> Iterator[Processes]:
+    """The processes that a launcher started, or this one alone; they leave together or, after a failure, at once."""
+    from speed_engine import distributed
     from speed_engine.reports.run_folder import device_of
+
+    found = device_of(device)
+    if distributed.place(os.environ) is None:
+        yield distributed.Processes(0, 1, 0, found)
+        return
+    try:
+        yield distributed.start(device)
+    except RuntimeError as error:
+        if distributed.lost_connection(error):
+            raise ValueError("another process has gone; the same command continues") from error
+        raise
+    finally:
+        distributed.stop(together=False)
+
+
+def _draw(args: argparse.Namespace, processes: Processes) -> str:
+    """Draw this process's share. Returns the last line, for people."""
+    import torch
+
     from speed_engine.sampling import folder, process
+
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.precision]
+    device = processes.device
+    started = time.monotonic()
+    # Reads files and refuses; whatever it refuses is told once.
+    network, told, (decode, stored) = processes.attempt(lambda: _asked_for(args, processes))
+    recipe = process.Recipe(
+        sampler=args.sampler,
+        steps=args.steps,
+        shift=args.shift,
+        guidance=args.guidance,
+        guidance_channels=args.guidance_channels,
+        clip_x0=network.facts.space.kind == "pixels",
+        seed=args.seed,
+    )
+    folder.sample_to_folder(
+        network.model.to(device, dtype),
+        network.process,
+        recipe,
+        args.out,
+        num=args.num,
+        conditions_N=told or None,
+        source=network.source,
+        decode=decode,
+        stored=stored,
+        batch_size=args.batch_size,
+        device=device,
+        dtype=dtype,
+        processes=processes,
+        show_progress=sys.stdout.isatty(),
+    )
+    by = f", {processes.world} processes" if processes.world > 1 else ""
+    return f"{args.num} samples in {args.out} ({time.monotonic() - started:.0f} s{by})"
+
+
+def _asked_for(args: argparse.Namespace, processes: Processes) -> tuple[Any, dict[str, Any], Any]:
+    """(the network, what it is told of each sample, how samples are saved)."""
+    from speed_engine.reports import trained
 
     if args.run is None:
         foreign = {
@@ -93,18 +179,9 @@ def run(args: argparse.Namespace) -> int:
     else:
         network = trained.of_run(args.run, args.weights, args.trust)
     for remark in network.remarks:
-        print(f"note: {remark}")
-    device = device_of(args.device)
+        if processes.first:
+            print(f"note: {remark}")
     conditions = network.process.conditions
-    recipe = process.Recipe(
-        sampler=args.sampler,
-        steps=args.steps,
-        shift=args.shift,
-        guidance=args.guidance,
-        guidance_channels=args.guidance_channels,
-        clip_x0=network.facts.space.kind == "pixels",
-        seed=args.seed,
-    )
     asked = dict(_asked(args))
     told: dict[str, Any] = {}
     for name in asked:
@@ -114,23 +191,7 @@ def run(args: argparse.Namespace) -> int:
     for name, condition in conditions.items():
         one = [asked[name]] * args.num if name in asked else None
         told |= condition.default(range(args.num)) if one is None else condition.asked(one)
-    decode, stored = _saved_as(network.facts, args.vae, device)
-    started = time.monotonic()
-    folder.sample_to_folder(
-        network.model.to(device),
-        network.process,
-        recipe,
-        args.out,
-        num=args.num,
-        conditions_N=told or None,
-        source=network.source,
-        decode=decode,
-        stored=stored,
-        batch_size=args.batch_size,
-        device=device,
-    )
-    print(f"{args.num} samples in {args.out} ({time.monotonic() - started:.0f} s)")
-    return 0
+    return network, told, _saved_as(network.facts, args.vae, processes.device)
 
 
 def _saved_as(facts: Facts, vae: str | None, device: Any) -> tuple[Any, Any]:

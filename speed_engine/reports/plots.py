@@ -19,12 +19,13 @@ from speed_engine.reports.style import BLUE, GREY, figure, log_scale, write_valu
 from speed_engine.training import metrics_file, sealed
 
 SMOOTHING = 0.02  # the smoothed curve's window, as a share of the lines
+KINDS = ("timesteps", "schedule", "objective")
 FINAL_SHARE = 0.2  # the share of the lines behind each curve of loss_by_t.png
 
 
-def plot_run(run: Path, out: Path) -> list[Path]:
+def plot_run(run: Path, out: Path, ending: str = "png") -> list[Path]:
     """Draw what `run/metrics.jsonl` holds into the folder `out`; return the files that were
-    written.
+    written, in the format `ending`.
 
     A run without `loss_by_t` gets no `loss_by_t.png`. Raises ValueError if there is no line to
     draw.
@@ -32,13 +33,15 @@ def plot_run(run: Path, out: Path) -> list[Path]:
     lines = read_metrics(run / "metrics.jsonl")
     subtitle = describe(run)
     out.mkdir(parents=True, exist_ok=True)
-    paths = [plot_loss(lines, subtitle, out / "loss.png")]
-    if any(_buckets(line) is not None for line in lines):
-        paths.append(plot_loss_by_t(lines, subtitle, out / "loss_by_t.png"))
+    paths = [plot_loss(lines, subtitle, out / f"loss.{ending}")]
+    if any(buckets(line) is not None for line in lines):
+        paths.append(plot_loss_by_t(lines, subtitle, out / f"loss_by_t.{ending}"))
     if judged := plots_validation.measured(lines):
-        paths.append(plots_validation.plot_validation(judged, subtitle, out / "validation.png"))
-        path = out / "validation_by_log_snr.png"
-        paths.append(plots_validation.plot_by_log_snr(judged, subtitle, path))
+        path = out / f"validation.{ending}"
+        paths.append(plots_validation.plot_validation(judged, subtitle, path))
+        if plots_validation.by_log_snr(judged):
+            path = out / f"validation_by_log_snr.{ending}"
+            paths.append(plots_validation.plot_by_log_snr(judged, subtitle, path))
     return paths
 
 
@@ -54,15 +57,26 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def describe(run: Path) -> str:
-    """The run's name and, where its manifest tells, method, schedule and objective."""
-    name = run.resolve().name
+def kinds_of(run: Path) -> dict[str, str]:
+    """Method, schedule and objective by section; nothing where the manifest does not tell."""
     try:
         config = sealed.read(run / "manifest.json")["config"]
-        kinds = [f"{key} {config[key]['kind']}" for key in ("timesteps", "schedule", "objective")]
+        return {key: str(config[key]["kind"]) for key in KINDS}
     except (OSError, ValueError, KeyError, TypeError):  # the pictures do not depend on it
-        return name
-    return ", ".join([name, *kinds])
+        return {}
+
+
+def describe(run: Path) -> str:
+    """The run's name and, where its manifest tells, method, schedule and objective."""
+    return ", ".join(
+        [run.resolve().name, *(f"{key} {kind}" for key, kind in kinds_of(run).items())]
+    )
+
+
+def rows_of(lines: list[dict[str, Any]]) -> list[tuple[int, list[float]]]:
+    """(step, error in each part of the time steps) of the lines that have as many parts as the last one."""
+    kept = [(line["step"], row) for line in lines if (row := buckets(line)) is not None]
+    return [(step, row) for step, row in kept if len(row) == len(kept[-1][1])]
 
 
 def plot_loss(lines: list[dict[str, Any]], subtitle: str, path: Path) -> Path:
@@ -93,10 +107,9 @@ def plot_loss_by_t(lines: list[dict[str, Any]], subtitle: str, path: Path) -> Pa
     Each curve is the mean over FINAL_SHARE of the lines; the band of the late one holds the middle
     80 % of its lines. Raises ValueError where no line has buckets.
     """
-    kept = [(line["step"], row) for line in lines if (row := _buckets(line)) is not None]
+    kept = rows_of(lines)
     if not kept:
         raise ValueError("no line of the metrics has loss_by_t; it cannot be drawn")
-    kept = [(step, row) for step, row in kept if len(row) == len(kept[-1][1])]
     size = max(1, round(FINAL_SHARE * len(kept)))
     centres = (np.arange(len(kept[-1][1])) + 0.5) / len(kept[-1][1])
     with figure("Error by time step", subtitle, path) as axes:
@@ -134,7 +147,7 @@ def _finite(value: Any) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
 
 
-def _buckets(line: dict[str, Any]) -> list[float] | None:
+def buckets(line: dict[str, Any]) -> list[float] | None:
     """The line's `loss_by_t` with NaN for empty buckets, None if it has none at all."""
     row = line.get("loss_by_t")
     if not isinstance(row, list) or not any(_finite(value) for value in row):

@@ -19,6 +19,11 @@ def measured(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [line for line in lines if isinstance(line.get("validation_loss"), float)]
 
 
+def by_log_snr(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those of them that hold the errors of the bins."""
+    return [line for line in lines if isinstance(line.get("validation_by_log_snr"), dict)]
+
+
 def plot_validation(lines: list[dict[str, Any]], subtitle: str, path: Path) -> Path:
     """The validation loss against the step, logarithmic, with two standard errors on both sides."""
     steps = np.array([line["step"] for line in lines])
@@ -41,7 +46,7 @@ def plot_validation(lines: list[dict[str, Any]], subtitle: str, path: Path) -> P
 
 def plot_by_log_snr(lines: list[dict[str, Any]], subtitle: str, path: Path) -> Path:
     """Error of the noise by log-SNR (up) and step (across), over the bin's last value; empty bins stay white."""
-    kept = [line for line in lines if isinstance(line.get("validation_by_log_snr"), dict)]
+    kept = by_log_snr(lines)
     edges = np.array(kept[-1]["validation_by_log_snr"]["edges"])
     table = np.array([line["validation_by_log_snr"]["eps"] for line in kept], dtype=float)
     filled = np.flatnonzero(np.isfinite(table[-1]))

@@ -18,6 +18,7 @@ from speed_engine.step_table import StepTable
 from speed_engine.training import checkpoint
 from speed_engine.training.assembly import build_table, told
 from speed_engine.training.manifest import upgraded
+from speed_engine.training.saving import METHOD_STATE
 from speed_engine.weights import file as weights_file
 
 
@@ -42,8 +43,19 @@ class Run:
         return network.eval()
 
     def table(self) -> StepTable:
-        """The step table that the run trained with."""
+        """The step table that the run began with."""
         return build_table(self.config)
+
+    def learned_table(self) -> StepTable | None:
+        """The step table as a method that changes while training runs left it; None for a method that does not."""
+        table = self.table()
+        if not table.changes:
+            return None
+        table.start(self.config.train.global_batch, self.facts.shape)
+        state = self.checkpoint / METHOD_STATE
+        told = weights_file.read_safetensors(state)[0] if state.exists() else {}
+        table.load_state_dict(told, self.step)
+        return table
 
 
 def open_run(folder: Path, trusted: Collection[str] = ()) -> Run:

@@ -61,14 +61,16 @@ def _last(lines: list[dict[str, Any]], key: str) -> float | None:
 def _score_facts(score: dict[str, Any]) -> dict[str, Any]:
     """The headline numbers of a score; each Frechet distance needs its floor beside it."""
     frechet, agreement = score["frechet"], score.get("class_agreement")
+    same, floor = frechet.get("same_size"), frechet.get("floor")
     facts = {
         "samples": score["num_samples"],
         "class_agreement": agreement["agreement"] if agreement else None,
-        "frechet_distance": frechet["same_size"]["mean"],
-        "frechet_floor": frechet["floor"]["mean"],  # as many real scans in the samples' place
-        "frechet_floor_std": frechet["floor"]["std"],
-        "nearest_scan_ratio": score["memorisation"]["ratio"],  # below 1: samples copy scans
+        "frechet_distance": same["mean"] if same else frechet["distance"],
     }
+    if floor:  # as many real pictures in the samples' place
+        facts |= {"frechet_floor": floor["mean"], "frechet_floor_std": floor["std"]}
+    if copies := score.get("memorisation"):
+        facts["nearest_scan_ratio"] = copies["ratio"]  # below 1: samples copy scans
     return facts
 
 

@@ -11,15 +11,22 @@ Samples that are no pictures (videos, points, latents of other shapes) are array
     labels.npy           int64 [N], where there are classes
 
 Every file appears whole or not at all, so an interrupted run continues with the samples that are
-missing. How a sample comes about is the business of process.py.
+missing. Any number of processes share them by batches: the batches, and so the samples, are those of one process. How
+a sample comes about is the business of process.py.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import fcntl
+import functools
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+import os
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -30,6 +37,7 @@ from PIL import Image
 from torch import Tensor
 
 from speed_engine.atomic_files import atomic, write_json
+from speed_engine.distributed import Processes
 from speed_engine.progress import progress
 from speed_engine.sampling.guidance import Model
 from speed_engine.sampling.montage import as_picture, grid_picture
@@ -117,16 +125,62 @@ def save_arrays(arrays_N: np.ndarray, out: Path, numbers: Sequence[int]) -> None
 def close_folder(
     out: Path, labels_N: np.ndarray | None, upscale: int = 1, class_names: Sequence[str] = ()
 ) -> None:
-    """Gather all PNGs into samples.npz and grid.png. Raises ValueError naming an unreadable PNG."""
+    """Gather all PNGs into samples.npz and grid.png, one picture at a time. Raises ValueError naming a PNG that cannot
+    be read or has another size.
+    """
     num = int(read_recipe(out)["num"])
-    pixels = np.stack([_read_png(image_path(out, i))[::upscale, ::upscale] for i in range(num)])
-    arrays = {"arr_0": pixels}
-    if labels_N is not None:
-        arrays["labels"] = labels_N.astype(np.int64)
-    with atomic(out / "samples.npz") as partial, partial.open("wb") as file:
-        np.savez(file, **arrays)  # type: ignore[arg-type]
+
+    def read(number: int) -> np.ndarray:
+        return _read_png(image_path(out, number))[::upscale, ::upscale]
+
+    shape = read(0).shape
+    # As numpy writes it, but without ever holding all pictures: 50,000 of 256x256 are ten gigabytes.
+    with atomic(out / "samples.npz") as partial, zipfile.ZipFile(partial, "w") as archive:
+        with archive.open("arr_0.npy", "w", force_zip64=True) as file:
+            header = {"descr": "|u1", "fortran_order": False, "shape": (num, *shape)}
+            np.lib.format.write_array_header_1_0(file, header)
+            for number in range(num):
+                pixels = read(number)
+                if pixels.shape != shape or pixels.dtype != np.uint8:
+                    raise ValueError(
+                        f"{image_path(out, number)} is no picture of {shape} as the first one is; delete it and "
+                        "sample again"
+                    )
+                file.write(pixels.tobytes())
+        if labels_N is not None:
+            with archive.open("labels.npy", "w") as file:
+                np.lib.format.write_array(file, labels_N.astype(np.int64))
+    numbers = _shown(num, labels_N)
+    labels = None if labels_N is None else labels_N[numbers]
     with atomic(out / "grid.png") as partial, partial.open("wb") as file:
-        grid_picture(pixels, labels_N, class_names).save(file, format="PNG")
+        tiles = np.stack([read(number) for number in numbers])
+        grid_picture(tiles, labels, class_names).save(file, format="PNG")
+
+
+def _shown(num: int, labels_N: np.ndarray | None, rows: int = 20, columns: int = 16) -> list[int]:
+    """The samples that a grid of so many rows and columns shows, ascending."""
+    if labels_N is None:
+        return list(range(min(num, rows * columns)))
+    classes = np.unique(labels_N)[:rows]
+    return sorted(int(n) for c in classes for n in np.flatnonzero(labels_N == c)[:columns])
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """No second command draws into `folder` meanwhile, where the file system can tell; ends with the process."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:  # some network file systems lock no folders
+            if error.errno in (errno.EAGAIN, errno.EACCES):
+                raise ValueError(
+                    f"another command is drawing into {folder}; wait for it, or choose another --out (for many "
+                    "processes on one folder: torchrun)"
+                ) from error
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _read_png(path: Path) -> np.ndarray:
@@ -188,6 +242,7 @@ def sample_to_folder(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     show_progress: bool = True,
+    processes: Processes | None = None,
 ) -> Path:
     """Draw `num` samples into `out` and return it; an interrupted folder is continued.
 
@@ -195,7 +250,8 @@ def sample_to_folder(
     recipe.json and part of what must agree when a folder is continued. decode: turns model space
     into [-1, 1] pictures (`data.autoencoder.decoder`). stored: turns model space into what is saved as
     arrays, of samples that are no pictures (default: nothing is done). upscale: enlarges the single
-    PNGs. Raises ValueError as `sample` does, and for a folder of another recipe.
+    PNGs. processes: those that share the work, each of which must call this; with one batch_size they draw what one
+    process draws. Raises ValueError as `sample` does, and for a folder of another recipe.
     """
     shape = process.shape
     arrays = decode is None and (stored is not None or len(shape) != 3)
@@ -213,27 +269,65 @@ def sample_to_folder(
     check(process, recipe, conditions_N)
     facts = _facts(process, recipe, num, conditions_N, source, dtype)
     facts |= {"saved_as": "arrays" if arrays else "pictures", "upscale": upscale}
-    missing = open_folder(out, facts | {"decoded": decode is not None})
-    total = len(missing) * recipe.steps  # sampler steps times samples
-    with progress("sampling", total, show=show_progress) as bar:
-        for start in range(0, len(missing), batch_size):
-            numbers = missing[start : start + batch_size]
-            told = conditions_N and {name: each[numbers] for name, each in conditions_N.items()}
-            x = sample(
-                model,
-                process,
-                recipe,
-                conditions_N=told,
-                numbers=numbers,
-                batch_size=batch_size,
-                device=device,
-                dtype=dtype,
-                progress=bar.further,
-            )
-            if arrays:
-                save_arrays((stored(x) if stored else x).cpu().numpy(), out, numbers)
-            else:
-                save_images(to_uint8(decode(x) if decode else x), out, numbers, upscale)
+    facts |= {"decoded": decode is not None}
+    processes = processes or Processes(0, 1, 0, torch.device(device))
+
+    def draw(numbers: Sequence[int], tell: Callable[[int], None]) -> None:
+        told = conditions_N and {name: each[numbers] for name, each in conditions_N.items()}
+        x = sample(
+            model,
+            process,
+            recipe,
+            conditions_N=told,
+            numbers=numbers,
+            batch_size=batch_size,
+            device=device,
+            dtype=dtype,
+            progress=tell,
+        )
+        if arrays:
+            save_arrays((stored(x) if stored else x).cpu().numpy(), out, numbers)
+        else:
+            save_images(to_uint8(decode(x) if decode else x), out, numbers, upscale)
+
+    def draw_all(batches: Sequence[Sequence[int]]) -> None:
+        total = sum(map(len, batches)) * recipe.steps  # sampler steps times samples
+        with progress("sampling", total, show=show_progress and processes.first) as bar:
+            for numbers in batches:
+                draw(numbers, bar.further)
+
+    with contextlib.ExitStack() as stack:
+
+        def begin() -> list[int]:
+            if not processes.first:
+                return []
+            out.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(_alone(out))
+            return open_folder(out, facts)
+
+        missing = processes.from_first(processes.attempt(begin))
+        batches = [missing[at : at + batch_size] for at in range(0, len(missing), batch_size)]
+        processes.attempt(lambda: draw_all(batches[processes.rank :: processes.world]))
+        if processes.first:
+            finish = functools.partial(_finish, out, process, conditions_N, arrays, upscale)
+        else:
+            finish = _nothing
+        processes.attempt(finish)
+    return out
+
+
+def _nothing() -> None:
+    """What the other processes have to finish."""
+
+
+def _finish(
+    out: Path,
+    process: Process,
+    conditions_N: Mapping[str, Tensor] | None,
+    arrays: bool,
+    upscale: int,
+) -> None:
+    """What a folder has beside its samples."""
     labels = (conditions_N or {}).get("label")
     labels_N = None if labels is None else labels.cpu().numpy()
     if not arrays:
@@ -242,7 +336,6 @@ def sample_to_folder(
     elif labels_N is not None:
         with atomic(out / "labels.npy") as partial, partial.open("wb") as file:
             np.save(file, labels_N)
-    return out
 
 
 def _facts(

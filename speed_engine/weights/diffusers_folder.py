@@ -17,17 +17,30 @@ from typing import Any
 from torch import Tensor
 
 from speed_engine.atomic_files import atomic, write_text
-from speed_engine.weights.file import checked, described, read_safetensors, write_safetensors
+from speed_engine.weights.file import (
+    checked,
+    described,
+    read_safetensors,
+    without_places,
+    write_safetensors,
+)
 from speed_engine.weights.pickles import read_pt
 
 SIDECAR = "speed_engine.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+PARTS = ("transformer", "unet")  # of a pipeline, the one that is the network
 
 
 def adapter_of_model(model: Any) -> ModuleType:
     """The file of this package that exports the network; a network that none can hold is refused there."""
     kind = getattr(getattr(model, "config", None), "kind", None)
     return _adapter("unet_diffusers" if kind == "unet" else "dit_diffusers")
+
+
+def network_of(folder: Path) -> Path:
+    """The part of a pipeline's folder that is the network; another folder is given back as it is."""
+    parts = (folder / name for name in PARTS)
+    return next((part for part in parts if (part / "config.json").is_file()), folder)
 
 
 def adapter_of_folder(folder: Path) -> ModuleType:
@@ -74,20 +87,30 @@ def own_header(folder: Path, weights: Mapping[str, Tensor]) -> dict[str, Any] | 
     return checked(read_json(own), weights, str(folder), cure)
 
 
+def own_notes(folder: Path) -> dict[str, Any]:
+    """What our third file tells of the run (see `weights.file.save`); empty where it is not there or tells nothing."""
+    own = folder / SIDECAR
+    told = read_json(own) if own.exists() else {}
+    notes = told.get("notes") if isinstance(told, dict) else None
+    return notes if isinstance(notes, dict) else {}
+
+
 def write_folder(
     folder: Path | str,
     model: Any,
     theirs: Mapping[str, Tensor],
     description: Mapping[str, Any],
     cautions: Sequence[str],
+    notes: Mapping[str, Any] | None = None,
 ) -> None:
     """Write the three files, and warn of `cautions`, what diffusers will do otherwise than we.
 
-    theirs: tensors by diffusers' names. description: its config.json.
+    theirs: tensors by diffusers' names. description: its config.json. notes: as in `weights.file.save`.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    header = described(model, dict(theirs), cautions=list(cautions))
+    told = {"notes": without_places(notes)} if notes else {}
+    header = described(model, dict(theirs), cautions=list(cautions), **told)
     with atomic(folder / WEIGHTS) as partial:
         write_safetensors(partial, dict(theirs), {"format": "pt", "checksum": header["checksum"]})
     for name, content in (

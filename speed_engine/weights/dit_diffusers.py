@@ -64,12 +64,19 @@ THEIR_TABLE = "norm1.emb.class_embedder.embedding_table.weight"
 
 
 def export_diffusers(
-    folder: Path | str, model: Any, weights: Mapping[str, Tensor] | None = None
+    folder: Path | str,
+    model: Any,
+    weights: Mapping[str, Tensor] | None = None,
+    *,
+    notes: Mapping[str, Any] | None = None,
+    null_at: int | None = None,
 ) -> list[str]:
     """Write `folder` so that `DiTTransformer2DModel.from_pretrained(folder)` loads it.
 
-    `weights` (an EMA, say) replaces the model's own. Returns, and warns of, what diffusers will do
-    otherwise than we. Raises ValueError where its DiT cannot hold the model.
+    `weights` (an EMA, say) replaces the model's own. notes: as in `weights.file.save`. null_at: the label that means
+    "none" (a pipeline's own); the rows from the last class to it are all that of "none". Default: behind the last
+    class. Returns, and warns of, what diffusers will do otherwise than we. Raises ValueError where its DiT cannot hold
+    the model.
     """
     _refuse_other_networks(model)
     assert isinstance(model, dit.DiT)
@@ -80,8 +87,9 @@ def export_diffusers(
         raise ValueError("diffusers cannot hold this model: its position embedding is not sin-cos")
     # diffusers has a table of num_classes + 1 rows always.
     table = tensors.get(OUR_TABLE, torch.zeros(1, hidden, dtype=places.dtype))
-    num_classes = max(_num_classes(model), 1)
-    tensors[OUR_TABLE] = torch.cat([table, table.new_zeros(num_classes + 1 - len(table), hidden)])
+    num_classes = max(_num_classes(model), 1) if null_at is None else null_at
+    nothing = table[-1:] if null_at is not None else table.new_zeros(1, hidden)
+    tensors[OUR_TABLE] = torch.cat([table, nothing.expand(num_classes + 1 - len(table), hidden)])
     description = {
         "_class_name": "DiTTransformer2DModel",
         "num_attention_heads": num_heads,
@@ -95,9 +103,9 @@ def export_diffusers(
         "norm_eps": 1e-6,
         **FIXED,
     }
-    cautions = list(_cautions(model))
+    cautions = list(_cautions(model, null_at is not None))
     theirs = {key: tensor.clone() for key, tensor in _to_theirs(tensors, depth)}
-    write_folder(folder, model, theirs, description, cautions)
+    write_folder(folder, model, theirs, description, cautions, notes)
     return cautions
 
 
@@ -285,15 +293,15 @@ def _to_ours(theirs: Mapping[str, Tensor], depth: int, source: str) -> dict[str,
     return ours
 
 
-def _cautions(model: dit.DiT) -> Iterator[str]:
+def _cautions(model: dit.DiT, null_is_theirs: bool) -> Iterator[str]:
     """What diffusers does otherwise with this model, and what to do about it."""
     num_classes = _num_classes(model)
-    if num_classes == 0:
+    if num_classes == 0 and not null_is_theirs:
         yield (
             "diffusers' DiT has no unconditional form: this folder has one class whose embedding is"
             " zero; call the transformer with class_labels 0, not through DiTPipeline"
         )
-    elif num_classes != 1000:
+    elif num_classes != 1000 and not null_is_theirs:
         yield (
             "diffusers' DiTPipeline always guides with the null label 1000: for this model of"
             f" {num_classes} classes call the transformer yourself, with the null label"

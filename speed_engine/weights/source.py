@@ -44,10 +44,12 @@ def read(
     if path.is_dir():
         if num_heads is not None:
             raise ValueError("a diffusers folder says its number of heads; leave out --num-heads")
+        path = diffusers_folder.network_of(path)
         adapter = diffusers_folder.adapter_of_folder(path)
         model = adapter.import_diffusers(path, frequency_shift, num_classes=num_classes)
         ours = (path / diffusers_folder.SIDECAR).exists()  # our own folder leaves nothing open
-        return Found(model, {}, () if ours else dit_public.assumptions(model.facts))
+        remarks = () if ours else dit_public.assumptions(model.facts)
+        return Found(model, diffusers_folder.own_notes(path), remarks)
     if frequency_shift is not None:
         raise ValueError("--frequency-shift is for diffusers folders; a .pt has the public one, 0")
     if path.suffix == ".safetensors":

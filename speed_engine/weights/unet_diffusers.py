@@ -73,12 +73,16 @@ IN_ATTENTION = {"norm": "group_norm", "attn.proj": "to_out.0"}
 
 
 def export_diffusers(
-    folder: Path | str, model: Any, weights: Mapping[str, Tensor] | None = None
+    folder: Path | str,
+    model: Any,
+    weights: Mapping[str, Tensor] | None = None,
+    *,
+    notes: Mapping[str, Any] | None = None,
 ) -> list[str]:
     """Write `folder` so that `UNet2DModel.from_pretrained(folder)` loads it.
 
-    `weights` (an EMA, say) replaces the model's own. Returns, and warns of, what diffusers will do otherwise than we.
-    Raises ValueError, naming the setting, where its U-Net is another network.
+    `weights` (an EMA, say) replaces the model's own. notes: as in `weights.file.save`. Returns, and warns of, what
+    diffusers will do otherwise than we. Raises ValueError, naming the setting, where its U-Net is another network.
     """
     _refuse_other_networks(model)
     assert isinstance(model, unet.UNet)
@@ -123,7 +127,7 @@ def export_diffusers(
         theirs[THEIR_TABLE] = tensors.pop(TABLE)
     assert not tensors, f"{next(iter(tensors))} has no name in diffusers"
     cautions = list(_cautions(model))
-    write_folder(folder, model, theirs, description, cautions)
+    write_folder(folder, model, theirs, description, cautions, notes)
     return cautions
 
 

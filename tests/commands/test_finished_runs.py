@@ -75,6 +75,18 @@ def test_sample_takes_the_settings_it_is_given(good, run, samples, tmp_path, rea
     assert (drawn["channels"] == pictures(samples)[:4]).all()  # one channel is all there are
 
 
+def test_bf16_is_a_choice_that_the_folder_remembers(
+    good, command, run, samples, tmp_path, read_json
+):
+    words = words_of(read_json(samples / "recipe.json"), run, tmp_path / "out")
+    good(*words, "--precision", "bf16")
+    difference = np.abs(pictures(tmp_path / "out").astype(int) - pictures(samples))
+    assert 0 < difference.mean() < 5
+    assert read_json(tmp_path / "out" / "recipe.json")["dtype"] == "bfloat16"
+    answer = command(*words)
+    assert answer.code == 2 and "dtype='bfloat16' (now 'float32')" in answer.err
+
+
 @pytest.mark.parametrize("sampler", ["ddpm", "dpm++"])
 def test_every_sampler_draws(good, run, samples, tmp_path, read_json, sampler):
     recipe = read_json(samples / "recipe.json") | {"num": 2, "sampler": sampler}
@@ -126,6 +138,38 @@ def test_plot_draws_the_run(good, run, tmp_path, is_a_picture):
     assert {Path(line) for line in answer.out.split()} == set(drawn)
     assert {"loss.png", "loss_by_t.png"} < {path.name for path in drawn} and len(drawn) == 4
     assert all(map(is_a_picture, drawn))
+
+
+def test_plot_draws_several_runs_and_other_formats(
+    good, command, run, tmp_path, is_a_picture, overrides
+):
+    other = tmp_path / "uniform"
+    words = [word for word in overrides(other) if not word.startswith("timesteps")]
+    learning = ["timesteps.kind=infonoise", "timesteps.warmup_steps=2", "timesteps.every=2"]
+    good("train", "--config", "digits_dit_tiny", *words, *learning)
+    good("plot", "--run", other, "--format", "svg")  # at its start, and as it was left
+    text = (other / "plots" / "timesteps_learned.svg").read_text()
+    assert "at step 20" in text
+    assert text.count("at the start = at step 20") == 1  # the weight; the density has moved
+    both, out = ["plot", "--run", run, "--run", other], tmp_path / "plots"
+    answer = good(*both, "--out", out, "--format", "png", "--format", "pdf")
+    assert {Path(line) for line in answer.out.split()} == set(out.iterdir())
+    names = {
+        f"{name}.{end}" for name in ("loss", "loss_by_t", "timesteps") for end in ("png", "pdf")
+    }
+    assert {path.name for path in out.iterdir()} == names
+    assert all(map(is_a_picture, out.glob("*.png")))
+    answer = command(*both)
+    assert answer.code == 2 and "give --out" in answer.err
+    answer = command("plot", "--run", run, "--run", run, "--out", tmp_path / "twice")
+    assert answer.code == 2 and "given twice" in answer.err and not (tmp_path / "twice").exists()
+
+
+def test_plot_shows_classes_where_samples_were_scored(good, run, samples, tmp_path, is_a_picture):
+    copy = Path(shutil.copytree(run, tmp_path / "run"))
+    shutil.copytree(samples, copy / "samples")
+    good("plot", "--run", copy)
+    assert is_a_picture(copy / "plots" / "classes.png")
 
 
 def test_plot_puts_its_pictures_beside_the_run(good, run, tmp_path):
@@ -203,12 +247,46 @@ def test_diffusers_and_back(good, exported, run, tmp_path, read_json):
     out = tmp_path / "diffusers"
     answer = good("export", "--run", run, "--out", out, "--format", "diffusers")
     assert str(out) in answer.out
-    config = read_json(out / "config.json")
+    assert "it decodes latents" in answer.out and "`license`" in answer.out
+    config = read_json(out / "transformer" / "config.json")
     assert config["num_layers"] == 6 and config["sample_size"] == 8
     assert config["num_attention_heads"] * config["attention_head_dim"] == 128
     back = tmp_path / "new folder" / "back.safetensors"
     good("import", "--source", out, "--out", back)
     assert same(back, exported)
+
+
+def test_the_card_of_an_exported_run(good, command, run, samples, tmp_path, read_json):
+    """Its lines draw what `sample` draws from the exported folder; its scores are of these weights or refused."""
+    out, words = tmp_path / "diffusers", ["export", "--run", run, "--format", "diffusers"]
+    good(*words, "--out", out, "--scores", samples / "score.json")
+    card = (out / "README.md").read_text()
+    assert "| steps | 20 |" in card and "kind speed" in card and "20 samples, ddim, 5 steps" in card
+    code = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1].replace(
+        "steps, num = 50", "steps, num = 5"
+    )
+    noise = []
+    from speed_engine.sampling import process
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            process.philox,
+            "normals",
+            lambda *a, f=process.philox.normals: noise.append(f(*a)) or noise[-1],
+        )
+        shape = ["--num", "4", "--sampler", "ddim", "--steps", "5", "--guidance", "1.5"]
+        good("sample", "--weights", out, *shape, "--out", tmp_path / "ours")
+        patch.setattr(torch, "randn", lambda *shape, **_: noise[0].reshape(shape).clone())
+        patch.chdir(out)
+        names = {}
+        exec(code, names)
+    found = (names["pictures"][:, 0] * 255).round().byte().numpy()
+    assert np.abs(found.astype(int) - pictures(tmp_path / "ours")).max() <= 1
+    answer = command(
+        *words, "--out", tmp_path / "b", "--weights", "model", "--scores", samples / "score.json"
+    )
+    assert answer.code == 2 and "is of the ema weights of step 20" in answer.err
+    assert not (tmp_path / "b").exists()
 
 
 def test_import_of_a_public_checkpoint(good, exported, tmp_path):

@@ -48,7 +48,7 @@ def test_samples_of_a_file_are_those_of_its_run(good, forms, expected, tmp_path,
     answer = good("sample", "--weights", forms[form], "--out", tmp_path / "out", *SAMPLE)
     assert np.abs(pictures(tmp_path / "out") - expected).max() <= (1 if form == "diffusers" else 0)
     assumed = "do not say their schedule" in answer.out
-    assert assumed == (form in ("public", "diffusers"))
+    assert assumed == (form == "public")
 
 
 def test_what_the_file_does_not_say_can_be_said(good, command, forms, expected, tmp_path):

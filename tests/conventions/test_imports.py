@@ -117,7 +117,7 @@ ONLY_IN = {
     "tensorboard": r"speed_engine/training/boards\.py",
     "torch.utils.tensorboard": r"speed_engine/training/boards\.py",
     "timm": r"never",
-    "torch_fidelity": r"speed_engine/reports/scores\.py",
+    "torch_fidelity": r"speed_engine/reports/scores/inception\.py",
     "torchvision": r"never",
     "transformers": r"speed_engine/conditions/text\.py",
     "triton": r"kernels/speed_kernels/(\w+/)?(triton_\w+|ahead_of_time)\.py",

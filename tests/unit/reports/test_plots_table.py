@@ -37,6 +37,21 @@ def test_pictures_of_one_table(tmp_path, schedule, objective, timesteps):
     assert "matplotlib.pyplot" not in sys.modules
 
 
+def test_sigma_is_drawn_on_a_logarithmic_axis(tmp_path):
+    table = build_step_table(config("schedules", "edm"), config("objectives", "edm"), parse("edm"))
+    text = plots_table.plot_table(table, tmp_path, "svg")[0].read_text()
+    assert "sigma (small = clean, large = noise)" in text and "10^{-1}" in text.replace(
+        "\\mathdefault", ""
+    )
+
+
+def test_curves_on_each_other_are_named(tmp_path):
+    schedule = config("schedules", "linear")
+    several = tables(schedule, config("objectives", "epsilon"), ["uniform", "speed", "min_snr"])
+    text = plots_table.plot_comparison(several, tmp_path / "c.svg").read_text()
+    assert "uniform = min_snr" in text and "= speed" not in text
+
+
 def test_comparison(tmp_path):
     schedule = config("schedules", "linear", zero_terminal_snr=True)
     several = tables(schedule, config("objectives", "v"), ["uniform", "speed", "min_snr"])

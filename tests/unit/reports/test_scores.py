@@ -1,24 +1,21 @@
-"""Scores: the Frechet mathematics on known Gaussians, digits on real scans, the torch-fidelity wrapper."""
+"""Scores: the Frechet mathematics on known Gaussians, and digits on real scans."""
 
 from __future__ import annotations
 
 import json
-import sys
-import types
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from speed_engine.reports.scores import (
+from speed_engine.reports.scores import score
+from speed_engine.reports.scores.digits import (
     NUM_FEATURES,
-    distance_and_floor,
-    frechet_distance,
     memorisation,
     real_digits,
-    score,
     score_digits,
 )
+from speed_engine.reports.scores.frechet import distance_and_floor, frechet_distance
 from speed_engine.sampling.folder import write_json
 
 
@@ -160,6 +157,8 @@ def test_few_samples_warn_with_numbers(digits) -> None:
 
 def folder_of_samples(path, pixels, labels) -> None:
     (path / "images").mkdir(parents=True)
+    for number, picture in enumerate(pixels):
+        Image.fromarray(picture[..., 0]).save(path / "images" / f"{number:06d}.png")
     np.savez(path / "samples.npz", arr_0=pixels, labels=labels)
     write_json(path / "recipe.json", {"num": len(pixels), "sampler": "ddim", "steps": 50})
 
@@ -168,62 +167,24 @@ def test_score_of_a_folder_carries_its_recipe(tmp_path, digits) -> None:
     folder_of_samples(tmp_path / "s", as_pixels(digits.ink_NP[:100]), digits.labels_N[:100])
     report = score(tmp_path / "s", "digits")
     assert report["recipe"] == {"num": 100, "sampler": "ddim", "steps": 50}
-    assert json.loads((tmp_path / "s" / "score.json").read_text()) == report
+    assert report["class_agreement"]["agreement"] > 0.95
+    stored = json.loads((tmp_path / "s" / "score.json").read_text())
+    assert report == stored | {"file": str(tmp_path / "s" / "score.json"), "remarks": []}
     assert len(report["reference"]["sha256"]) == 64
     score(tmp_path / "s", "digits", out=tmp_path / "other.json")
     assert (tmp_path / "other.json").exists() and not list(tmp_path.rglob("*.partial"))
 
 
 def test_mistakes_are_named(tmp_path, digits) -> None:
-    with pytest.raises(ValueError, match=r"recipe\.json cannot be read"):
+    with pytest.raises(ValueError, match="holds no image"):
         score(tmp_path, "digits")
     with pytest.raises(ValueError, match="8 x 8 x 1"):
         score_digits(np.zeros((5, 16, 16, 3), dtype=np.uint8), None)
     with pytest.raises(ValueError, match="0 to 9"):
         score_digits(as_pixels(digits.ink_NP[:3]), np.array([0, 1, 10]))
     folder_of_samples(tmp_path / "s", as_pixels(digits.ink_NP[:3]), digits.labels_N[:3])
-    with pytest.raises(ValueError, match="no option 'cuda'"):
-        score(tmp_path / "s", "digits", cuda=True)
-    with pytest.raises(ValueError, match="holds 0 PNG"):
-        score(tmp_path / "s", tmp_path / "s" / "images")
-    with pytest.raises(ValueError, match="not a folder"):
-        score(tmp_path / "s", tmp_path / "nowhere")
-
-
-def image_folders(tmp_path):
-    folder_of_samples(tmp_path / "s", np.zeros((3, 8, 8, 3), dtype=np.uint8), np.zeros(3, int))
-    (tmp_path / "real").mkdir()
-    for i in range(5):
-        picture = Image.new("RGB", (8, 8))
-        picture.save(tmp_path / "real" / f"{i}.png")
-        if i < 3:
-            picture.save(tmp_path / "s" / "images" / f"{i}.png")
-    return tmp_path / "s", tmp_path / "real"
-
-
-def test_without_torch_fidelity_the_sentence_says_what_to_install(tmp_path, monkeypatch) -> None:
-    monkeypatch.setitem(sys.modules, "torch_fidelity", None)
-    with pytest.raises(ValueError, match=r"pip install 'speed-engine\[score\]'"):
-        score(*image_folders(tmp_path))
-
-
-def test_torch_fidelity_is_asked_for_the_right_things(tmp_path, monkeypatch) -> None:
-    asked = {}
-    module = types.ModuleType("torch_fidelity")
-
-    def calculate_metrics(**arguments):
-        asked.update(arguments)
-        return {"frechet_inception_distance": np.float64(12.5), "precision": 0.5}
-
-    module.calculate_metrics = calculate_metrics  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "torch_fidelity", module)
-    monkeypatch.setattr("speed_engine.reports.scores.version", lambda name: "0.4.0")
-    samples, real = image_folders(tmp_path)
-    report = score(samples, real, cuda=False)
-    assert asked["input1"] == str(samples / "images") and asked["input2"] == str(real)
-    assert asked["isc"] and asked["fid"] and asked["kid"] and asked["prc"]
-    assert asked["kid_subset_size"] == 3 and asked["cuda"] is False
-    assert report["metrics"] == {"frechet_inception_distance": 12.5, "precision": 0.5}
-    assert report["num_samples"] == 3 and report["reference"]["num"] == 5
-    assert "3 images" in report["warnings"][0] and "rank 2" in report["warnings"][0]
-    assert report["recipe"]["sampler"] == "ddim"
+    (tmp_path / "s" / "images" / "000001.png").unlink()
+    with pytest.raises(ValueError, match="lacks 1 of 3 samples; run `sample` again"):
+        score(tmp_path / "s", "digits")
+    with pytest.raises(ValueError, match="nowhere is not there"):
+        score(tmp_path / "nowhere", "digits")

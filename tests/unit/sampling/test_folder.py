@@ -202,6 +202,47 @@ def test_decoded_latents_and_upscaled_pictures(tmp_path) -> None:
         assert np.array_equal(np.asarray(picture)[::3, ::3], pixels[7])
 
 
+def test_the_archive_is_what_the_evaluator_reads(tmp_path) -> None:
+    """numpy's own, uint8 NHWC, written picture by picture; the grid shows the first of each class."""
+    out = draw(tmp_path, process=process((3, 6, 4), classes=labelled(3)))
+    with np.load(out / "samples.npz", allow_pickle=False) as archive:
+        pixels = archive["arr_0"]
+        assert archive.files == ["arr_0", "labels"] and archive["labels"].dtype == np.int64
+    assert pixels.shape == (10, 6, 4, 3) and pixels.dtype == np.uint8 and pixels.flags.c_contiguous
+    for number in range(10):
+        with Image.open(image_path(out, number)) as picture:
+            assert np.array_equal(np.asarray(picture), pixels[number])
+    whole = np.asarray(grid_picture(pixels, LABELS.numpy()))
+    with Image.open(out / "grid.png") as grid:
+        assert np.array_equal(np.asarray(grid), whole)
+    Image.new("RGB", (5, 5)).save(image_path(out, 4))
+    with pytest.raises(ValueError, match=r"000004\.png is no picture of \(6, 4, 3\)"):
+        draw(tmp_path, process=process((3, 6, 4), classes=labelled(3)))
+    assert np.array_equal(np.load(out / "samples.npz")["arr_0"], pixels)  # the old one, whole
+
+
+def test_a_grid_of_many_shows_the_first(tmp_path) -> None:
+    labels = torch.cat([torch.zeros(18, dtype=torch.int64), torch.arange(22)])
+    out = draw(
+        tmp_path, process=process(classes=labelled(22)), num=40, conditions_N={"label": labels}
+    )
+    pixels, told = read_samples(out)
+    with Image.open(out / "grid.png") as grid:
+        assert np.array_equal(np.asarray(grid), np.asarray(grid_picture(pixels, told)))
+
+
+def test_two_commands_do_not_draw_into_one_folder(tmp_path) -> None:
+    class Nested(Model):
+        def __call__(self, x: Tensor, tau: Tensor, label: Tensor | None = None) -> Tensor:
+            with pytest.raises(ValueError, match="another command is drawing into"):
+                draw(tmp_path, Model())
+            return super().__call__(x, tau, label)
+
+    model = Nested()
+    out = draw(tmp_path, model)
+    assert model.num == 10 * RECIPE.steps and len(read_samples(out)[0]) == 10
+
+
 VIDEO = process((2, 3, 4, 4), classes=labelled(3))
 
 
