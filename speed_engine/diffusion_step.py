@@ -155,6 +155,13 @@ def diffusion_loss(
     each other. Raises ValueError for one of the two alone, for a place outside the global batch, and
     where the table's method needs the engine's loop (`adaptive`).
     """
+    if not isinstance(x0, Tensor) or not isinstance(table, StepTable):
+        raise ValueError(
+            f"diffusion_loss takes x0, a tensor [B, ...], and table, a StepTable; it was given a {type(x0).__name__} "
+            f"and a {type(table).__name__}"
+        )
+    if not x0.dim() or not len(x0):
+        raise ValueError("x0 holds no sample; give a batch of at least one: [B, ...]")
     if table.policy is not None:
         raise ValueError(
             "timesteps.kind=adaptive has to see the network before and after every update, which "

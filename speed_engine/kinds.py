@@ -15,13 +15,14 @@ import difflib
 import functools
 import importlib
 import importlib.util
+import reprlib
 import sys
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationInfo, create_model
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, create_model
 
 # Section -> the package whose files are its kinds.
 SECTIONS = {
@@ -139,6 +140,24 @@ def config_of(section: str, value: Any, trusted: Collection[str] | None = None) 
         raise ConfigError(f"{section}.kind is missing; choose one of: {', '.join(names(section))}")
     config = config_class(section, value["kind"], trusted)
     return config.model_validate(value, context={"trusted": trusted})
+
+
+def asked(section: str, value: Any) -> Any:
+    """`config_of` for a caller in Python: every mistake is a ConfigError of one sentence."""
+    try:
+        return config_of(section, value)
+    except ValidationError as error:
+        told = []
+        for item in error.errors():
+            key = ".".join([section, *map(str, item["loc"])])
+            if item["type"] == "extra_forbidden":
+                known = config_class(section, value["kind"]).model_fields
+                found = suggest(str(item["loc"][-1]), sorted(known))
+                told.append(f"unknown key {key}{found}; known here: {', '.join(sorted(known))}")
+            else:
+                said = item["msg"].removeprefix("Value error, ")
+                told.append(f"{key}: {said} (given: {reprlib.repr(item['input'])})")
+        raise ConfigError("; ".join(told)) from error
 
 
 def config_class(

@@ -21,10 +21,10 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor
 
-from speed_engine.kinds import config_of, home
+from speed_engine.kinds import asked, home
 from speed_engine.objectives import Objective, W, pack, weight_ceiling
 from speed_engine.schedules import Schedule, from_alphas_cumprod, from_flow, from_sigmas
-from speed_engine.timesteps import Method, MethodConfig, integer_cdf, parse
+from speed_engine.timesteps import Method, MethodConfig, integer_cdf
 from speed_engine.timesteps.online import Columns
 from speed_engine.timesteps.online.buffer import AllReduce
 from speed_engine.timesteps.online.policy import ALONE, Evaluate, Policy, Reach
@@ -203,9 +203,8 @@ class StepTable:
         float32 input costs relative accuracy 1e-3 at the first steps; float64 does not.
         """
         schedule = from_alphas_cumprod(alphas_cumprod)
-        return assemble(
-            schedule, config_of("objective", objective), parse(timesteps), learned_variance
-        )
+        recipe = asked("objective", objective), asked("timesteps", timesteps)
+        return assemble(schedule, *recipe, learned_variance)
 
     @staticmethod
     def from_sigmas(
@@ -218,8 +217,8 @@ class StepTable:
 
         The network is told ln(sigma) / 4.
         """
-        schedule = from_sigmas(sigmas, sigma_data)
-        return assemble(schedule, config_of("objective", objective), parse(timesteps), False)
+        recipe = asked("objective", objective), asked("timesteps", timesteps)
+        return assemble(from_sigmas(sigmas, sigma_data), *recipe, learned_variance=False)
 
     @staticmethod
     def from_flow(
@@ -234,7 +233,8 @@ class StepTable:
         without its final 0), None is continuous time. The network is told time_scale * t.
         """
         schedule = from_flow(times, time_scale)
-        return assemble(schedule, config_of("objective", objective), parse(timesteps), False)
+        recipe = asked("objective", objective), asked("timesteps", timesteps)
+        return assemble(schedule, *recipe, learned_variance=False)
 
     # ---------------------------------------------------------------- changing while training runs
 

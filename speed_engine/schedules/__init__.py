@@ -9,6 +9,7 @@ configuration is the name of a file of this folder.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -244,14 +245,14 @@ def from_flow(times: Tensor | None, time_scale: float = 1000.0) -> Schedule:
 
 def flow_curve(shift: float, time_scale: float) -> Curve:
     """t -> alpha, sigma, time of rectified flow after the resolution shift t' = s t / (1 + (s - 1)
-    t) (Esser et al. 2024).
+    t) (Esser et al. 2024). Like every curve it can be pickled, and with it a table.
     """
+    return functools.partial(_flow, shift, time_scale)
 
-    def curve(t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        shifted = shift * t / (1 + (shift - 1) * t)
-        return 1 - shifted, shifted, time_scale * shifted
 
-    return curve
+def _flow(shift: float, time_scale: float, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    shifted = shift * t / (1 + (shift - 1) * t)
+    return 1 - shifted, shifted, time_scale * shifted
 
 
 def on_curve(

@@ -9,6 +9,7 @@ sqrt(beta_min^2 + 2 D ln r)) / D.
 
 from __future__ import annotations
 
+import functools
 from typing import Literal
 
 import torch
@@ -32,9 +33,10 @@ class Config(Section):
 
 def build(config: Config) -> Schedule:
     """Rows at the middles of equal cells of t."""
-
-    def curve(t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        b = config.beta_min * t + (config.beta_max - config.beta_min) * t.square() / 2
-        return torch.exp(-b / 2), (-torch.expm1(-b)).sqrt(), config.time_scale * t
-
+    curve = functools.partial(_curve, config)
     return on_curve("continuous_vp", curve, *cells(config.t_min, 1.0, config.num_cells))
+
+
+def _curve(config: Config, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    b = config.beta_min * t + (config.beta_max - config.beta_min) * t.square() / 2
+    return torch.exp(-b / 2), (-torch.expm1(-b)).sqrt(), config.time_scale * t

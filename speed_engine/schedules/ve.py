@@ -44,9 +44,9 @@ def sigma_schedule(
         raise ValueError(
             f"schedule.sigma_min={sigma_min:g} must be below schedule.sigma_max={sigma_max:g}"
         )
-
-    def curve(log_sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return torch.ones_like(log_sigma), log_sigma.exp(), log_sigma / 4
-
     middles, widths = cells(math.log(sigma_min), math.log(sigma_max), num_cells)
-    return on_curve(kind, curve, middles, widths, sigma_data)
+    return on_curve(kind, _curve, middles, widths, sigma_data)
+
+
+def _curve(log_sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.ones_like(log_sigma), log_sigma.exp(), log_sigma / 4

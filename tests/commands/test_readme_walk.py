@@ -64,7 +64,7 @@ def test_own_pictures(good, tmp_path, monkeypatch, read_json):
     pictures(tmp_path / "pictures", 40)
     commands = walk("Your own pictures")
     assert [words[3] for words in commands] == [
-        "encode", "plan", "train", "train", "sample", "plot", "export", "sample"
+        "encode", "plan", "train", "train", "sample", "score", "plot", "export", "sample"
     ]  # fmt: skip
     trained = 0
     for words in commands:
@@ -79,6 +79,7 @@ def test_own_pictures(good, tmp_path, monkeypatch, read_json):
     again = sorted((tmp_path / "from_the_file").rglob("*.png"))
     assert len(drawn) == len(again) >= 4
     assert list((tmp_path / "runs" / "mine" / "plots").glob("*.png"))
+    assert (tmp_path / "runs" / "mine" / "samples" / "score.json").exists()
 
 
 @pytest.fixture

@@ -183,3 +183,13 @@ def test_continuous_time_has_no_learned_variance():
 
     with pytest.raises(ValueError, match="learned_variance needs a discrete schedule"):
         build_step_table(rectified_flow.Config(), flow.Config(), uniform.Config(), True)
+
+
+@pytest.mark.parametrize(
+    ("x0", "said"),
+    [([1.0], "given a list"), (torch.zeros(0, 2), "no sample"), (torch.tensor(1.0), "no sample")],
+)
+def test_what_is_no_batch_is_told(x0, said):
+    table = StepTable.from_alphas_cumprod(torch.linspace(0.99, 0.01, 9, dtype=torch.float64))
+    with pytest.raises(ValueError, match=said):
+        diffusion_loss(lambda x, time: x, x0, table, step=0, seed=0)

@@ -1,11 +1,13 @@
 """The step table: packed columns against the formulas they stand for, the integer CDF, and the library entry."""
 
 import importlib
+import pickle
 
 import pytest
 import torch
 
 from speed_engine import StepTable
+from speed_engine.kinds import ConfigError, names
 from speed_engine.objectives import COLUMNS
 from speed_engine.step_table import build_step_table
 from speed_engine.timesteps import integer_cdf
@@ -153,3 +155,34 @@ def test_a_table_is_told_in_one_line():
     table = StepTable.from_alphas_cumprod(alphas_cumprod, timesteps="p2")
     assert repr(table) == f"StepTable(p2 on {table.schedule.kind}, 50 rows, predicts epsilon, cpu)"
     assert "16384 rows, predicts flow, cpu" in repr(StepTable.from_flow())
+
+
+@pytest.mark.parametrize("schedule", names("schedule"))
+def test_a_table_can_be_pickled(schedule):
+    objective = {"edm": "edm", "ve": "edm", "rectified_flow": "flow"}.get(schedule, "v")
+    kind = "mode" if schedule == "rectified_flow" else "loss_second_moment"
+    table = make(schedule, objective, kind, learned=False)
+    again = pickle.loads(pickle.dumps(table))
+    for name in ("rows_T8", "cdf_T", "time_T", "weight"):
+        assert torch.equal(getattr(again, name), getattr(table, name))
+    assert repr(again) == repr(table)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (
+            {"timesteps": {"kind": "speed", "kk": 1}},
+            r"unknown key timesteps\.kk.*; known here: .*tau",
+        ),
+        ({"timesteps": {"kind": "speed", "k": -1}}, r"^timesteps\.k: .* 1 \(given: -1\)$"),
+        ({"timesteps": "sped"}, "did you mean 'speed'"),
+        ({"objective": {"kind": "fdm", "multiplier": 0}}, r"^objective\.multiplier: "),
+    ],
+)
+def test_a_librarys_mistake_is_one_sentence(settings, said):
+    with pytest.raises(ConfigError, match=said) as told:
+        StepTable.from_alphas_cumprod(
+            torch.linspace(0.99, 0.01, 9, dtype=torch.float64), **settings
+        )
+    assert "\n" not in str(told.value)
