@@ -19,6 +19,7 @@ from speed_engine.models import refuse_unknown_conditions
 # The smallest settings of each network.
 SMALL: dict[str, dict[str, Any]] = {
     "dit": {"size": "tiny/2", "hidden_size": 16, "depth": 2, "num_heads": 2},
+    "mdt": {"size": "tiny/2", "hidden_size": 16, "depth": 3, "num_heads": 2},
     "unet": {"size": "tiny", "width": 8, "num_blocks": 1, "num_heads": 2},
 }
 # What a set says for each condition, and something a person may ask for.
@@ -156,7 +157,11 @@ def test_a_network_is_told_any_of_what_it_takes(kind: str, num_outputs: int) -> 
         torch.testing.assert_close(
             out[2:4], model(x[2:4], time_B[2:4], **{k: v[2:4] for k, v in told.items()})
         )
-        out.square().sum().backward()
+        passes = getattr(model, "passes", lambda seed, address: [(1.0, {})])
+        for share, further in passes(
+            0, torch.tensor([1, 2])
+        ):  # a batch's passes reach every weight
+            (share * model(x, time_B, **told, **further).square().sum()).backward()
         assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
         if told:
             with pytest.raises((ValueError, TypeError)):
