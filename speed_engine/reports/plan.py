@@ -102,11 +102,11 @@ def _data(config: RunConfig) -> tuple[Facts, str, Sequence[str]]:
     return (
         (DIGITS, "digits", ())
         if made
-        else (_assumed(config), f"assumed, for {path} does not exist", ())
+        else (assumed(config), f"assumed, for {path} does not exist", ())
     )
 
 
-def _assumed(config: RunConfig) -> Facts:
+def assumed(config: RunConfig) -> Facts:
     """`ASSUMED`, or pixels where the configuration says that it is made for those."""
     expected = getattr(config.data, "expect", None)
     if expected is None or expected.shape is None or expected.space is None:
