@@ -33,6 +33,8 @@ demo: install
 	$(BIN)/python -m speed_engine summary --run $(RUN) --started $$(cat $(RUN)/started)
 
 # Two processes of pytest, each with the files that it took: many tests wait for processes or compilers of one thread.
+# One thread each: small tensors on more threads than there are cores would spend six sevenths of the time at barriers.
+test: export OMP_NUM_THREADS ?= 1
 test: install
 	$(BIN)/python -m pytest tests -n 2 --dist loadfile
 

@@ -26,7 +26,9 @@ STREAM_FLIP = 3
 STREAM_ORDER = 4
 STREAM_SAMPLE = 6  # noise of the samplers
 STREAM_CONDITION_DROP = 7  # of conditions other than labels
+STREAM_AUGMENT = 8  # of what is done to pictures
 STREAM_DROPOUT = 9  # of a network's activations; the layer's number is in the 24 bits above
+STREAM_MASK = 10  # of which tokens are left out
 
 MAX_SEED = 2**63 - 1
 

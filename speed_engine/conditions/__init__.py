@@ -4,12 +4,15 @@ A file offers a `Config` (with `kind` and `dropout`) and `build(config, name, fa
 sample's condition is lies in named arrays beside x in the shards (`data.ConditionFacts`). The loader
 lets the condition drop it now and then, at an address; the network gets the tensors by keyword, in
 training, in probing and in sampling alike.
+
+A file may also offer `made(config, name, facts: data.Facts) -> ConditionFacts`: its condition is in no data, but made
+from each sample once a configuration names it (`augment`, see `Augmenting`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -46,4 +49,22 @@ class Condition(Protocol):
     def default(self, numbers: Sequence[int]) -> dict[str, Tensor]:
         """The keywords of the samples with these numbers when nothing is asked for (classes in
         turn, say). Raises ValueError where there is no sensible one."""
+        ...
+
+
+@runtime_checkable
+class Augmenting(Condition, Protocol):
+    """A condition that changes the samples themselves in training, and tells the network how.
+
+    Its "none", nothing was changed, is what validation and samples are told; guidance does not lead away from it.
+    """
+
+    def augment(
+        self, x0: Tensor, seed: int, step: int, first_slot: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """(x0 [B, C, *space] changed, in model space on its device; the keywords there).
+
+        A function of x0 and (seed, step, first_slot + place in the batch) alone. What it draws may lie on the host,
+        where nothing waits for the device.
+        """
         ...

@@ -14,7 +14,7 @@ from typing import TypeAlias
 import numpy as np
 import torch
 
-from speed_engine.conditions import Condition
+from speed_engine.conditions import Augmenting, Condition
 from speed_engine.data import Batch, Source, order
 from speed_engine.data.copies import Copies, send
 from speed_engine.distributed import Processes
@@ -153,11 +153,12 @@ class Loader:
         if facts.space.posterior:
             shape = (len(at.indices), *facts.shape)
             normals = order.posterior_normals(self.seed, address, shape, self.backend)
-        return Batch(
-            self.source.decode(send(stored, device), normals),
-            {name: send(value, device) for name, value in conditions.items()},
-            address,
-        )
+        x0 = self.source.decode(send(stored, device), normals)
+        for condition in self.conditions.values():
+            if isinstance(condition, Augmenting):
+                x0, told = condition.augment(x0, self.seed, at.step, at.first_slot)
+                conditions |= told
+        return Batch(x0, {name: send(value, device) for name, value in conditions.items()}, address)
 
 
 def _next(ready: queue.Queue[Item], stopping: Callable[[], bool]) -> Item:

@@ -75,12 +75,12 @@ class Config(Section):
     @model_validator(mode="after")
     def _one_of_each(self) -> Self:
         """What contradicts itself is refused."""
-        given = self.model_fields_set
+        fields = type(self).model_fields  # settings that were written out hold the defaults, too
         for steps, images in (
             ("warmup_steps", "warmup_images"),
             ("ema_half_life", "ema_half_life_images"),
         ):
-            if steps in given and getattr(self, images) is not None:
+            if getattr(self, steps) != fields[steps].default and getattr(self, images) is not None:
                 raise ValueError(f"optim.{steps} and optim.{images} say the same; give one of them")
         arrives = self.lr_shape in ("cosine", "linear")
         if arrives and self.decay_steps is None:

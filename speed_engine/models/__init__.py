@@ -75,6 +75,6 @@ def refuse_unknown_conditions(module: ModuleType | ModelFile, facts: Facts, wher
     if unknown:
         taken = ", ".join(module.TAKES) or "none"
         raise ValueError(
-            f"the data hold the condition {unknown[0]!r}, which model.kind={where} does not take (it takes: "
+            f"the run has the condition {unknown[0]!r}, which model.kind={where} does not take (it takes: "
             f"{taken}); leave it out with conditions.{unknown[0]}=null, or choose another model"
         )

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Literal, NamedTuple, cast
 
 import torch
@@ -235,6 +235,15 @@ class DiT(nn.Module):
         [B] in [0, num_values), or num_values for "none". vector: fp32 [B, K]. Each is given if and
         only if `facts.conditions` has it. Raises ValueError for inputs that do not fit the model.
         """
+        stream, modulations = self.enter(x_BCHW, time_B, label, vector)
+        for block in self.blocks:
+            stream = block(stream, next(modulations))
+        return self.leave(stream, next(modulations))
+
+    def enter(
+        self, x_BCHW: Tensor, time_B: Tensor, label: Tensor | None, vector: Tensor | None
+    ) -> tuple[Stream, Iterator[Tensor]]:
+        """The tokens, and what time and conditions tell each of `projections`, in order. Raises as `forward`."""
         if tuple(x_BCHW.shape[1:]) != self.facts.shape:
             wanted, given = self.facts.shape, tuple(x_BCHW.shape[1:])
             raise ValueError(f"this model takes samples of {wanted}, not {given}")
@@ -258,10 +267,11 @@ class DiT(nn.Module):
         if self.config.residual == "fp32":
             x_BTD = x_BTD.to(torch.promote_types(x_BTD.dtype, torch.float32))
         stream = Stream(x_BTD + self.pos_embed.to(x_BTD.dtype))
-        modulations = project_all(c_BD, self.projections(), self.same_anywhere)
-        for block in self.blocks:
-            stream = block(stream, next(modulations))
-        out_BTX = self.final_layer(stream, next(modulations))
+        return stream, project_all(c_BD, self.projections(), self.same_anywhere)
+
+    def leave(self, stream: Stream, modulation_BX: Tensor) -> Tensor:
+        """The last layer, and the tokens as an image [B, num_outputs, H, W]."""
+        out_BTX = self.final_layer(stream, modulation_BX)
         patch = self.sample_size // self.grid
         tiles = out_BTX.unflatten(1, (self.grid, self.grid)).unflatten(3, (patch, patch, -1))
         return tiles.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
@@ -288,7 +298,7 @@ def build(
     asked for cannot run on `device`, and
     speed_kernels.contract.BackendError where the attention asked for cannot run.
     """
-    _check(config, facts)
+    check(config, facts)
     with torch.device("meta"):  # no memory, no default initialisation
         model = DiT(config, facts, num_outputs, torch.device(device), dtype, Glue(backends))
     if torch.device(device).type != "meta":
@@ -301,12 +311,12 @@ def build(
     return model
 
 
-def _check(config: Config, facts: Facts) -> None:
+def check(config: Config, facts: Facts) -> None:
     """Refuse samples that are no square of whole patches. Raises ValueError."""
     if len(facts.shape) != 3 or facts.shape[1] != facts.shape[2]:
         size = "x".join(map(str, facts.shape[1:]))
         raise ValueError(
-            f"model.kind=dit takes square images, and the data are {size}; encode them square, or "
+            f"model.kind={config.kind} takes square images, and the data are {size}; encode them square, or "
             "choose another model"
         )
     patch, size = config.resolved().patch_size, facts.shape[1]
@@ -322,7 +332,7 @@ def macs_per_sample(config: Config, facts: Facts, num_outputs: int) -> int:
 
     Two FLOP each; a training step is about three forward passes. The paper's "Gflops" are these.
     """
-    _check(config, facts)
+    check(config, facts)
     hidden, depth, _, patch = config.resolved()
     channels, size, _ = facts.shape
     tokens, pixels = (size // patch) ** 2, patch**2 * channels

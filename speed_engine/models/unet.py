@@ -42,6 +42,7 @@ from speed_engine.models.parts.unet_layout import (
     num_groups,
     num_heads,
     stages,
+    vector_widths,
 )
 
 SIZES = {
@@ -58,7 +59,7 @@ SIZES = {
     # For 8x8 images on a laptop.
     "tiny": Size(32, (1, 2), 2, (4,), 4, 0, "shift", "conv", "all", 1.0, 1e-5, 0, 0.0),
 }
-TAKES = ("label", "vector")
+TAKES = ("label", "vector", "augment")
 KERNELS = OPS  # the ops of speed_kernels that `build` can use
 COMPUTE_KEYS = ("attention", "recompute")
 
@@ -176,12 +177,11 @@ class UNet(nn.Module):
         channels, embedding = facts.shape[0], 4 * size.width
         self.conv_in = nn.Conv2d(channels, size.width, 3, padding=1)
         self.t_embedder = TimeEmbedder(embedding, size.width // 2, size.frequency_shift)
-        self.y_embedder = self.vector_embedder = None
+        self.y_embedder = None
         if (label := facts.conditions.get("label")) is not None:
             self.y_embedder = nn.Embedding(label.num_values + label.null, embedding)
-        if (vector := facts.conditions.get("vector")) is not None:
-            (width,) = vector.arrays["vector"].shape
-            self.vector_embedder = nn.Linear(width, size.width, bias=False)
+        for name, numbers in vector_widths(facts).items():
+            self.add_module(f"{name}_embedder", nn.Linear(numbers, size.width, bias=False))
         self.blocks = nn.ModuleList(
             ResidualBlock(stage, size, number, "sdpa", backends)
             if stage.block
@@ -283,30 +283,33 @@ class UNet(nn.Module):
         *,
         label: Tensor | None = None,
         vector: Tensor | None = None,
+        augment: Tensor | None = None,
         drop_at: Tensor | None = None,
     ) -> Tensor:
         """Noisy inputs [B, C, H, W] -> output [B, num_outputs, H, W], in channels-last memory.
 
         time_B: what the network is told of the noise, integer or fp32, of any range. label: int64 [B] in
-        [0, num_values), or num_values for "none". vector: fp32 [B, K], such as EDM's augmentation labels. Each is given
-        if and only if `facts.conditions` has it. drop_at: int64 [3], the address of dropout in training (`passes`);
-        without it nothing is dropped. Raises ValueError for inputs that do not fit the model.
+        [0, num_values), or num_values for "none". vector: fp32 [B, K]; augment: fp32 [B, 9], what was done to the
+        pictures. Each is given if and only if `facts.conditions` has it. drop_at: int64 [3], the address of dropout in
+        training (`passes`); without it nothing is dropped. Raises ValueError for inputs that do not fit the model.
         """
         if tuple(x_BCHW.shape[1:]) != self.facts.shape:
             wanted, given = self.facts.shape, tuple(x_BCHW.shape[1:])
             raise ValueError(f"this model takes samples of {wanted}, not {given}")
         if time_B.dtype in (torch.bfloat16, torch.float16):
             raise ValueError(f"time in {time_B.dtype} would merge steps; give it in float32")
-        for name, value in (("label", label), ("vector", vector)):
+        rows = {"vector": vector, "augment": augment}
+        for name, value in (("label", label), *rows.items()):
             if (value is None) == (name in self.facts.conditions):
                 told = "needs the condition" if value is None else "does not take the condition"
                 raise ValueError(f"this model {told} {name!r}")
 
         dtype = self.conv_in.weight.dtype
         further = None
-        if self.vector_embedder is not None:
-            assert vector is not None
-            further = self.vector_embedder(vector.to(dtype))
+        for name, value in rows.items():
+            if value is not None:
+                added = self.get_submodule(f"{name}_embedder")(value.to(dtype))
+                further = added if further is None else further + added
         told_BD = self.t_embedder(time_B, dtype, further)
         if self.y_embedder is not None:
             told_BD = told_BD + self.y_embedder(label)

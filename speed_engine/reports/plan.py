@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -116,7 +117,23 @@ def _data(config: RunConfig) -> tuple[Facts, str, Sequence[str]]:
     if path is None or (Path(path) / INDEX if made else Path(path)).exists():
         source, _ = parted(config, build_source(config))
         return source.facts, str(path or config.data.kind), getattr(source, "remarks", ())
-    return (DIGITS, "digits", ()) if made else (ASSUMED, f"assumed, for {path} does not exist", ())
+    return (
+        (DIGITS, "digits", ())
+        if made
+        else (assumed(config), f"assumed, for {path} does not exist", ())
+    )
+
+
+def assumed(config: RunConfig) -> Facts:
+    """`ASSUMED`, or pixels where the configuration says that it is made for those."""
+    expected = getattr(config.data, "expect", None)
+    if expected is None or expected.shape is None or expected.space is None:
+        return ASSUMED
+    shape = tuple(expected.shape)
+    space = replace(ASSUMED.space, scale=(0.18215,) * shape[0], shift=(0.0,) * shape[0])
+    if expected.space == "pixels":
+        space = Space.pixels(shape[0])
+    return Facts(shape, space, ASSUMED.conditions)
 
 
 def _precision(config: RunConfig, on_gpus: bool) -> str:

@@ -24,7 +24,7 @@ from speed_kernels import philox
 from torch import Tensor
 
 from speed_engine import kinds
-from speed_engine.conditions import Condition
+from speed_engine.conditions import Augmenting, Condition
 from speed_engine.sampling import Sampler, grid
 from speed_engine.sampling.guidance import Model, completed, evaluate, nulls
 from speed_engine.schedules import Schedule
@@ -119,11 +119,14 @@ class Recipe:
 
 def check(process: Process, recipe: Recipe, conditions_N: Mapping[str, Tensor] | None) -> None:
     """Raise ValueError, in one sentence, where the three contradict each other."""
-    learned = [name for name, each in process.conditions.items() if each.facts.null]
-    if recipe.guidance != 1 and not process.conditions:
+    guiding = {
+        name: each for name, each in process.conditions.items() if not isinstance(each, Augmenting)
+    }
+    learned = [name for name, each in guiding.items() if each.facts.null]
+    if recipe.guidance != 1 and not guiding:
         raise ValueError("guidance needs a conditional model; for this one use guidance 1")
     if recipe.guidance != 1 and not learned:
-        name = next(iter(process.conditions))
+        name = next(iter(guiding))
         raise ValueError(
             f"guidance needs a network that has learned no {name}; train with "
             f"conditions.{name}.dropout above 0, or use guidance 1"

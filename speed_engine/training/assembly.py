@@ -12,7 +12,7 @@ from torch import nn
 from speed_engine import kinds
 from speed_engine.conditions import Condition
 from speed_engine.config import RunConfig
-from speed_engine.data import Facts, Source, resident
+from speed_engine.data import ConditionFacts, Facts, Source, resident
 from speed_engine.data.loader import Loader
 from speed_engine.data.split import split
 from speed_engine.distributed import Processes
@@ -257,9 +257,11 @@ def told(config: RunConfig, data: Facts) -> tuple[RunConfig, dict[str, Condition
     """What the network is told of the data: (config with every condition's settings and the schedule for samples of
     this shape, conditions by name, facts).
 
-    A condition of the data that the configuration does not name gets its kind's defaults; `null` leaves it out. Raises
-    ValueError where configuration, data and model contradict each other.
+    A condition of the data that the configuration does not name gets its kind's defaults; `null` leaves it out; one
+    that is made from the samples is there if it is named. Raises ValueError where configuration, data and model
+    contradict each other.
     """
+    data = data.with_conditions({**data.conditions, **_made(config, data)})
     for name, section in config.conditions.items():
         if section is not None and name not in data.conditions:
             there = ", ".join(data.conditions) or "none"
@@ -298,6 +300,17 @@ def told(config: RunConfig, data: Facts) -> tuple[RunConfig, dict[str, Condition
         schedule = for_shape(facts.shape)
     config = config.model_copy(update={"conditions": settings, "schedule": schedule})
     return config, conditions, facts
+
+
+def _made(config: RunConfig, data: Facts) -> dict[str, ConditionFacts]:
+    """The conditions that no data hold and that are made from samples, as far as the configuration names them."""
+    found: dict[str, ConditionFacts] = {}
+    for name, section in config.conditions.items():
+        if section is not None and name not in data.conditions:
+            module = kinds.find("conditions", section.kind)
+            if hasattr(module, "made"):
+                found[name] = module.made(section, name, data)
+    return found
 
 
 def build_table(config: RunConfig) -> StepTable:

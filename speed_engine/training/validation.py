@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from speed_engine import kinds
-from speed_engine.conditions import Condition
+from speed_engine.conditions import Augmenting, Condition
 from speed_engine.config import RunConfig
 from speed_engine.data import Batch, Source, order
 from speed_engine.data.split import SPLIT_SEED
@@ -118,7 +118,11 @@ class Validation:
         stored, arrays = self.source.read(number_B.numpy())
         told: dict[str, Tensor] = {}
         for condition in self.conditions.values():
-            told |= condition.drop(arrays, 0, 0, 0)
+            told |= (
+                condition.null(len(number_B), "cpu")
+                if isinstance(condition, Augmenting)
+                else condition.drop(arrays, 0, 0, 0)
+            )
         normals = None
         if facts.space.posterior:
             at, shape = address(0, int(number_B[0]), device), (len(number_B), *facts.shape)

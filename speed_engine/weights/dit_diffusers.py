@@ -134,7 +134,7 @@ def import_diffusers(
     except (KeyError, TypeError) as error:
         raise ValueError(f"{source} has a JSON file that says nothing usable: {error}") from error
     model = blueprint(lambda on: build(header, source, on), weights, source)
-    if not isinstance(model, dit.DiT):
+    if type(model) is not dit.DiT:
         raise ValueError(f"{source} holds a {header['model']['kind']}, not a DiT")
     _refuse_absurd_size(model, weights, source)
     ours = _to_ours(weights, len(model.blocks), source)
@@ -163,7 +163,7 @@ def _refuse_absurd_size(model: dit.DiT, weights: Mapping[str, Tensor], source: s
 def _refuse_other_networks(model: Any) -> None:
     """Raises ValueError, with the cure, for what diffusers' DiT has no place for."""
     instead = "export it with --format safetensors"
-    if not isinstance(model, dit.DiT):
+    if type(model) is not dit.DiT:
         kind = getattr(getattr(model, "config", None), "kind", type(model).__name__)
         raise ValueError(f"diffusers' DiT cannot hold a network of model.kind={kind}; {instead}")
     shape = model.facts.shape

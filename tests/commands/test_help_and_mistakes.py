@@ -18,6 +18,7 @@ SAMPLE = "sample --run {run} --out {new} --steps 2"
 # Command line -> words of the sentence. {run}: a good run; {samples}: its samples; {data}: its data;
 # {file}: a file that is none of these; {new}: a path where nothing is.
 MISTAKES = {
+    "paper tab2_metfaces_sped": ["tab2_metfaces_sped", "tab2_metfaces_speed"],
     "encode": ["--images", "--verify"],
     "encode --images {new} --out {new}2": ["{new}", "--images"],
     "encode --images digits": ["--out"],

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from speed_engine import kinds
-from speed_engine.conditions import Condition, label
+from speed_engine.conditions import Augmenting, Condition, label
 from speed_engine.data import ArrayFacts, ConditionFacts, Facts
 from speed_engine.data.space import Space
 from speed_engine.models import refuse_unknown_conditions
@@ -19,6 +19,7 @@ from speed_engine.models import refuse_unknown_conditions
 # The smallest settings of each network.
 SMALL: dict[str, dict[str, Any]] = {
     "dit": {"size": "tiny/2", "hidden_size": 16, "depth": 2, "num_heads": 2},
+    "mdt": {"size": "tiny/2", "hidden_size": 16, "depth": 3, "num_heads": 2},
     "unet": {"size": "tiny", "width": 8, "num_blocks": 1, "num_heads": 2},
 }
 # What a set says for each condition, and something a person may ask for.
@@ -26,11 +27,19 @@ DATA: dict[str, tuple[ConditionFacts, str]] = {
     "label": (label.described(4, ["a", "b", "c", "d"]), "c"),
     "vector": (ConditionFacts("vector", {"vector": ArrayFacts((3,), "float32")}), "1,2,3"),
 }
-MODELS, CONDITIONS = kinds.names("model"), kinds.names("conditions")
+MODELS = kinds.names("model")
+# What is made from the samples is in no data, is never dropped, and cannot be asked for; see tests/unit/conditions.
+MADE = ["augment"]
+CONDITIONS = [kind for kind in kinds.names("conditions") if kind not in MADE]
 BATCH = 5
+SAMPLES = Facts((1, 8, 8), Space.pixels(1))
 
 
 def condition(kind: str, dropout: float) -> Condition:
+    if kind in MADE:
+        section = kinds.config_of("conditions", kind)
+        module = kinds.find("conditions", kind)
+        return module.build(section, kind, module.made(section, kind, SAMPLES))
     section = kinds.config_of("conditions", {"kind": kind, "dropout": dropout})
     return kinds.find("conditions", kind).build(section, kind, DATA[kind][0])
 
@@ -94,6 +103,25 @@ def test_what_is_asked_for_is_what_training_tells(kind: str) -> None:
         never.null(1, "cpu")
 
 
+@pytest.mark.parametrize("kind", MADE)
+def test_what_is_made_from_samples_is_addressed(kind: str) -> None:
+    one, x0 = condition(kind, 0.0), torch.randn(40, *SAMPLES.shape)
+    assert isinstance(one, Augmenting) and one.facts.null
+    changed, told = one.augment(x0, 1, 2, 0)
+    assert changed.shape == x0.shape and not torch.equal(changed, x0)
+    late, told_late = one.augment(x0[10:], 1, 2, 10)
+    assert torch.equal(late, changed[10:])
+    null, default = one.null(40, "cpu"), one.default(range(40))
+    assert told.keys() == null.keys() == default.keys()
+    for name in told:
+        assert torch.equal(told_late[name], told[name][10:])
+        assert null[name].shape == default[name].shape == told[name].shape
+        assert not torch.equal(one.augment(x0, 1, 3, 0)[1][name], told[name])
+        assert not torch.equal(one.augment(x0, 2, 2, 0)[1][name], told[name])
+    with pytest.raises(ValueError):
+        one.asked(["1"])
+
+
 def build(
     kind: str, names: tuple[str, ...], num_outputs: int, seed: int = 0
 ) -> tuple[nn.Module, dict[str, torch.Tensor]]:
@@ -107,7 +135,10 @@ def build(
     )
     told: dict[str, torch.Tensor] = {}
     for name, each in conditions.items():
-        told |= each.drop(stored(name, BATCH), 0, 0, 0)
+        if isinstance(each, Augmenting):
+            told |= each.augment(torch.zeros(BATCH, *facts.shape), 0, 0, 0)[1]
+        else:
+            told |= each.drop(stored(name, BATCH), 0, 0, 0)
     return model, told
 
 
@@ -126,7 +157,11 @@ def test_a_network_is_told_any_of_what_it_takes(kind: str, num_outputs: int) -> 
         torch.testing.assert_close(
             out[2:4], model(x[2:4], time_B[2:4], **{k: v[2:4] for k, v in told.items()})
         )
-        out.square().sum().backward()
+        passes = getattr(model, "passes", lambda seed, address: [(1.0, {})])
+        for share, further in passes(
+            0, torch.tensor([1, 2])
+        ):  # a batch's passes reach every weight
+            (share * model(x, time_B, **told, **further).square().sum()).backward()
         assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
         if told:
             with pytest.raises((ValueError, TypeError)):

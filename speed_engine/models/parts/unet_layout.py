@@ -8,6 +8,11 @@ from typing import Literal, NamedTuple
 
 from speed_engine.data import Facts
 
+VECTORS = (
+    "vector",
+    "augment",
+)  # conditions that are rows of numbers, added to the time's sinusoids
+
 # How a feature map is halved or doubled, and what goes with it:
 #   conv         a 3x3 convolution, of stride two or after repeating (DDPM, ADM's default)
 #   pool         the mean of 2x2, or repeating, alone
@@ -92,9 +97,7 @@ def macs(size: Size, facts: Facts, num_outputs: int) -> int:
     """Multiply-adds of one sample's forward pass: convolutions, matrix products and attention."""
     channels, height, width = facts.shape
     embedding = 4 * size.width
-    vector = facts.conditions.get("vector")
-    told = 0 if vector is None else vector.arrays["vector"].shape[0]
-    total = size.width * (told + embedding) + embedding**2
+    total = size.width * (sum(vector_widths(facts).values()) + embedding) + embedding**2
     head = size.multipliers[0] * num_outputs
     total += 9 * size.width * (channels + head) * height * width
     for stage in stages(size, facts):
@@ -109,6 +112,15 @@ def macs(size: Size, facts: Facts, num_outputs: int) -> int:
         if stage.attention:
             total += 4 * outputs**2 * pixels + 2 * outputs * pixels**2
     return total
+
+
+def vector_widths(facts: Facts) -> dict[str, int]:
+    """Of the `VECTORS` that the network is told, how many numbers each has."""
+    return {
+        name: facts.conditions[name].arrays[name].shape[0]
+        for name in VECTORS
+        if name in facts.conditions
+    }
 
 
 def has_shortcut(size: Size, stage: Stage) -> bool:

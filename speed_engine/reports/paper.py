@@ -1,0 +1,115 @@
+"""`python -m speed_engine paper`: every row that the SpeeD paper reports, and the commands that run it here."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from speed_engine.config import ConfigError, RunConfig, load
+from speed_engine.config.files import find, read_yaml
+from speed_engine.kinds import suggest
+from speed_engine.reports import plan
+from speed_engine.training.assembly import build_model, macs_per_sample, told
+
+FILE = Path(__file__).parents[1] / "papers" / "speed_2405_17403.yaml"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One entry of the file. preset: None where nothing is trained, and `why_not` says why. ours: our own number."""
+
+    table: str
+    what: str
+    reported: str
+    preset: str | None = None
+    overrides: tuple[str, ...] = ()
+    sample: str = "--steps 250"
+    ours: str | None = None
+    why_not: str | None = None
+    known: str | None = None
+
+    def config(self) -> RunConfig:
+        """The run, checked. Raises ConfigError."""
+        assert self.preset is not None, "nothing is trained"
+        return load(self.preset, self.overrides)
+
+
+def rows() -> dict[str, Row]:
+    """All rows by name, in the paper's order."""
+    return {
+        name: Row(**{**entry, "overrides": tuple(entry.get("overrides", ()))})
+        for name, entry in read_yaml(FILE).items()
+    }
+
+
+def listed() -> str:
+    """One line a row: name, table, what it is, what was reported, and whether it can be run."""
+    lines = []
+    for name, row in rows().items():
+        ours = f"ours: {row.ours}" if row.preset else f"no run: {row.why_not}"
+        lines.append(f"{name:28} {row.table:20} {row.what} | {row.reported} | {ours}")
+    return "\n".join(lines)
+
+
+def shown(name: str) -> str:
+    """What the paper says of a row, and the commands. Raises ValueError for a name that there is not."""
+    known = rows()
+    if name not in known:
+        raise ValueError(
+            f"the paper has no row {name!r}{suggest(name, list(known))}; `python -m speed_engine paper` lists all "
+            f"{len(known)}"
+        )
+    row = known[name]
+    lines = [f"{row.table}: {row.what}", f"reported   {row.reported}"]
+    if row.known:
+        lines.append(f"beware     {row.known}")
+    if row.preset is None:
+        return "\n".join([*lines, f"no run     {row.why_not}"])
+    return "\n".join(
+        [*lines, f"ours       {row.ours}", *_cost(row.config()), "", *_commands(name, row)]
+    )
+
+
+def _cost(config: RunConfig) -> Iterator[str]:
+    """Parameters and arithmetic, for the samples that the preset is made for."""
+    config, _, facts = told(config, plan.assumed(config))
+    parameters = sum(p.numel() for p in build_model(config, facts, "meta").parameters())
+    batch, steps = config.train.global_batch, config.train.steps
+    flop = 6.0 * macs_per_sample(config, facts) * batch * steps
+    yield f"parameters {parameters / 1e6:.4g} M"
+    yield f"training   {steps:,} steps of {batch}: {flop:.2e} FLOP, one pass over all tokens a step"
+
+
+def _commands(name: str, row: Row) -> Iterator[str]:
+    """Encode, train, sample and score, as they are typed."""
+    assert row.preset is not None
+    encode = _encode(row.preset)
+    config, run, out = row.config(), f"runs/paper/{name}", f"samples/paper/{name}"
+    images = shlex.split(encode)[shlex.split(encode).index("--images") + 1]
+    latents = "--mode latents" in encode
+    vae = " --vae stabilityai/sd-vae-ft-ema" if latents else ""
+    num = 50_000 if config.schedule.kind == "edm" else 10_000
+    words = shlex.join([f"run_dir={run}", *row.overrides])
+    yield encode
+    yield f"deepspeed speed_engine/train.py --config {row.preset} {words}"
+    yield f"python -m speed_engine sample --run {run} --out {out} --num {num} {row.sample}{vae}"
+    # The judge reads folders of pictures alone.
+    archive = images.endswith((".tar", ".tar.gz"))
+    reference = "FOLDER   # the training pictures, unpacked" if archive else images
+    yield f"python -m speed_engine score --samples {out} --reference {reference}"
+
+
+def _encode(preset: str) -> str:
+    """The command that makes a preset's data, from the comment at its head or that of the preset it is based on."""
+    while True:
+        path = find(preset)
+        text = path.read_text(encoding="utf-8")
+        for line in text.splitlines():
+            if line.startswith("#   python -m speed_engine encode"):
+                return line.removeprefix("#").strip()
+        base = next((li for li in text.splitlines() if li.startswith("base:")), None)
+        if base is None:
+            raise ConfigError(f"the preset {preset} does not say how its data are made")
+        preset = base.removeprefix("base:").strip()
