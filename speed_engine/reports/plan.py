@@ -180,7 +180,8 @@ def _print_need(
         f"fits?           {need / GIB:.1f} GiB a process, {states / GIB:.1f} of them states (estimate): "
         f"{_fits(need, where)}"
     )
-    kept, saved = config.checkpoint.keep, 4 * trained * 5
+    # In float32: the state's weights, two moments and EMAs, and both files of weights beside it.
+    kept, saved = config.checkpoint.keep, 4 * trained * (3 + len(config.optim.emas()) + 2)
     print(
         f"disk            {saved / GIB:.2f} GiB a checkpoint with moments and EMA, {kept} kept: "
         f"{kept * saved / GIB:.2f} GiB"
