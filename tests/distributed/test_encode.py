@@ -78,7 +78,8 @@ def test_one_is_killed_and_another_number_continues(tmp_path, images):
     assert "30 shards, 2 processes" in said0 and "Traceback" not in said0
     done = len(list(partial.glob("shard-*.json")))
     assert not out.exists() and 4 <= done < 30
-    console = Console(file=io.StringIO(), soft_wrap=True)
+    told = io.StringIO()
+    console = Console(file=told, soft_wrap=True)
 
     def go_on(rank):
         team = Team(rank, 3, rank, 3, "later", patience=20)
@@ -86,7 +87,7 @@ def test_one_is_killed_and_another_number_continues(tmp_path, images):
 
     with ThreadPoolExecutor(3) as pool:
         list(pool.map(go_on, range(3)))
-    assert f"continuing after {4 * done} of 120 images" in console.file.getvalue()
+    assert f"continuing after {4 * done} of 120 images" in told.getvalue()
     encode(images, tmp_path / "alone", size=8, shard_size=4)
     assert verify(out) == [] and not partial.exists()
     for path in (tmp_path / "alone").iterdir():
