@@ -89,11 +89,12 @@ def run(config: RunConfig, where: Cluster | None, on_gpus: bool = False) -> int:
     if share := share_of_training(config):
         print(
             f"validation      {config.validation.samples} held-out samples every {config.validation.every} steps: "
-            f"{share:.1%} of FLOP"
+            f"{share:.1%} of the training's FLOP"
         )
     if share := grids_share(config):
         print(
-            f"samples         {config.sample.num} every {config.sample.every} steps: {share:.1%} of FLOP"
+            f"samples         {config.sample.num} every {config.sample.every} steps: "
+            f"{share:.1%} of the training's FLOP"
         )
     _print_states(trained, precision)
     expected = float((table.density * table.weight).sum())

@@ -16,7 +16,7 @@ from speed_engine.distributed import Processes
 
 
 class Scales:
-    """Watches the modules that have `SCALES`: (number of equal parts of their last input, which of them are scales)."""
+    """Watches the modules that have `SCALES`: (number of equal parts of their second input, which of them are scales)."""
 
     def __init__(self, module: nn.Module, device: torch.device) -> None:
         self.modules = [each for each in module.modules() if hasattr(each, "SCALES")]
@@ -35,7 +35,7 @@ class Scales:
 
     @torch.no_grad()
     def _note(self, module: Any, inputs: tuple[object, ...]) -> None:
-        modulation_BX = inputs[-1]
+        modulation_BX = inputs[1]
         assert isinstance(modulation_BX, Tensor)
         num_parts, scales = module.SCALES
         parts = modulation_BX.detach().chunk(num_parts, 1)

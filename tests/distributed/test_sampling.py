@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from speed_engine.__main__ import main
-from tests.distributed.conftest import start_ranks
+from tests.distributed.conftest import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN = ROOT / "tests" / "golden" / "run_format_1" / "run"
@@ -30,7 +30,18 @@ def words(out: Path, *more: str) -> list[str]:
 
 def start(world: int, out: Path, *more: str) -> list[subprocess.Popen]:
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
-    return start_ranks(words(out, *more), world, PYTHONPATH=path)
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": str(world)}
+    place |= {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    return [
+        subprocess.Popen(
+            words(out, *more),
+            env=place | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(world)
+    ]
 
 
 def finish(running: list[subprocess.Popen]) -> list[tuple[int, str]]:

@@ -124,7 +124,7 @@ def test_by_default_other_words_are_another_folder(written):
     other = written({"zero_optimization": {"reduce_bucket_size": 2000}}, "third.json")
 
     def folder(*overrides: str) -> str:
-        return str(run_folder(load("digits_dit_tiny", overrides), "data", 1))
+        return str(run_folder(load("digits_dit_tiny", overrides), "data"))
 
     first, second = (folder(f"engine.json_file={path}") for path in same)
     assert first == second
