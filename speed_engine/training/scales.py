@@ -16,7 +16,7 @@ from speed_engine.distributed import Processes
 
 
 class Scales:
-    """Watches the modules that have `SCALES`: (number of equal parts of their second input, which of them are scales)."""
+    """Watches the modules that have `SCALES`: (number of parts of their second input, which are scales)."""
 
     def __init__(self, module: nn.Module, device: torch.device) -> None:
         self.modules = [each for each in module.modules() if hasattr(each, "SCALES")]
