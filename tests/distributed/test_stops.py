@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.distributed.warm import Warm
+
 TRAIN = Path(__file__).resolve().parents[2] / "speed_engine" / "train.py"
 FOR_EVER = ("train.steps=100000", "log.every=1", "model.depth=1", "checkpoint.every=100000")
 SLOW = (*FOR_EVER, "data.kind=tests.distributed.stalling", "data.seconds=0.2")
@@ -142,14 +144,8 @@ def test_folders_that_processes_do_not_share_are_noticed_at_the_start(launcher):
         node.mkdir()
         place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
         place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
-        process = subprocess.Popen(
-            [sys.executable, str(TRAIN), *launcher.arguments("run", *FOR_EVER, "run_dir=run")],
-            env={**os.environ, **place},
-            cwd=node,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+        words = [str(TRAIN), *launcher.arguments("run", *FOR_EVER, "run_dir=run")]
+        process = Warm(launcher.nest, words, env={**os.environ, **place}, cwd=str(node))
         pair.append(process)
     codes, outputs = ended(pair, within=90)
     assert codes == [2, 2], outputs

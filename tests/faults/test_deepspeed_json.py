@@ -1,17 +1,12 @@
 """A DeepSpeed JSON of the user's: merged, refused where it contradicts, and part of what a run is."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 from speed_engine.config import load
 from speed_engine.engines.deepspeed_json import merged_with, users_part
 from speed_engine.training.manifest import run_folder
-
-TRAIN = Path(__file__).resolve().parents[2] / "speed_engine" / "train.py"
 
 OURS = {
     "train_batch_size": 8,
@@ -129,29 +124,3 @@ def test_by_default_other_words_are_another_folder(written):
     first, second = (folder(f"engine.json_file={path}") for path in same)
     assert first == second
     assert len({first, folder(f"engine.json_file={other}"), folder()}) == 3
-
-
-@pytest.mark.slow
-def test_other_words_at_the_same_place_are_not_resumed(written, tmp_path):
-    """Another place for the same words continues the run."""
-
-    def run(*overrides: str) -> tuple[int, str]:
-        words = ["--config=digits_dit_tiny", "model.depth=1", "train.global_batch=8", "run_dir=run"]
-        done = subprocess.run(  # DeepSpeed can be started once in a process
-            [sys.executable, str(TRAIN), *words, *overrides],
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-        )
-        return done.returncode, done.stdout + done.stderr
-
-    bucket = {"zero_optimization": {"stage": 1, "reduce_bucket_size": 10**6}}
-    code, text = run("train.steps=1", f"engine.json_file={written(bucket, 'first.json')}")
-    assert code == 0, text
-    second = f"engine.json_file={written({**bucket, 'dump_state': False}, 'second.json')}"
-    code, text = run("train.steps=2", second)
-    assert code == 0 and "at step 1" in text, text
-    written({"zero_optimization": {"reduce_bucket_size": 2 * 10**6}}, "second.json")
-    for other in (second, "engine.json_file=null"):
-        code, text = run("train.steps=3", other)
-        assert code == 2 and "engine.json_file" in text and "reduce_bucket_size" in text, text
