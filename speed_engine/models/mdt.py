@@ -16,7 +16,7 @@ every attention a bias of each head by the distance of two tokens. This file kno
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from speed_engine.data import Facts
 from speed_engine.models import dit
-from speed_engine.models.parts.blocks import Attention, Block, Recompute, Stream, run
+from speed_engine.models.parts.blocks import Attention, Block, Recompute, Stream
 from speed_engine.models.parts.glue import OPS, Glue, gated_add
 
 TAKES = dit.TAKES
@@ -88,7 +88,7 @@ class BiasedAttention(Attention):
 
 
 class MaskableBlock(Block):
-    """A DiT's block that knows which tokens it is given."""
+    """A DiT's block that knows which tokens it is given: its `places` are `BiasedAttention`'s kept_BK."""
 
     def __init__(
         self,
@@ -101,21 +101,6 @@ class MaskableBlock(Block):
     ) -> None:
         super().__init__(hidden_size, num_heads, mlp_width, "sdpa", glue, recompute)
         self.attn = BiasedAttention(hidden_size, num_heads, grid, bias_later=glue.fused)
-
-    def forward(
-        self, stream: Stream, modulation_BX: Tensor, kept_BK: Tensor | None = None
-    ) -> Stream:
-        """See `Block.forward` and `BiasedAttention.forward`."""
-        whole = self.recompute == "full"
-        return Stream(*run(whole, self._at_places, modulation_BX, kept_BK, *stream))
-
-    def _at_places(self, modulation_BX: Tensor, kept_BK: Tensor | None, *stream: Any) -> Stream:
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation_BX.chunk(6, 1)
-        some = self.recompute == "selective"
-        x, qkv = run(some, self._enter, self.attn.qkv, shift_a, scale_a, *stream)
-        pending = (x, self.attn(qkv, kept_BK), self.attn.proj.bias, gate_a)
-        x, hidden = run(some, self._enter, self.mlp.fc1, shift_m, scale_m, *pending)
-        return Stream(x, run(some, self.mlp, hidden), self.mlp.fc2.bias, gate_m)
 
 
 class MDT(dit.DiT):

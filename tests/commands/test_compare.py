@@ -10,6 +10,9 @@ import time
 import pytest
 import yaml
 
+from speed_engine.studies import runs
+from speed_engine.studies.study import load
+
 STUDY = {
     "preset": "digits_dit_tiny",
     "overrides": {
@@ -84,10 +87,9 @@ def test_a_killed_study_continues_without_losing_or_redoing_a_cell(study, good):
     assert "4 of 4 cells had ended already" in again.out
 
 
-def test_a_folder_of_another_study_is_refused(study, command):
-    file, out = study
-    if not (out / "study.json").exists():
-        pytest.skip("the study was not run")
-    answer = command("compare", file, "--out", out, "steps=48")
+def test_a_folder_of_another_study_is_refused(study, tmp_path, command):
+    file, _ = study
+    runs.claim(tmp_path / "out", load(str(file))).close()
+    answer = command("compare", file, "--out", tmp_path / "out", "steps=48")
     assert answer.code == 2
     assert "holds another study (steps differ); choose another --out" in answer.err

@@ -142,11 +142,14 @@ class Block(nn.Module):
         self.adaLN_modulation = modulation(hidden_size, 6)
         self.glue, self.recompute = glue, recompute
 
-    def forward(self, stream: Stream, modulation_BX: Tensor) -> Stream:
-        """modulation_BX [B, 6 D]: what `adaLN_modulation` gives: shift, scale and gate, twice."""
-        return Stream(*run(self.recompute == "full", self._forward, modulation_BX, *stream))
+    def forward(self, stream: Stream, modulation_BX: Tensor, *places: Tensor | None) -> Stream:
+        """modulation_BX [B, 6 D]: what `adaLN_modulation` gives: shift, scale and gate, twice. places: for `attn`."""
+        whole = self.recompute == "full"
+        return Stream(*run(whole, self._forward, modulation_BX, places, *stream))
 
-    def _forward(self, modulation_BX: Tensor, *stream: Any) -> Stream:
+    def _forward(
+        self, modulation_BX: Tensor, places: tuple[Tensor | None, ...], *stream: Any
+    ) -> Stream:
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation_BX.chunk(6, 1)
         some = self.recompute == "selective" and torch.is_grad_enabled()
         # torch's own norm keeps more than its result, and a compiler sees no hooks.
@@ -154,7 +157,7 @@ class Block(nn.Module):
         enter = self._enter_sparing if some and not whole else self._enter
         leave = self.mlp.sparing if some and not whole else self.mlp
         x, qkv = run(whole, enter, self.attn.qkv, shift_a, scale_a, *stream)
-        pending = (x, self.attn(qkv), self.attn.proj.bias, gate_a)
+        pending = (x, self.attn(qkv, *places), self.attn.proj.bias, gate_a)
         x, hidden = run(whole, enter, self.mlp.fc1, shift_m, scale_m, *pending)
         return Stream(x, run(whole, leave, hidden), self.mlp.fc2.bias, gate_m)
 
