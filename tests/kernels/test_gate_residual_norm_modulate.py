@@ -5,10 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import os
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -337,17 +334,3 @@ def test_every_instruction_set(isa: str, monkeypatch: pytest.MonkeyPatch) -> Non
         test_dtypes("cpp", "cpu", stream, compute)
     test_widths("cpp", "cpu", (2, 5, 1152))
     test_magnitudes("cpp", "cpu", FP32, FP32, 1e30)
-
-
-@pytest.mark.skipif(INTERPRETING, reason="is already running")
-@pytest.mark.slow
-def test_triton_in_the_interpreter() -> None:
-    """This file again, with Triton's kernels interpreted on the CPU; Triton decides that when it is imported."""
-    pytest.importorskip("triton")
-    answer: Any = subprocess.run(
-        [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", str(Path(__file__))],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert answer.returncode == 0, answer.stdout[-4000:] + answer.stderr[-2000:]

@@ -5,10 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import os
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -299,7 +296,7 @@ def test_samples_of_many_tiles(
     backend: str, device: str, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if INTERPRETING:
-        shape = shape if math.prod(shape) < 20000 else (1, 1, 3, 1025)
+        shape = {1111: shape, 9001: (1, 1, 9001), 64: (1, 1, 3, 1025)}[shape[-1]]
         monkeypatch.setattr("speed_kernels.launch.tiles_per_program", lambda *_: 2)
     problem = Problem(shape=shape, rows=(700, 0))
     total, losses, grad = problem.run(backend, device)
@@ -377,17 +374,3 @@ def test_every_instruction_set(isa: str, monkeypatch: pytest.MonkeyPatch) -> Non
     for case in CASES:
         test_agrees_with_the_reference("cpp", "cpu", case)
     test_likelihood_from_its_centre_to_its_far_tails("cpp", "cpu", 0.3)
-
-
-@pytest.mark.skipif(INTERPRETING, reason="is already running")
-@pytest.mark.slow
-def test_triton_in_the_interpreter() -> None:
-    """This file again, with Triton's kernels interpreted on the CPU; Triton decides that when it is imported."""
-    pytest.importorskip("triton")
-    answer = subprocess.run(
-        [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", str(Path(__file__))],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert answer.returncode == 0, answer.stdout[-4000:] + answer.stderr[-2000:]

@@ -5,10 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import os
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -98,9 +95,9 @@ def test_noise_is_accurate_relative_to_its_own_size(backend: str, device: str) -
 def test_any_cut_of_the_batch_gives_the_same_samples(
     backend: str, device: str, stratified: bool
 ) -> None:
-    x0 = batch((12, 3, 5, 7))
+    x0 = batch((5 if INTERPRETING else 12, 3, 5, 7))
     whole = run(backend, device, x0, 20, stratified=stratified)
-    for cuts in ((4, 4, 4), (1, 11), (5, 0, 7)):
+    for cuts in [(1, 4), (3, 0, 2)] if INTERPRETING else [(4, 4, 4), (1, 11), (5, 0, 7)]:
         first, parts = 0, []
         for size in cuts:
             part = x0[first : first + size]
@@ -316,17 +313,3 @@ def test_addresses_of_64_bits_and_tiles_in_turn() -> None:
     )  # fmt: skip
     for got, expected in zip((x_t, row_B, time_B), run("triton", "cpu", x0), strict=True):
         assert torch.equal(got, expected)
-
-
-@pytest.mark.skipif(INTERPRETING, reason="is already running")
-@pytest.mark.slow
-def test_triton_in_the_interpreter() -> None:
-    """This file again, with Triton's kernels interpreted on the CPU; Triton decides that when it is imported."""
-    pytest.importorskip("triton")
-    answer = subprocess.run(
-        [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", str(Path(__file__))],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert answer.returncode == 0, answer.stdout[-4000:] + answer.stderr[-2000:]
