@@ -71,6 +71,7 @@ def test_a_damaged_sample_ends_the_run_after_a_checkpoint_or_is_passed_over(run,
         "train.global_batch=16",
         "train.steps=40",
         "checkpoint.every=50",
+        "data.retries=1",  # there are dozens: each would wait 0.7 seconds
     )
     code, output = run(*words)
     assert code == 2 and "Traceback" not in output
