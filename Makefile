@@ -32,11 +32,11 @@ demo: install
 	$(BIN)/python -m speed_engine plot --run $(RUN)
 	$(BIN)/python -m speed_engine summary --run $(RUN) --started $$(cat $(RUN)/started)
 
-# Two processes of pytest, each with the files that it took: many tests wait for processes or compilers of one thread.
+# Two processes of pytest, each with the files that it took, in order: small files come last, and both end together.
 # One thread each: small tensors on more threads than there are cores would spend six sevenths of the time at barriers.
 test: export OMP_NUM_THREADS ?= 1
 test: install
-	$(BIN)/python -m pytest tests -n 2 --dist loadfile
+	$(BIN)/python -m pytest tests -n 2 --dist loadfile --no-loadscope-reorder
 
 # The code that another Triton makes of the GPU kernels, as `make test-triton VERSION=3.6.0`, that of torch 2.11: no GPU
 # is needed. It lies beside the environment, not in it, since torch brings its own.

@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--images",
         help="folder of images (a sub-folder is a class), WebDataset tars of images, parquet or arrow files of Hugging "
-        "Face, a CIFAR archive, or `digits`",
+        "Face, a CIFAR archive, or `digits` or `glyphs`, which are on every machine",
     )
     add(
         "--arrays",

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from speed_engine.data import DataError, digits
+from speed_engine.data import DataError, digits, glyphs
 from speed_engine.data.autoencoder import Vae
 from speed_engine.data.encode_set import (
     ALONE,
@@ -44,6 +44,7 @@ from speed_engine.data.storage.scaling import Scale
 from speed_engine.data.storage.shard_writer import sample_bytes
 
 DECODE_AHEAD = 64  # images in decoding at a time
+MADE = {"digits": "8 x 8 grey pixels", "glyphs": "32 x 32 pixels in colour"}  # words for --images
 
 
 def encode(
@@ -68,7 +69,7 @@ def encode(
     console: Console | None = None,
     team: Team = ALONE,
 ) -> Index | None:
-    """Write the images (a folder, or "digits") as a set of shards into `out`; its index, on the first process.
+    """Write the images (a folder, "digits" or "glyphs") as a set of shards into `out`; its index, on the first process.
 
     size: pixels of a side (default 32 of pixels; none of latents). channels: 3 (default) or 1.
     shard_size: source images of a shard, default 10,000. min_side: smaller images are skipped
@@ -82,11 +83,13 @@ def encode(
     with told_by_first(team):
         if not latents and (scale, shift) != (None, None):
             raise DataError("--scale and --shift belong to latents; leave them out for pixels")
-        if str(images) == "digits":
+        if str(images) in MADE:
             unused = (size, channels, min_side, vae, scale, shift)
             if latents or strict or mean_only or flip or unused != (None,) * len(unused):
-                raise DataError("the digits are 8 x 8 grey pixels; leave out the other settings")
-            return _digits(Path(out), shard_size, console, team)
+                raise DataError(
+                    f"the {images} are {MADE[str(images)]}; leave out the other settings"
+                )
+            return _made(str(images), Path(out), shard_size, console, team)
         if latents != (vae is not None):
             raise DataError("--vae NAME and --mode latents belong together; give both or neither")
         if not latents and (flip or mean_only or precision != "fp32"):
@@ -144,13 +147,19 @@ def encode(
     return write_set(Path(out), prepare, console=console, team=team)
 
 
-def _digits(out: Path, shard_size: int | None, console: Console | None, team: Team) -> Index | None:
-    """The digits, which are too few to share."""
+def _made(
+    name: str, out: Path, shard_size: int | None, console: Console | None, team: Team
+) -> Index | None:
+    """Pictures that are on every machine; seconds of work, which are not shared."""
     if not team.first:
         return None
-    index = digits.write(out, shard_size=digits.SHARD_SIZE if shard_size is None else shard_size)
+    write, usual = (
+        (digits.write, digits.SHARD_SIZE) if name == "digits" else (glyphs.write, glyphs.SHARD_SIZE)
+    )
+    index = write(out, shard_size=usual if shard_size is None else shard_size)
     if console is not None:
-        console.print(f"{index.count} scanned digits in {len(index.shards)} shards in {out}")
+        what = "scanned digits" if name == "digits" else "drawn glyphs"
+        console.print(f"{index.count} {what} in {len(index.shards)} shards in {out}")
     return index
 
 

@@ -43,7 +43,11 @@ ASSUMED = Facts(
     Space("latents", (0.18215,) * 4, (0.0,) * 4),
     {"label": label.described(1000)},
 )
-DIGITS = Facts((1, 8, 8), Space.pixels(1), {"label": label.described(10)})
+# What training makes where it is missing; a plan writes nothing.
+MADE = {
+    "digits": Facts((1, 8, 8), Space.pixels(1), {"label": label.described(10)}),
+    "glyphs": Facts((3, 32, 32), Space.pixels(3), {"label": label.described(62)}),
+}
 
 
 def state_bytes(parameters: int, zero: int, precision: str, world: int) -> float:
@@ -113,13 +117,12 @@ def run(config: RunConfig, where: Cluster | None, on_gpus: bool = False) -> int:
 def _data(config: RunConfig) -> tuple[Facts, str, Sequence[str]]:
     """(the data, where that comes from, remarks). Data that are not there yet are assumed, and said so."""
     path = getattr(config.data, "path", None)
-    # The digits are made by training where they are missing; a plan writes nothing.
-    made = config.data.kind == "digits"
+    made = MADE.get(config.data.kind)
     if path is None or (Path(path) / INDEX if made else Path(path)).exists():
         source, _ = parted(config, build_source(config))
         return source.facts, str(path or config.data.kind), getattr(source, "remarks", ())
     return (
-        (DIGITS, "digits", ())
+        (made, config.data.kind, ())
         if made
         else (assumed(config), f"assumed, for {path} does not exist", ())
     )

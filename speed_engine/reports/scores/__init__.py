@@ -2,12 +2,13 @@
 
 `score` judges pictures of any place (see sets.py) against those of another, or against stored statistics: Frechet
 distance, kernel distance, precision, recall, density and coverage in one space of features (see features.py). Against
-the digits a small classifier says besides whether a sample is what it was asked to be, and whether it is a copy. Every
-report says how it was measured (`measured`), and reports that were measured otherwise are not compared.
+the digits and the glyphs a small classifier says besides whether a sample is what it was asked to be, and whether it is
+a copy. Every report says how it was measured (`measured`), and reports that were measured otherwise are not compared.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,14 +17,17 @@ import numpy as np
 import torch
 
 from speed_engine.atomic_files import write_json
-from speed_engine.reports.scores import digits as digits_file
-from speed_engine.reports.scores import features, frechet, sets, statistics
-from speed_engine.reports.scores.digits import judge_of
+from speed_engine.reports.scores import digits, features, frechet, glyphs, sets, statistics
 from speed_engine.reports.scores.kernel import kernel_distance
 from speed_engine.reports.scores.lines import headline
 from speed_engine.reports.scores.nearest import neighbours
 
 __all__ = ["Options", "headline", "judge_of", "score"]
+# Sets that are on every machine, with a classifier of their own: name -> (report, features, a few numbers).
+JUDGES = {
+    "digits": (digits.score_digits, digits.both_features, digits.headline),
+    "glyphs": (glyphs.score_glyphs, glyphs.both_features, glyphs.headline),
+}
 MOST_FEATURES_FOR_FLOOR = 256  # of more, the twenty distances of the floor take minutes
 
 
@@ -64,8 +68,8 @@ def score(
         samples, size=options.resize, vae=options.vae, device=options.device
     )
     remarks = list(pictures.remarks)
-    if str(reference) == "digits" and options.features is None:
-        report = _against_digits(pictures, options)
+    if str(reference) in JUDGES and options.features is None:
+        report = _by_its_judge(str(reference), pictures, options)
     else:
         report, said = _against(pictures, reference, options)
         remarks += said
@@ -77,17 +81,28 @@ def score(
     return {**report, "file": str(out), "remarks": remarks}
 
 
-def _against_digits(pictures: sets.Pictures, options: Options) -> dict[str, Any]:
-    for name, given in (("--store", options.store), ("--weights", options.weights)):
+def judge_of(data_kind: str) -> Callable[[np.ndarray, np.ndarray | None], dict[str, float]] | None:
+    """What scores a few pictures while training runs on data of this kind; None where they have no score of their own.
+
+    It takes pixels uint8 NHWC and labels, and returns the headline numbers of `score`.
+    """
+    return JUDGES[data_kind][2] if data_kind in JUDGES else None
+
+
+def _by_its_judge(name: str, pictures: sets.Pictures, options: Options) -> dict[str, Any]:
+    report_on, both_features, _ = JUDGES[name]
+    for option, given in (("--store", options.store), ("--weights", options.weights)):
         if given is not None:
             raise ValueError(
-                f"the digits' own score has no use for {name}; leave it out, or give --features"
+                f"the {name}' own score has no use for {option}; leave it out, or give --features"
             )
-    report = digits_file.score_digits(pictures.all(), pictures.labels)
-    rows, real = digits_file.both_features(pictures.all())
+    report = report_on(pictures.all(), pictures.labels)
+    rows, real = both_features(pictures.all())
     more, warnings = _measures(rows, real, options.seed, options.device)
     report["warnings"] += warnings
-    space = {"kind": "digits", "features": report["feature_space"]}
+    space = {"kind": name, "features": report["feature_space"]}
+    if name == "glyphs":
+        space["network"] = report["classifier"]["sha256"]
     return (
         report | more | {"measured": _measured(space, pictures, report["reference"], more, options)}
     )

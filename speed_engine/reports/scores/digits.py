@@ -7,7 +7,6 @@ scans from each other, and whether samples repeat scans.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
@@ -173,15 +172,8 @@ def _ink(pixels_NHWC: np.ndarray) -> np.ndarray:
     return pixels_NHWC.reshape(len(pixels_NHWC), -1).astype(np.float64) * (FULL_INK / 255)
 
 
-def judge_of(data_kind: str) -> Callable[[np.ndarray, np.ndarray | None], dict[str, float]] | None:
-    """What scores a few pictures while training runs on data of this kind; None where they have no score of their own.
-
-    It takes pixels uint8 NHWC and labels, and returns the headline numbers of `score`.
-    """
-    return _headline if data_kind == "digits" else None
-
-
-def _headline(pixels_NHWC: np.ndarray, labels_N: np.ndarray | None) -> dict[str, float]:
+def headline(pixels_NHWC: np.ndarray, labels_N: np.ndarray | None) -> dict[str, float]:
+    """What a few pictures score while training runs."""
     report = score_digits(pixels_NHWC, labels_N)
     agreement, distance = report["class_agreement"], report["frechet"]["same_size"]["mean"]
     told = {} if agreement is None else {"class_agreement": agreement["agreement"]}

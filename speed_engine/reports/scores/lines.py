@@ -14,7 +14,7 @@ def headline(report: Mapping[str, Any]) -> str:
     value = frechet["distance"] if same is None else same["mean"]
     floor = f" (real data among themselves {frechet['floor']['mean']:.4g})" if same else ""
     told = "" if agreement is None else f", class agreement {agreement['agreement']:.3f}"
-    space = "digits" if report["kind"] == "digits" else report["feature_space"]
+    space = report["kind"] if report["kind"] in ("digits", "glyphs") else report["feature_space"]
     return f"Frechet distance {value:.4g}{floor}{told}, features: {space}"
 
 

@@ -1,7 +1,7 @@
 """Pictures to be scored, or to be scored against, wherever they are: as bytes, one batch after another.
 
 A folder that `sample` wrote, a folder of classes (or tars, or a CIFAR archive) as `encode` takes it, a set that
-`encode` wrote, an `.npz` with arr_0, or the word digits.
+`encode` wrote, an `.npz` with arr_0, or the word digits or glyphs (fresh ones).
 """
 
 from __future__ import annotations
@@ -16,11 +16,15 @@ import numpy as np
 import torch
 from PIL import Image
 
-from speed_engine.data import DataError, autoencoder, shards
+from speed_engine.data import DataError, autoencoder, glyph_pictures, shards
 from speed_engine.data.storage import pictures, places
 from speed_engine.sampling.folder import image_path, read_recipe, to_uint8
 
 NAMES_OF_ARRAY = ("arr_0", "images", "x")
+FIRST_GLYPH, NUM_GLYPHS = (
+    glyph_pictures.FRESH + 2**30,
+    6200,
+)  # others than the glyphs' own score compares with
 
 
 @dataclass
@@ -68,12 +72,15 @@ def open_pictures(
     path = Path(place)
     if str(place) == "digits":
         found = _digits()
+    elif str(place) == "glyphs":
+        pixels, labels = glyph_pictures.draw(0, FIRST_GLYPH, NUM_GLYPHS)
+        found = _in_memory("glyphs", pixels.transpose(0, 2, 3, 1), labels)
     elif path.suffix == ".npz" and path.is_file():
         found = _archive(path)
     elif not path.exists():
         raise ValueError(
             f"{option} {place} is not there; give a folder of images, a folder of `sample` or `encode`, an .npz, or "
-            "the word digits"
+            "the word digits or glyphs"
         )
     elif (path / "recipe.json").exists():
         found = _samples(path)

@@ -302,7 +302,7 @@ def test_scale_far_off_is_refused(tmp_path: Path) -> None:
 
 
 def test_kinds_and_protocol(tmp_path: Path) -> None:
-    assert names("data") == ["digits", "shards"]
+    assert names("data") == ["digits", "glyphs", "shards"]
     source: Source = digits.build(digits.Config(path=str(tmp_path / "digits")))
     assert source.facts.shape == (1, 8, 8)
 
