@@ -103,6 +103,9 @@ def open_source(name: str, folder: Path, patch: pytest.MonkeyPatch, seed: int = 
         config = kinds.config_of(
             "data", {"kind": "digits", "path": str(folder / "digits"), "held_out": 0.1 * seed}
         )
+    elif name == "glyphs":
+        place = {"path": str(folder / f"glyphs-{seed}"), "count": 40, "seed": seed}
+        config = kinds.config_of("data", {"kind": "glyphs", **place})
     else:
         write(folder / f"{name}-{seed}", **SETS[name], seed=seed)
         config = kinds.config_of(
@@ -111,11 +114,12 @@ def open_source(name: str, folder: Path, patch: pytest.MonkeyPatch, seed: int = 
     return kinds.home(config).build(config)
 
 
-EVERY = ["digits", "outside", *SETS]
+EVERY = ["digits", "glyphs", "outside", *SETS]
 
 
 def test_every_kind_is_here() -> None:
-    assert set(kinds.names("data")) == {"digits", "shards"}, "a new kind needs its lines above"
+    kept = {"digits", "glyphs", "shards"}
+    assert set(kinds.names("data")) == kept, "a new kind needs its lines above"
 
 
 @pytest.mark.parametrize("name", EVERY)

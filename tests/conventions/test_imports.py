@@ -114,7 +114,7 @@ ONLY_IN = {
     "deepspeed": r"speed_engine/engines/deepspeed(_json)?\.py",
     "diffusers": r"speed_engine/(sampling/\w+|data/autoencoder|weights/\w+)\.py",
     "fsspec": r"speed_engine/data/storage/fetch\.py",
-    "matplotlib": r"speed_engine/(reports/\w+|studies/pictures)\.py",
+    "matplotlib": r"speed_engine/(reports/\w+|studies/pictures|data/glyph_pictures)\.py",
     "pyarrow": r"speed_engine/data/storage/tables\.py",
     "tensorboard": r"speed_engine/training/boards\.py",
     "torch.utils.tensorboard": r"speed_engine/training/boards\.py",

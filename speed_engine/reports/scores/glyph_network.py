@@ -15,12 +15,11 @@ import sys
 from pathlib import Path
 
 import torch
-from safetensors.torch import load, save
 from torch import Tensor, nn
 from torch.nn import functional
 
-from speed_engine.atomic_files import write_bytes
 from speed_engine.data import glyph_pictures
+from speed_engine.weights.file import read_safetensors, write_safetensors
 
 WEIGHTS = Path(__file__).with_name("glyph_network.safetensors")
 WIDTHS = (16, 32, 64, 64)
@@ -56,10 +55,10 @@ class GlyphNetwork(nn.Module):
 
 def load_network() -> tuple[GlyphNetwork, str]:
     """The network with the weights that are shipped, and their SHA-256."""
-    content = WEIGHTS.read_bytes()
     network = GlyphNetwork()
-    network.load_state_dict({name: each.float() for name, each in load(content).items()})
-    return network.eval(), hashlib.sha256(content).hexdigest()
+    tensors, _ = read_safetensors(WEIGHTS)
+    network.load_state_dict({name: each.float() for name, each in tensors.items()})
+    return network.eval(), hashlib.sha256(WEIGHTS.read_bytes()).hexdigest()
 
 
 def train(steps: int = STEPS) -> GlyphNetwork:
@@ -85,4 +84,4 @@ if __name__ == "__main__":
     (file,) = sys.argv[1:]
     trained = train()
     halves = {name: each.half().contiguous() for name, each in trained.state_dict().items()}
-    write_bytes(Path(file), save(halves))
+    write_safetensors(Path(file), halves, {"about": "tells glyphs apart; made by glyph_network.py"})

@@ -1,4 +1,4 @@
-"""Drawn glyphs as a judge: is a sample what it was asked to be, how far is all from the true distribution, is it a copy.
+"""Drawn glyphs as a judge: is a sample what it was to be, how far is all from the true distribution, is it a copy.
 
 The true distribution is at hand: real data are fresh draws, which no set holds. Their distance from each other is the
 floor; how near fresh draws lie to the training draws says what a copy is.
