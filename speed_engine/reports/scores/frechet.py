@@ -41,7 +41,7 @@ def frechet_distance(a_NF: np.ndarray, b_MF: np.ndarray) -> float:
     return of_moments(*moments(a_NF), *moments(b_MF))
 
 
-def _mean_and_spread(values: list[float]) -> dict[str, float]:
+def mean_and_spread(values: list[float]) -> dict[str, float]:
     """Mean and standard deviation over random splits."""
     return {"mean": float(np.mean(values)), "std": float(np.std(values, ddof=1))}
 
@@ -66,8 +66,8 @@ def distance_and_floor(features_NF: np.ndarray, real_MF: np.ndarray) -> dict[str
         same_size.append(frechet_distance(features_NF[rng.permutation(num)[:size]], rest))
     return {
         "distance": frechet_distance(features_NF, real_MF),
-        "same_size": _mean_and_spread(same_size),
-        "floor": _mean_and_spread(floor),
+        "same_size": mean_and_spread(same_size),
+        "floor": mean_and_spread(floor),
         "excess": float(np.mean(same_size) - np.mean(floor)),
         "size": size,
         "splits": NUM_SPLITS,
