@@ -123,7 +123,7 @@ def covered(outline_E22: np.ndarray) -> np.ndarray:
     np.add.at(change, (line, column + 1), sign * rest)
     total = change.cumsum(1)
     inside = np.minimum(np.abs(total), 1)
-    share = sum(inside[s::SCANS] for s in range(SCANS)) / SCANS
+    share = np.add.reduce([inside[s::SCANS] for s in range(SCANS)]) / SCANS
     share[[0, -1]] = share[:, [0, -1]] = 0
     return share.reshape(-1)
 
