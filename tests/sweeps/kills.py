@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import random
 import time
 from collections.abc import Iterator
@@ -21,12 +22,12 @@ from tests.distributed.conftest import TRAIN, Launcher
 from tests.distributed.test_training import metrics
 from tests.distributed.warm import Warm
 
-STEPS, EVERY = 36, 3
+STEPS, EVERY = 64, 4
 COMMON = (
     f"train.steps={STEPS}",
     f"checkpoint.every={EVERY}",
     "checkpoint.keep=99",
-    "log.every=4",  # not together with a checkpoint: the sums of an open interval are state, too
+    "log.every=6",  # not together with a checkpoint: the sums of an open interval are state, too
     "model.depth=1",
     "train.first_step_seconds=60",
     "train.stall_seconds=60",
@@ -39,6 +40,7 @@ ENGINES = {
 }
 WORLDS = (1, 2)
 CASES = {f"{name}-{world}": (ENGINES[name], world) for name in ENGINES for world in WORLDS}
+CHAIN = 3  # kills of one run folder
 MOMENTS = ("any", "training", "saving")
 PATIENCE = 240.0  # seconds for a start and its whole run
 DEAD_WITHIN = 100.0  # seconds in which those whose neighbour was killed must have ended
@@ -61,14 +63,22 @@ class Kill:
 
 
 def fingerprints(run: Path) -> dict[str, Any]:
-    """What must be equal: the bytes of every file with tensors, by its name, and the lines of metrics but for times."""
+    """What must be equal: the content of every file with tensors, by its name, and the lines of metrics but for times."""
     files = sorted((run / "checkpoints").rglob("*.safetensors"))
     found: dict[str, Any] = {
-        path.relative_to(run).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        path.relative_to(run).as_posix(): _digest(path)
         for path in files
         if ".partial" not in path.as_posix()
     }
     return found | {f"metrics {i}": line for i, line in enumerate(metrics(run))}
+
+
+def _digest(path: Path) -> str:
+    """SHA-256 of a safetensors file with its header in one order: the library writes its metadata in any."""
+    content = path.read_bytes()
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.dumps(json.loads(content[8:end]), sort_keys=True)
+    return hashlib.sha256(header.encode() + content[end:]).hexdigest()
 
 
 def differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
@@ -87,27 +97,37 @@ def committed(run: Path) -> list[str]:
 def undisturbed(launcher: Launcher, case: str) -> tuple[dict[str, Any], float]:
     """What the run of a case leaves when nobody kills it, and the seconds that it takes."""
     settings, world = CASES[case]
-    began = time.monotonic()
-    launcher.train(f"{case}-whole", *COMMON, *settings, world=world)
-    return fingerprints(launcher.folder / f"{case}-whole"), time.monotonic() - began
+    seconds = 0.0
+    for name in ("first", "whole"):  # the first compiles and writes what later ones find
+        began = time.monotonic()
+        launcher.train(f"{name}/run", *COMMON, *settings, world=world)
+        seconds = time.monotonic() - began
+    first, whole = (fingerprints(launcher.folder / name / "run") for name in ("first", "whole"))
+    assert not differences(first, whole), f"{case} does not repeat itself even undisturbed"
+    return whole, seconds
 
 
 def chain(
-    launcher: Launcher, case: str, number: int, kills: int, seconds: float, draw: random.Random
+    launcher: Launcher,
+    case: str,
+    name: str,
+    moments: list[str],
+    seconds: float,
+    draw: random.Random,
 ) -> tuple[list[Kill], list[str]]:
-    """Up to `kills` kills of one run folder, and the names of what was lost or differs from a start to the next.
+    """Kills of the run folder NAME/run, until one comes too late, and the names of what was lost in between.
 
-    seconds: what the undisturbed run takes. The run is at its end when this returns.
+    moments: how each kill is drawn. seconds: what the undisturbed run takes. The run is at its end when this returns.
     """
     settings, world = CASES[case]
-    run = launcher.folder / f"{case}-{number}"
-    words = launcher.arguments(run.name, *COMMON, *settings)
+    run = launcher.folder / name / "run"  # its last name is part of what is saved
+    words = launcher.arguments(f"{name}/run", *COMMON, *settings)
     done: list[Kill] = []
     lost: list[str] = []
-    while len(done) < kills:
+    for moment in moments:
         before = committed(run)
         running = launcher.start(world, words)
-        kill = _killed(running, run, MOMENTS[len(done) % len(MOMENTS)], seconds, draw)
+        kill = _killed(running, run, moment, seconds, draw)
         lost += [f"{name} after a kill" for name in before if name not in committed(run)]
         if kill is None:
             break
@@ -124,12 +144,12 @@ def _killed(
     running: list[Warm], run: Path, moment: str, seconds: float, draw: random.Random
 ) -> Kill | None:
     """Kill these processes at a moment; None where they had come to their end before."""
-    began, start = time.monotonic(), committed(run)
+    start, began = committed(run), time.monotonic()
     if moment == "any":
-        wait = draw.uniform(0, seconds)
+        wait = draw.uniform(0, 0.9 * seconds)
     else:
         _watch(running, lambda: committed(run) != start)
-        wait = draw.uniform(0, 0.4 * seconds)
+        wait = time.monotonic() - began + draw.uniform(0, 0.2 * seconds)
     _watch(running, lambda: time.monotonic() - began >= wait)
     if moment == "saving":
         _watch(running, lambda: any(run.glob("checkpoints/*.partial")))
@@ -164,14 +184,16 @@ def _watch(running: list[Warm], there: Any) -> None:
 
 
 def sweep(launcher: Launcher, case: str, kills: int, seed: int) -> dict[str, Any]:
-    """At least `kills` kills of a case, three a chain: what `faults_*.json` keeps of it."""
+    """At least `kills` kills of a case, a few a chain: what `faults_*.json` keeps of it."""
     draw = random.Random(f"{seed} {case}")
     expected, seconds = undisturbed(launcher, case)
     chains: list[dict[str, Any]] = []
     landed = 0
     while landed < kills:
-        done, lost = chain(launcher, case, len(chains), min(3, kills - landed), seconds, draw)
-        apart = differences(expected, fingerprints(launcher.folder / f"{case}-{len(chains)}"))
+        name, left = f"chain-{len(chains)}", min(CHAIN, kills - landed)
+        moments = [MOMENTS[(landed + i) % len(MOMENTS)] for i in range(left)]
+        done, lost = chain(launcher, case, name, moments, seconds, draw)
+        apart = differences(expected, fingerprints(launcher.folder / name / "run"))
         chains.append({"kills": [asdict(each) for each in done], "lost": lost, "apart": apart})
         landed += len(done)
         assert len(chains) < 10 * kills, "hardly any kill met a living process"
@@ -197,13 +219,13 @@ runpy.run_path({train!r}, run_name="__main__")
 def control(launcher: Launcher, case: str) -> list[str]:
     """Names of what differs when a restore loses one bit of a moment: empty would mean that the sweep sees nothing."""
     settings, world = CASES[case]
-    run = launcher.folder / f"{case}-control"
+    run = launcher.folder / "control" / "run"
     program = launcher.folder / "broken_restore.py"
     program.write_text(BROKEN.format(root=str(TRAIN.parents[1]), train=str(TRAIN)))
     words = [*COMMON, *settings]
-    launcher.train(run.name, *words, f"train.steps={STEPS // 2}", world=world)
-    launcher.wait(launcher.start(world, launcher.arguments(run.name, *words), program=program))
-    return differences(fingerprints(launcher.folder / f"{case}-whole"), fingerprints(run))
+    launcher.train("control/run", *words, f"train.steps={STEPS // 2}", world=world)
+    launcher.wait(launcher.start(world, launcher.arguments("control/run", *words), program=program))
+    return differences(fingerprints(launcher.folder / "whole" / "run"), fingerprints(run))
 
 
 @contextlib.contextmanager
