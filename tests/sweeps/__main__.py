@@ -19,7 +19,7 @@ from benchmarks.harness.environment import conditions
 from speed_engine.atomic_files import write_json, write_text
 from tests.distributed.conftest import Launcher
 from tests.distributed.warm import Nest
-from tests.sweeps import damage, kills
+from tests.sweeps import damage, kills, nodes
 from tests.sweeps.page import failures, page
 
 
@@ -85,7 +85,18 @@ def _damage(launcher: Launcher, asked: argparse.Namespace) -> dict[str, Any]:
     return {"files": files, "control": unchecked}
 
 
-PARTS = {"kills": _kills, "damage": _damage}
+def _nodes(launcher: Launcher, asked: argparse.Namespace) -> dict[str, Any]:
+    if reason := nodes.why_not():
+        print(f"nodes: left out, {reason}", file=sys.stderr)
+        return {}
+
+    def of(name: str) -> dict[str, Any]:
+        return nodes.case(launcher, name, nodes.undisturbed(launcher, nodes.CASES[name][1]))
+
+    return {name: (lambda name=name: of(name)) for name in nodes.CASES}
+
+
+PARTS = {"kills": _kills, "damage": _damage, "nodes": _nodes}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -63,7 +63,7 @@ class Kill:
 
 
 def fingerprints(run: Path) -> dict[str, Any]:
-    """What must be equal: the content of every file with tensors, by its name, and the lines of metrics but for times."""
+    """What must be equal: every file with tensors, by its name, and the lines of metrics but for their times."""
     files = sorted((run / "checkpoints").rglob("*.safetensors"))
     found: dict[str, Any] = {
         path.relative_to(run).as_posix(): _digest(path)
