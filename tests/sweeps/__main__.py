@@ -1,6 +1,6 @@
 """`make test-faults`: kills and damage by the dozen, minutes on two cores, written down as JSON and as a page.
 
-python -m tests.sweeps --out benchmarks/results --name HOST [--kills 6] [--only kills damage nodes]
+python -m tests.sweeps --out benchmarks/results --name HOST [--kills 6] [--only kills damage growth nodes]
 What a file of that name holds already, from the same commit and seed, is not done again.
 """
 
@@ -19,7 +19,7 @@ from benchmarks.harness.environment import conditions
 from speed_engine.atomic_files import write_json, write_text
 from tests.distributed.conftest import Launcher
 from tests.distributed.warm import Nest
-from tests.sweeps import damage, kills, nodes
+from tests.sweeps import damage, growth, kills, nodes
 from tests.sweeps.page import failures, page
 
 
@@ -96,7 +96,11 @@ def _nodes(launcher: Launcher, asked: argparse.Namespace) -> dict[str, Any]:
     return {name: (lambda name=name: of(name)) for name in nodes.CASES}
 
 
-PARTS = {"kills": _kills, "damage": _damage, "nodes": _nodes}
+def _growth(launcher: Launcher, asked: argparse.Namespace) -> dict[str, Any]:
+    return {name: (lambda name=name: growth.sweep(launcher, name)) for name in growth.ENGINES}
+
+
+PARTS = {"kills": _kills, "damage": _damage, "growth": _growth, "nodes": _nodes}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -22,7 +22,7 @@ def failures(told: dict[str, Any]) -> list[str]:
             found.append(f"{name}: {counts['unnoticed']} changes passed unnoticed")
     if told.get("damage", {}).get("control") == 0:
         found.append("without checksums no change of the weights passed: the sweep proves nothing")
-    for name, result in told.get("nodes", {}).items():
+    for name, result in [*told.get("growth", {}).items(), *told.get("nodes", {}).items()]:
         found += [f"{name}: {sentence}" for sentence in result["wrong"]]
     return found
 
@@ -57,7 +57,7 @@ def page(told: dict[str, Any]) -> str:
     ]
     lines += [f"- {sentence}" for sentence in failures(told)] or [HELD]
     lines += ["", *_table(("condition", "value"), list(told["conditions"].items()))]
-    return "\n".join(lines + _kills(told) + _damage(told) + _nodes(told)) + "\n"
+    return "\n".join(lines + _kills(told) + _damage(told) + _growth(told) + _nodes(told)) + "\n"
 
 
 def _table(head: tuple[str, ...], rows: list[Any]) -> list[str]:
@@ -96,6 +96,15 @@ def _damage(told: dict[str, Any]) -> list[str]:
     passed = told["damage"].get("control")
     words = f"Control: with checksums not compared, {passed} changes of the averages passed."
     return lines if passed is None else [*lines, "", words]
+
+
+def _growth(told: dict[str, Any]) -> list[str]:
+    rows = [
+        [name, *(each[end][key] for key in ("memory", "files") for end in ("first", "last"))]
+        for name, each in told.get("growth", {}).items()
+    ]
+    head = ("engine", "bytes at step 500", "at the end", "open files at step 500", "at the end")
+    return ["", "## Two thousand steps", "", *_table(head, rows)] if rows else []
 
 
 def _nodes(told: dict[str, Any]) -> list[str]:
