@@ -9,7 +9,7 @@ RUN    := runs/demo
 # a second busy process on the same cores slows small models down twentyfold.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: install demo test test-triton lint bench clean
+.PHONY: install demo test test-faults test-triton lint bench clean
 .DELETE_ON_ERROR:
 
 install: $(VENV)/installed
@@ -37,6 +37,13 @@ demo: install
 test: export OMP_NUM_THREADS ?= 1
 test: install
 	$(BIN)/python -m pytest tests -n 2 --dist loadfile --no-loadscope-reorder
+
+# Some fifty kills and two thousand damaged files, and two nodes that lose each other: half an hour on two cores. What is
+# found goes to FAULTS as JSON and as a page; started again, it goes on.
+FAULTS ?= runs/faults
+test-faults: export OMP_NUM_THREADS ?= 1
+test-faults: install
+	PYTHONPATH=".:kernels$${PYTHONPATH:+:$$PYTHONPATH}" $(BIN)/python -m tests.sweeps --out $(FAULTS)
 
 # The code that another Triton makes of the GPU kernels, as `make test-triton VERSION=3.6.0`, that of torch 2.11: no GPU
 # is needed. It lies beside the environment, not in it, since torch brings its own.

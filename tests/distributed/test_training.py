@@ -225,28 +225,3 @@ def test_gradients_that_are_not_finite_change_nothing_and_end_the_run(launcher):
         expect=3,
     )
     assert "not finite" in output
-
-
-@pytest.mark.parametrize("kind", ["adaptive", "infonoise"])
-def test_methods_that_learn_agree_on_any_number_of_processes(launcher, kind):
-    """A pair learns one table (the engine compares them when it saves), a resumed pair the same, and
-    for InfoNoise it is the table that one process learns. The rewards of `adaptive` are differences
-    of nearly equal losses, in which rounding, and so the split of the batch, is visible."""
-    common = (f"timesteps.kind={kind}", "engine.zero=1", "train.steps=60", "checkpoint.every=50")
-    launcher.train("two", *common, world=2)
-    shutil.copytree(launcher.folder / "two", launcher.folder / "resumed")
-    shutil.rmtree(checkpoint(launcher.folder / "resumed", 60))
-    launcher.train("resumed", *common, "checkpoint.resume=must", world=2)
-
-    def learned(run: str) -> dict[str, torch.Tensor]:
-        return load_file(checkpoint(launcher.folder / run, 60) / "timesteps.safetensors")
-
-    two = learned("two")
-    assert_equal(two, learned("resumed"))
-    if kind == "adaptive":
-        return
-    launcher.train("one", *common)
-    one = learned("one")
-    assert one.keys() == two.keys()
-    for key, value in one.items():
-        torch.testing.assert_close(two[key], value, rtol=1e-3, atol=1e-4, msg=key)
