@@ -41,6 +41,23 @@ inline uint16_t to_float16(float x) {
   return static_cast<uint16_t>(value | (bits >> 16 & 0x8000u));
 }
 
+// A dtype as a type, for loops that read and write tensors where they compute.
+struct Float32 {
+  using Stored = float;
+  static float get(Stored x) { return x; }
+  static Stored put(float x) { return x; }
+};
+struct Float16 {
+  using Stored = uint16_t;
+  static float get(Stored x) { return from_float16(x); }
+  static Stored put(float x) { return to_float16(x); }
+};
+struct BFloat16 {
+  using Stored = uint16_t;
+  static float get(Stored x) { return from_bfloat16(x); }
+  static Stored put(float x) { return to_bfloat16(x); }
+};
+
 inline void load(const void* tensor, int32_t dtype, int64_t offset, float* __restrict__ out, int64_t n) {
   if (dtype == kFloat32) {
     std::memcpy(out, static_cast<const float*>(tensor) + offset, n * sizeof(float));

@@ -1,8 +1,10 @@
 // Gate, residual sum, LayerNorm and modulation of a transformer with adaptive norms, forward and backward, each in one
 // pass over the data on the CPU. Mathematics and symbols: kernels/speed_kernels/gate_residual_norm_modulate/op.py.
 //
-// A row (one token's channels) stays in the first-level cache while it is worked on. Statistics are sums of doubles, in
-// which no finite float32 row overflows. Work is cut by shapes alone, never by the number of threads.
+// A row (one token's channels) stays in the first-level cache between its few loops, which read and write the tensors
+// where they compute. The mean is a sum of doubles; other sums over channels are floats over kBlock channels, doubles
+// over the blocks, and doubles alone where floats overflow, so that no finite float32 row is spoiled. Work is cut by
+// shapes alone, never by the number of threads.
 
 #include <ATen/Parallel.h>
 
@@ -21,27 +23,53 @@ using namespace speed;
 constexpr int64_t kChunkRows = 32;
 // The sums over tokens: of d_y, of d_y n, of branch d_x, of d_x.
 enum Sum { kShift = 0, kScale, kGate, kDx, kSums };
+// Channels whose sum is taken in float32.
+constexpr int64_t kBlock = 64;
 // Elements that make a task worth a thread.
 constexpr int64_t kGrain = 32768;
 
-// Rows of [num_samples, ...] tensors in the compute dtype, `stride` elements apart, unpacked when the sample changes.
+// Rows of [num_samples, ...] tensors in the compute dtype, `stride` elements apart, unpacked when the sample changes,
+// with `offset` added.
 struct Modulation {
   const void* rows;
   int64_t stride;
   int32_t dtype;
   std::vector<float> values;
+  float offset;
   int64_t sample = -1;
 
-  Modulation(const void* rows_, int64_t stride_, int32_t dtype_, int64_t num_channels)
-      : rows(rows_), stride(stride_), dtype(dtype_), values(num_channels, 0.0f) {}
+  Modulation(const void* rows_, int64_t stride_, int32_t dtype_, int64_t num_channels, float offset_ = 0.0f)
+      : rows(rows_), stride(stride_), dtype(dtype_), values(num_channels, 0.0f), offset(offset_) {}
 
   const float* of(int64_t b) {
-    if (rows != nullptr && b != sample) load(rows, dtype, b * stride, values.data(), values.size());
+    if (rows != nullptr && b != sample) {
+      load(rows, dtype, b * stride, values.data(), values.size());
+      for (float& value : values) value += offset;
+    }
     sample = b;
     return values.data();
   }
 };
 
+// Calls `work` with the types of the residual stream (float32 or bfloat16) and of everything else.
+template <typename Work>
+void with_types(int32_t stream_dtype, int32_t dtype, const Work& work) {
+  const auto with_stream = [&](auto stream) {
+    if (dtype == kFloat32) return work(stream, Float32{});
+    if (dtype == kFloat16) return work(stream, Float16{});
+    return work(stream, BFloat16{});
+  };
+  if (stream_dtype == kFloat32) return with_stream(Float32{});
+  return with_stream(BFloat16{});
+}
+
+// The row at an offset of a tensor that may be absent.
+template <typename Element>
+Element* row_of(Element* rows, int64_t offset) {
+  return rows == nullptr ? nullptr : rows + offset;
+}
+
+// Sums of doubles stay out of the loops that round: together the compiler makes much slower code of them.
 inline double sum(const float* values, int64_t n) {
   double total = 0.0;
 #pragma omp simd reduction(+ : total)
@@ -49,37 +77,98 @@ inline double sum(const float* values, int64_t n) {
   return total;
 }
 
-inline double sum_of_squares(const float* values, double centre, int64_t n) {
-  double total = 0.0;
-#pragma omp simd reduction(+ : total)
+// The row of the rounded sum, into the tensor and `s`.
+template <typename Stream, typename Compute>
+void add_branch(const typename Stream::Stored* __restrict__ x, const typename Compute::Stored* __restrict__ branch,
+                const float* __restrict__ gate, const float* __restrict__ bias,
+                typename Stream::Stored* __restrict__ out, float* __restrict__ s, int64_t n) {
+#pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
-    const double distance = values[i] - centre;
-    total += distance * distance;
+    const float value = Stream::get(x[i]) + gate[i] * (Compute::get(branch[i]) + bias[i]);
+    const typename Stream::Stored rounded = Stream::put(value);
+    out[i] = rounded;
+    s[i] = Stream::get(rounded);
   }
+}
+
+// s less high + low, in place. Returns the sum of the squares.
+inline double centre(float* __restrict__ s, float high, float low, int64_t n) {
+  double total = 0.0;
+  for (int64_t begin = 0; begin < n; begin += kBlock) {
+    const int64_t end = std::min(begin + kBlock, n);
+    float part = 0.0f;
+#pragma omp simd reduction(+ : part)
+    for (int64_t i = begin; i < end; ++i) {
+      s[i] = s[i] - high - low;
+      part += s[i] * s[i];
+    }
+    total += part;
+  }
+  if (std::isfinite(total)) return total;
+  total = 0.0;
+  for (int64_t i = 0; i < n; ++i) total += static_cast<double>(s[i]) * s[i];
   return total;
 }
 
 int64_t num_chunks_of(int64_t num_tokens) { return (num_tokens + kChunkRows - 1) / kChunkRows; }
 
-// One row of the backward pass up to d_x, which replaces d_sum. The sums over tokens grow by this row.
-inline void differentiate_row(const float* __restrict__ d_y, const float* __restrict__ stream,
-                              const float* __restrict__ scale, float mean, float rstd, float* __restrict__ n,
-                              float* __restrict__ d_sum, float* __restrict__ shift_sum, float* __restrict__ scale_sum,
-                              int64_t num) {
-  double total = 0.0, along = 0.0;
-#pragma omp simd reduction(+ : total, along)
-  for (int64_t i = 0; i < num; ++i) {
-    const float normed = (stream[i] - mean) * rstd;
-    const float g = d_y[i] * (1.0f + scale[i]);
-    n[i] = normed;
-    shift_sum[i] += d_y[i];
-    scale_sum[i] += d_y[i] * normed;
-    total += g;
-    along += static_cast<double>(g) * normed;
+template <typename Compute>
+void modulate(const float* __restrict__ centred, float rstd, const float* __restrict__ one_plus_scale,
+              const float* __restrict__ shift, typename Compute::Stored* __restrict__ y, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) y[i] = Compute::put(centred[i] * rstd * one_plus_scale[i] + shift[i]);
+}
+
+// One row of the backward pass before its means are known: n, g and their sums; the sums over tokens grow.
+template <typename Stream, typename Compute>
+void differentiate_norm(const typename Compute::Stored* __restrict__ d_y,
+                        const typename Stream::Stored* __restrict__ stream, const float* __restrict__ one_plus_scale,
+                        float mean, float rstd, float* __restrict__ normed, float* __restrict__ g,
+                        float* __restrict__ shift_sum, float* __restrict__ scale_sum, int64_t n, double& total,
+                        double& along) {
+  total = along = 0.0;
+  for (int64_t begin = 0; begin < n; begin += kBlock) {
+    const int64_t end = std::min(begin + kBlock, n);
+    float part = 0.0f, part_along = 0.0f;
+#pragma omp simd reduction(+ : part, part_along)
+    for (int64_t i = begin; i < end; ++i) {
+      const float d = Compute::get(d_y[i]);
+      const float at = (Stream::get(stream[i]) - mean) * rstd;
+      const float scaled = d * one_plus_scale[i];
+      normed[i] = at;
+      g[i] = scaled;
+      shift_sum[i] += d;
+      scale_sum[i] += d * at;
+      part += scaled;
+      part_along += scaled * at;
+    }
+    total += part;
+    along += part_along;
   }
-  const float mean_g = static_cast<float>(total / num), mean_gn = static_cast<float>(along / num);
-  for (int64_t i = 0; i < num; ++i) {
-    d_sum[i] += rstd * (d_y[i] * (1.0f + scale[i]) - mean_g - n[i] * mean_gn);
+  if (std::isfinite(total) && std::isfinite(along)) return;
+  total = along = 0.0;
+  for (int64_t i = 0; i < n; ++i) {
+    total += g[i];
+    along += static_cast<double>(g[i]) * normed[i];
+  }
+}
+
+// d_x of a row, into the tensor; with a gate also d_branch, and the sums over tokens grow by this row.
+template <typename Stream, typename Compute, bool kGated, bool kHasSum>
+void write_row(const float* __restrict__ g, const float* __restrict__ normed, float rstd, float mean_g, float mean_gn,
+               const typename Stream::Stored* __restrict__ d_sum, const typename Compute::Stored* __restrict__ branch,
+               const float* __restrict__ gate, typename Stream::Stored* __restrict__ d_x,
+               typename Compute::Stored* __restrict__ d_branch, float* __restrict__ gate_sum,
+               float* __restrict__ d_x_sum, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    float d = rstd * (g[i] - mean_g - normed[i] * mean_gn);
+    if constexpr (kHasSum) d += Stream::get(d_sum[i]);
+    d_x[i] = Stream::put(d);
+    if constexpr (kGated) {
+      gate_sum[i] += Compute::get(branch[i]) * d;
+      d_x_sum[i] += d;
+      d_branch[i] = Compute::put(gate[i] * d);
+    }
   }
 }
 
@@ -96,36 +185,35 @@ extern "C" void speed_gate_residual_norm_modulate(const void* x, int32_t stream_
                                                   int64_t num_channels, double eps) {
   const int64_t n = num_channels;
   const int64_t grain = std::max<int64_t>(1, kGrain / n);
-  at::parallel_for(0, num_samples * num_tokens, grain, [&](int64_t begin, int64_t end) {
-    Modulation gates(gate, gate_stride, dtype, n), shifts(shift, shift_stride, dtype, n);
-    Modulation scales(scale, scale_stride, dtype, n), biases(bias, 0, dtype, n);
-    std::vector<float> stream_row(n), branch_row(n);
-    float* __restrict__ s = stream_row.data();
-    float* __restrict__ v = branch_row.data();
-    for (int64_t row = begin; row < end; ++row) {
-      const int64_t b = row / num_tokens;
-      load(x, stream_dtype, row * n, s, n);
-      if (gate != nullptr) {
-        const float* __restrict__ gate_row = gates.of(b);
-        const float* __restrict__ bias_row = biases.of(0);
-        load(branch, dtype, row * n, v, n);
-        for (int64_t i = 0; i < n; ++i) s[i] += gate_row[i] * (v[i] + bias_row[i]);
-        store(sum_out, stream_dtype, row * n, s, n);
-        // The statistics are those of the rounded sum.
-        if (stream_dtype != kFloat32) load(sum_out, stream_dtype, row * n, s, n);
+  with_types(stream_dtype, dtype, [&](auto stream_type, auto type) {
+    using Stream = decltype(stream_type);
+    using Compute = decltype(type);
+    const auto* x_rows = static_cast<const typename Stream::Stored*>(x);
+    const auto* branch_rows = static_cast<const typename Compute::Stored*>(branch);
+    auto* sum_rows = static_cast<typename Stream::Stored*>(sum_out);
+    auto* y_rows = static_cast<typename Compute::Stored*>(y);
+    at::parallel_for(0, num_samples * num_tokens, grain, [&](int64_t begin, int64_t end) {
+      Modulation gates(gate, gate_stride, dtype, n), shifts(shift, shift_stride, dtype, n);
+      Modulation scales(scale, scale_stride, dtype, n, 1.0f), biases(bias, 0, dtype, n);
+      std::vector<float> stream_row(n);
+      float* s = stream_row.data();
+      for (int64_t row = begin; row < end; ++row) {
+        const int64_t b = row / num_tokens;
+        if (gate != nullptr) {
+          add_branch<Stream, Compute>(x_rows + row * n, branch_rows + row * n, gates.of(b), biases.of(0),
+                                      sum_rows + row * n, s, n);
+        } else {
+          load(x, stream_dtype, row * n, s, n);
+        }
+        const double mean = sum(s, n) / n;
+        // The mean in two floats: where it is large, what one float leaves of it matters.
+        const float high = static_cast<float>(mean), low = static_cast<float>(mean - high);
+        const float inverse = static_cast<float>(1.0 / std::sqrt(centre(s, high, low, n) / n + eps));
+        modulate<Compute>(s, inverse, scales.of(b), shifts.of(b), y_rows + row * n, n);
+        mean_out[row] = high;
+        rstd_out[row] = inverse;
       }
-      const double mean = sum(s, n) / n;
-      const double rstd = 1.0 / std::sqrt(sum_of_squares(s, mean, n) / n + eps);
-      // The mean in two floats: where it is large, what one float leaves of it matters.
-      const float high = static_cast<float>(mean), low = static_cast<float>(mean - high);
-      const float inverse = static_cast<float>(rstd);
-      const float* __restrict__ shift_row = shifts.of(b);
-      const float* __restrict__ scale_row = scales.of(b);
-      for (int64_t i = 0; i < n; ++i) v[i] = (s[i] - high - low) * inverse * (1.0f + scale_row[i]) + shift_row[i];
-      store(y, dtype, row * n, v, n);
-      mean_out[row] = high;
-      rstd_out[row] = inverse;
-    }
+    });
   });
 }
 
@@ -139,44 +227,40 @@ extern "C" void speed_gate_residual_norm_modulate_backward(
   const int64_t n = num_channels, num_chunks = num_chunks_of(num_tokens);
   std::vector<float> partial(num_samples * num_chunks * kSums * n);  // zeros
   const int64_t grain = std::max<int64_t>(1, kGrain / (n * std::max<int64_t>(1, std::min(num_tokens, kChunkRows))));
-  at::parallel_for(0, num_samples * num_chunks, grain, [&](int64_t begin, int64_t end) {
-    Modulation gates(gate, gate_stride, dtype, n), scales(scale, scale_stride, dtype, n);
-    std::vector<float> rows(5 * n);
-    float* __restrict__ d_y_row = rows.data();
-    float* __restrict__ stream_row = d_y_row + n;
-    float* __restrict__ normed_row = stream_row + n;
-    float* __restrict__ d_x_row = normed_row + n;
-    float* __restrict__ branch_row = d_x_row + n;
-    for (int64_t item = begin; item < end; ++item) {
-      const int64_t b = item / num_chunks;
-      const int64_t first = b * num_tokens + item % num_chunks * kChunkRows;
-      const int64_t last = std::min(first + kChunkRows, (b + 1) * num_tokens);
-      float* sums = partial.data() + item * kSums * n;
-      const float* scale_row = scales.of(b);
-      for (int64_t row = first; row < last; ++row) {
-        load(d_y, dtype, row * n, d_y_row, n);
-        load(stream, stream_dtype, row * n, stream_row, n);
-        if (d_sum != nullptr) {
-          load(d_sum, stream_dtype, row * n, d_x_row, n);
-        } else {
-          std::fill(d_x_row, d_x_row + n, 0.0f);
+  with_types(stream_dtype, dtype, [&](auto stream_type, auto type) {
+    using Stream = decltype(stream_type);
+    using Compute = decltype(type);
+    const auto* d_sum_rows = static_cast<const typename Stream::Stored*>(d_sum);
+    const auto* d_y_rows = static_cast<const typename Compute::Stored*>(d_y);
+    const auto* stream_rows = static_cast<const typename Stream::Stored*>(stream);
+    const auto* branch_rows = static_cast<const typename Compute::Stored*>(branch);
+    auto* d_x_rows = static_cast<typename Stream::Stored*>(d_x);
+    auto* d_branch_rows = static_cast<typename Compute::Stored*>(d_branch);
+    const auto write = gate != nullptr ? (d_sum != nullptr ? write_row<Stream, Compute, true, true>
+                                                           : write_row<Stream, Compute, true, false>)
+                                       : (d_sum != nullptr ? write_row<Stream, Compute, false, true>
+                                                           : write_row<Stream, Compute, false, false>);
+    at::parallel_for(0, num_samples * num_chunks, grain, [&](int64_t begin, int64_t end) {
+      Modulation gates(gate, gate_stride, dtype, n), scales(scale, scale_stride, dtype, n, 1.0f);
+      std::vector<float> rows(2 * n);
+      float *g = rows.data(), *normed = g + n;
+      for (int64_t item = begin; item < end; ++item) {
+        const int64_t b = item / num_chunks;
+        const int64_t first = b * num_tokens + item % num_chunks * kChunkRows;
+        const int64_t last = std::min(first + kChunkRows, (b + 1) * num_tokens);
+        float* sums = partial.data() + item * kSums * n;
+        const float *scale_row = scales.of(b), *gate_row = gates.of(b);
+        for (int64_t row = first; row < last; ++row) {
+          const int64_t at = row * n;
+          double total, along;
+          differentiate_norm<Stream, Compute>(d_y_rows + at, stream_rows + at, scale_row, mean[row], rstd[row], normed,
+                                              g, sums + kShift * n, sums + kScale * n, n, total, along);
+          write(g, normed, rstd[row], static_cast<float>(total / n), static_cast<float>(along / n),
+                row_of(d_sum_rows, at), row_of(branch_rows, at), gate_row, d_x_rows + at, row_of(d_branch_rows, at), sums + kGate * n,
+                sums + kDx * n, n);
         }
-        differentiate_row(d_y_row, stream_row, scale_row, mean[row], rstd[row], normed_row, d_x_row, sums + kShift * n,
-                          sums + kScale * n, n);
-        store(d_x, stream_dtype, row * n, d_x_row, n);
-        if (gate == nullptr) continue;
-        load(branch, dtype, row * n, branch_row, n);
-        const float* __restrict__ gate_row = gates.of(b);
-        float* __restrict__ gate_sum = sums + kGate * n;
-        float* __restrict__ d_x_sum = sums + kDx * n;
-        for (int64_t i = 0; i < n; ++i) {
-          gate_sum[i] += branch_row[i] * d_x_row[i];
-          d_x_sum[i] += d_x_row[i];
-          branch_row[i] = gate_row[i] * d_x_row[i];
-        }
-        store(d_branch, dtype, row * n, branch_row, n);
       }
-    }
+    });
   });
 
   // Second stage: a sample's chunks in order; then gate times the sums of d_x, over the samples in order.

@@ -38,6 +38,10 @@ from speed_engine.training.preview import share_of_training as grids_share
 from speed_engine.training.validation import share_of_training
 
 # What the plan assumes while the data do not exist yet: latents of a 256x256 image, 1000 classes.
+FP32_ON_GPU = (
+    "WARNING         fp32 on a GPU, without TF32: by NVIDIA's sheet an H100 makes 67 TFLOP/s of products in float32, "
+    "989 in bf16; engine.precision=auto takes bf16"
+)
 ASSUMED = Facts(
     (4, 32, 32),
     Space("latents", (0.18215,) * 4, (0.0,) * 4),
@@ -80,6 +84,8 @@ def run(config: RunConfig, where: Cluster | None, on_gpus: bool = False) -> int:
     print(f"parameters      {parameters:,} ({parameters / 1e6:.4g} M), {trained:,} of them trained")
     print(f"forward pass    {macs / 1e9:.3g} GMAC = {2 * macs / 1e9:.3g} GFLOP a sample")
     print(f"training        {steps:,} steps of {batch}: {6.0 * macs * batch * steps:.2e} FLOP")
+    if precision == "fp32" and _for_gpus(config, on_gpus):
+        print(FP32_ON_GPU)
     _print_need(config, facts, model, trained, precision, where)
     _print_time(config, trained, macs, precision, where)
     print()
@@ -140,9 +146,13 @@ def assumed(config: RunConfig) -> Facts:
     return Facts(shape, space, ASSUMED.conditions)
 
 
-def _precision(config: RunConfig, on_gpus: bool) -> str:
+def _for_gpus(config: RunConfig, on_gpus: bool) -> bool:
     has_gpu = getattr(config.engine, "device", "auto") != "cpu" and torch.cuda.is_available()
-    device = torch.device("cuda" if on_gpus or has_gpu else "cpu")
+    return on_gpus or has_gpu
+
+
+def _precision(config: RunConfig, on_gpus: bool) -> str:
+    device = torch.device("cuda" if _for_gpus(config, on_gpus) else "cpu")
     engine = with_precision(config.engine, device, config.optim.name)
     return getattr(engine, "precision", "fp32")
 

@@ -82,6 +82,13 @@ def test_plan_of_a_cluster(good, command):
     assert "above 0" in command(*words[:-1], "0").err
 
 
+@pytest.mark.parametrize(("precision", "warned"), [("fp32", True), ("auto", False)])
+def test_plan_warns_of_float32_on_gpus(good, precision, warned):
+    words = ("plan", "--config", "digits_dit_tiny", "data.path=nowhere", "--gpus", "1")
+    shown = good(*words, f"engine.precision={precision}").out
+    assert ("fp32 on a GPU, without TF32" in shown) is warned
+
+
 def test_plan_counts_what_a_unet_keeps(good):
     words = ("plan", "--config", "imagenet256_unet", "data.path=nowhere")
     found = [

@@ -10,7 +10,9 @@ import torch
 from speed_kernels.attention import sdpa
 from speed_kernels.bias_gelu import op as gelu
 from speed_kernels.dispatch import direct
+from speed_kernels.dropout import op as dropout
 from speed_kernels.gate_residual_norm_modulate import op as norm
+from speed_kernels.group_norm_silu import op as group_norm
 from speed_kernels.loss import op as loss
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -41,6 +43,18 @@ def normed_call(args: tuple[Any, ...]) -> Tensor:
     return norm.norm_modulate(x, shift, scale, eps=eps, backend=backend)
 
 
+def dropout_call(args: tuple[Any, ...]) -> Tensor:
+    x, address, layer, p, backend = args
+    return dropout.dropout(x, address, layer=layer, p=p, backend=backend)
+
+
+def group_norm_call(args: tuple[Any, ...]) -> Tensor:
+    x, weight, bias, num_groups, eps, silu, backend = args
+    return group_norm.group_norm_silu(
+        x, weight, bias, num_groups=num_groups, eps=eps, silu=silu, backend=backend
+    )
+
+
 def loss_call(args: tuple[Any, ...]) -> Tensor:
     out, x0, row_B, rows, address, seed, learned, vb, weight_vb, scale, backend = args
     fixed = (x0.detach(), row_B, rows.detach(), address)
@@ -55,6 +69,8 @@ CALLS: list[tuple[Callable[..., Any], Callable[..., Any], str]] = [
     (gated_call, norm.sample_inputs, "speed_kernels::gate_residual_norm_modulate"),
     (normed_call, norm.sample_inputs, "speed_kernels::norm_modulate"),
     (loss_call, loss.sample_inputs, "speed_kernels::loss"),
+    (dropout_call, dropout.sample_inputs, "speed_kernels::dropout"),
+    (group_norm_call, group_norm.sample_inputs, "speed_kernels::group_norm_silu"),
 ]
 every_call = pytest.mark.parametrize(
     ("call", "samples", "name"), CALLS, ids=[name.split("::")[1] for _, _, name in CALLS]

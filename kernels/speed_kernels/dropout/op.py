@@ -22,8 +22,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from speed_kernels import contract
+from speed_kernels.dispatch import direct
 
 MAX_LAYER = 2**24 - 1
 
@@ -40,12 +42,36 @@ def dropout(x_BCHW: Tensor, address_3: Tensor, *, layer: int, p: float, backend:
 
     Differentiable once, by x. Autocast changes no dtype. Raises ValueError on wrong arguments.
     """
+    if direct(x_BCHW):
+        y_BCHW: Any = _Dropout.apply(x_BCHW, address_3, layer, float(p), backend)
+        return y_BCHW
     return dropout_op(x_BCHW, address_3, layer, float(p), backend)
+
+
+class _Dropout(torch.autograd.Function):
+    """`dropout_op` without torch's dispatcher."""
+
+    @staticmethod
+    def forward(  # pyright: ignore
+        ctx: Any, x_BCHW: Tensor, address_3: Tensor, layer: int, p: float, backend: str
+    ) -> Tensor:
+        ctx.options = (layer, p, backend)
+        ctx.save_for_backward(address_3)
+        return _computed(x_BCHW, address_3, layer, p, backend)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_y_BCHW: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
+        return _computed(d_y_BCHW, *ctx.saved_tensors, *ctx.options), None, None, None, None
 
 
 @torch.library.custom_op("speed_kernels::dropout", mutates_args=())
 def dropout_op(x_BCHW: Tensor, address_3: Tensor, layer: int, p: float, backend: str) -> Tensor:
     """See `dropout`."""
+    return _computed(x_BCHW, address_3, layer, p, backend)
+
+
+def _computed(x_BCHW: Tensor, address_3: Tensor, layer: int, p: float, backend: str) -> Tensor:
     _check(x_BCHW, address_3, layer, p, backend)
     if x_BCHW.numel() == 0:
         return _like(x_BCHW)

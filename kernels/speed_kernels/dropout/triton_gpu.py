@@ -94,7 +94,7 @@ def dropout(x_BCHW: Tensor, address_3: Tensor, layer: int, p: float) -> Tensor:
     y_BCHW = torch.empty_like(x_BCHW, memory_format=torch.channels_last)
     batch, num_elements = x_BCHW.shape[0], x_BCHW[0].numel()
     num_tiles = launch.tiles_per_program(batch, num_elements, TILE, x_BCHW.device)
-    num_chunks = triton.cdiv(num_elements, num_tiles * TILE)
+    num_chunks = -(-num_elements // (num_tiles * TILE))
     limit = threshold(p)
     with torch.cuda.device_of(x_BCHW):
         dropout_kernel[(batch * num_chunks,)](

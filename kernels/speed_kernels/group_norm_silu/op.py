@@ -28,8 +28,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from speed_kernels import contract
+from speed_kernels.dispatch import direct
 
 
 def group_norm_silu(
@@ -54,8 +56,37 @@ def group_norm_silu(
 
     Differentiable once, by x, weight and bias. Autocast changes no dtype. Raises ValueError on wrong arguments.
     """
-    y, _ = group_norm_silu_op(x_BCHW, weight_C, bias_C, num_groups, float(eps), silu, backend)
-    return y
+    options = (num_groups, float(eps), silu, backend)
+    if direct(x_BCHW):
+        y_BCHW: Any = _GroupNormSilu.apply(x_BCHW, weight_C, bias_C, *options)
+        return y_BCHW
+    y_BCHW, _ = group_norm_silu_op(x_BCHW, weight_C, bias_C, *options)
+    return y_BCHW
+
+
+class _GroupNormSilu(torch.autograd.Function):
+    """`group_norm_silu_op` without torch's dispatcher."""
+
+    @staticmethod
+    def forward(  # pyright: ignore
+        ctx: Any,
+        x_BCHW: Tensor,
+        weight_C: Tensor,
+        bias_C: Tensor,
+        num_groups: int,
+        eps: float,
+        silu: bool,
+        backend: str,
+    ) -> Tensor:
+        y_BCHW, statistics_B2C = _computed(x_BCHW, weight_C, bias_C, num_groups, eps, silu, backend)
+        ctx.options = (num_groups, silu, backend)
+        ctx.save_for_backward(x_BCHW, weight_C, bias_C, statistics_B2C)
+        return y_BCHW
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_y_BCHW: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
+        return *_differentiated(d_y_BCHW, *ctx.saved_tensors, *ctx.options), *[None] * 4
 
 
 @torch.library.custom_op("speed_kernels::group_norm_silu", mutates_args=())
@@ -69,6 +100,18 @@ def group_norm_silu_op(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """(y, statistics [B, 2, C]): mean and rstd of every channel's group, float32 (float64 for a float64 x)."""
+    return _computed(x_BCHW, weight_C, bias_C, num_groups, eps, silu, backend)
+
+
+def _computed(
+    x_BCHW: Tensor,
+    weight_C: Tensor,
+    bias_C: Tensor,
+    num_groups: int,
+    eps: float,
+    silu: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
     _check(x_BCHW, weight_C, bias_C, num_groups, eps, backend)
     if x_BCHW.numel() == 0:
         return _like(x_BCHW), _statistics(x_BCHW).zero_()
@@ -103,6 +146,21 @@ def group_norm_silu_backward_op(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(d_x like x in channels-last memory, d_weight [C], d_bias [C] in their dtypes)."""
+    return _differentiated(
+        d_y_BCHW, x_BCHW, weight_C, bias_C, statistics_B2C, num_groups, silu, backend
+    )
+
+
+def _differentiated(
+    d_y_BCHW: Tensor,
+    x_BCHW: Tensor,
+    weight_C: Tensor,
+    bias_C: Tensor,
+    statistics_B2C: Tensor,
+    num_groups: int,
+    silu: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
     if x_BCHW.numel() == 0:
         return _like(x_BCHW), weight_C.new_zeros(weight_C.shape), bias_C.new_zeros(bias_C.shape)
     d_y_BCHW, x_BCHW = (

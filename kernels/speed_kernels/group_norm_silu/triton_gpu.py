@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from speed_kernels import launch
@@ -40,7 +39,7 @@ def tile_columns(num_channels: int) -> int:
     divisor = num_channels & -num_channels
     if divisor >= MIN_COLUMNS:
         return min(divisor, MAX_COLUMNS)
-    return min(MAX_COLUMNS, max(16, triton.next_power_of_2(num_channels)))
+    return min(MAX_COLUMNS, max(16, launch.power_of_two(num_channels)))
 
 
 def tiles_per_run(num_row_tiles: int) -> int:
@@ -71,8 +70,8 @@ class Cut:
             height * width,
             columns,
             rows,
-            triton.cdiv(num_channels, columns),
-            triton.cdiv(height * width, rows),
+            -(-num_channels // columns),
+            -(-height * width // rows),
         )
 
     @property
@@ -88,7 +87,7 @@ class Cut:
 
     def num_runs(self, num_tiles: int) -> int:
         """Runs of a sample."""
-        return triton.cdiv(self.num_row_tiles, num_tiles)
+        return -(-self.num_row_tiles // num_tiles)
 
     def launch(self, kernel: Any, num_tiles: int, *arguments: Any, **constants: Any) -> None:
         """Start a kernel whose last arguments tell the cut: a program for every block of channels of every run."""
@@ -118,7 +117,7 @@ class Cut:
     def parts(self, num_groups: int) -> int:
         """Block size for merging the partial results of a group."""
         num_parts = self.num_runs(self.sum_tiles) * (self.num_channels // num_groups)
-        return min(PARTS, max(32, triton.next_power_of_2(num_parts)))
+        return min(PARTS, max(32, launch.power_of_two(num_parts)))
 
 
 def group_norm_silu(
@@ -181,7 +180,7 @@ def group_norm_silu_backward(
             BLOCK=cut.parts(num_groups),
             num_warps=NUM_WARPS,
         )
-        triton_kernels.channel_sum_kernel[(triton.cdiv(cut.num_channels, SUM_COLUMNS),)](
+        triton_kernels.channel_sum_kernel[(-(-cut.num_channels // SUM_COLUMNS),)](
             partial,
             d_weight_C,
             d_bias_C,
