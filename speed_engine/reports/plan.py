@@ -37,11 +37,11 @@ from speed_engine.training.assembly import (
 from speed_engine.training.preview import share_of_training as grids_share
 from speed_engine.training.validation import share_of_training
 
-# What the plan assumes while the data do not exist yet: latents of a 256x256 image, 1000 classes.
 FP32_ON_GPU = (
     "WARNING         fp32 on a GPU, without TF32: by NVIDIA's sheet an H100 makes 67 TFLOP/s of products in float32, "
     "989 in bf16; engine.precision=auto takes bf16"
 )
+# What the plan assumes while the data do not exist yet: latents of a 256x256 image, 1000 classes.
 ASSUMED = Facts(
     (4, 32, 32),
     Space("latents", (0.18215,) * 4, (0.0,) * 4),
