@@ -255,7 +255,7 @@ class DiT(nn.Module):
                 raise ValueError(f"this model {told} {name!r}")
 
         # The weights' dtype, not the buffers': DeepSpeed's bf16 leaves those in fp32.
-        dtype = self.x_embedder.get_parameter("proj.weight").dtype
+        dtype = cast("PatchProjection", self.x_embedder[0]).weight.dtype
         c_BD = self.t_embedder(time_B, dtype)
         if self.y_embedder is not None:
             c_BD = c_BD + self.y_embedder(label)

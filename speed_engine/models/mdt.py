@@ -241,3 +241,16 @@ def macs_per_sample(config: Config, facts: Facts, num_outputs: int) -> int:
     The side interpolater's adaLN is computed with the others' in one product, and counted.
     """
     return dit.macs_per_sample(config, facts, num_outputs) + 6 * config.resolved().hidden_size ** 2
+
+
+def training_macs_per_sample(config: Config, facts: Facts, num_outputs: int) -> int:
+    """Multiply-adds of both forward passes of a sample in training, the masked one's first blocks on K tokens."""
+    hidden, depth, _, patch = config.resolved()
+    tokens = (facts.shape[1] // patch) ** 2
+    of_all, of_kept = (
+        num * hidden * (4 * hidden + 2 * int(hidden * config.mlp_ratio) + 2 * num)
+        for num in (tokens, config.num_kept(tokens))
+    )
+    first = depth - config.decoder_depth
+    spared = first * (of_all - of_kept) - of_all  # the side interpolater works on all
+    return 2 * macs_per_sample(config, facts, num_outputs) - spared
