@@ -220,24 +220,24 @@ class DiT(nn.Module):
         *,
         label: Tensor | None = None,
         vector: Tensor | None = None,
-        route_at: Tensor | None = None,
+        mask_at: Tensor | None = None,
     ) -> Tensor:
         """Noisy inputs [B, C, H, W] -> output [B, num_outputs, H, W].
 
         time_B: what the network is told of the noise, integer or fp32, of any range. label: int64
         [B] in [0, num_values), or num_values for "none". vector: fp32 [B, K]. Each is given if and
-        only if `facts.conditions` has it. route_at: int64 [3], the address of the tokens that go around
+        only if `facts.conditions` has it. mask_at: int64 [3], the address of the tokens that go around
         (`passes`); None: none does. Raises ValueError for inputs that do not fit the model.
         """
         stream, modulations = self.enter(x_BCHW, time_B, label, vector)
         first, end = self.config.route or (None, None)
-        if route_at is None or first is None or end is None:
+        if mask_at is None or first is None or end is None:
             return self.leave(self.through(self.blocks, stream, modulations), next(modulations))
         stream = self.through(self.blocks[:first], stream, modulations)
         x_BTD = packing.settled(stream, self.glue)
         tokens, width = x_BTD.shape[1:]
         num_kept = packing.num_kept(tokens, self.config.route_ratio)
-        index = packing.index_of(packing.kept(route_at, len(x_BTD), tokens, num_kept), width)
+        index = packing.index_of(packing.kept(mask_at, len(x_BTD), tokens, num_kept), width)
         inside = self.through(self.blocks[first:end], Stream(x_BTD.gather(1, index)), modulations)
         stream = Stream(x_BTD.scatter(1, index, packing.settled(inside, self.glue)))
         stream = self.through(self.blocks[end:], stream, modulations)
@@ -253,7 +253,7 @@ class DiT(nn.Module):
 
     def passes(self, seed: int, address: Tensor) -> list[tuple[float, dict[str, Tensor]]]:
         """One; with `route` tokens go around by (seed, step, global slot); see `speed_engine.models`."""
-        routed = {"route_at": packing.address_of(seed, address)}
+        routed = {"mask_at": packing.address_of(seed, address)}
         return [(1.0, routed if self.config.route else {})]
 
     def enter(
