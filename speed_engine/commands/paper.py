@@ -1,4 +1,4 @@
-"""`paper`: what the SpeeD paper reports, row by row, and the commands that run a row."""
+"""`paper`: what the papers report, row by row, and the commands that run a row."""
 
 from __future__ import annotations
 

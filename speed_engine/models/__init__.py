@@ -8,6 +8,7 @@ A file offers
     COMPUTE_KEYS            keys of Config that say how to compute, not what is learned (may be left out)
     build(config, facts, num_outputs, *, seed, device, dtype, backends) -> Model
     macs_per_sample(config, facts, num_outputs) -> int      multiply-adds of one forward pass of one sample
+    training_macs_per_sample(...) -> int    of all forward passes of a training step (may be left out: one)
 
 facts: `data.Facts`, holding exactly the conditions that the network will be told. num_outputs: channels of
 the output (C, or 2C with a learned variance). seed: of the initial weights, equal on every device. dtype: of the

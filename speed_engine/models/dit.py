@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Literal, NamedTuple, cast
 
 import torch
@@ -25,11 +25,13 @@ from torch import Tensor, nn
 
 from speed_engine.data import Facts
 from speed_engine.kinds import Section
+from speed_engine.models.parts import packing
 from speed_engine.models.parts.blocks import Block, FinalLayer, Recompute, Stream
 from speed_engine.models.parts.fp8 import convert, fp8_unavailable
 from speed_engine.models.parts.glue import OPS, Glue
 from speed_engine.models.parts.modulation import project_all
-from speed_engine.models.parts.time import MAX_PERIOD, TimeEmbedder
+from speed_engine.models.parts.time import TimeEmbedder
+from speed_engine.models.parts.tokens import PatchProjection, position_embedding
 
 
 class Size(NamedTuple):
@@ -86,6 +88,14 @@ class Config(Section):
         description="the blocks' matrix products: in the dtype of the weights, or in e4m3 with a "
         "scale a tensor or a row (an experiment; GPUs from sm_89 on, and slowly on CPUs)",
     )
+    route: tuple[int, int] | None = Field(
+        default=None,
+        description="[i, j]: in training a part of the tokens goes around blocks i to j - 1, counted from 0 (TREAD, "
+        "arXiv 2501.04765); null: none does",
+    )
+    route_ratio: float = Field(
+        default=0.5, gt=0, lt=1, description="share of the tokens that go around, with `route`"
+    )
     recompute: Recompute = Field(
         default="none",
         description="what the backward pass computes again instead of keeping it: none; selective: "
@@ -101,37 +111,18 @@ class Config(Section):
             raise ValueError(
                 f"model.hidden_size {hidden} must be a multiple of 4 and of model.num_heads {heads}"
             )
+        first, end = self.route or (0, 1)
+        if not 0 <= first < end <= self.resolved().depth:
+            raise ValueError(
+                f"model.route {[first, end]} must be two numbers of blocks, the first below the second, from 0 to "
+                f"{self.resolved().depth}"
+            )
         return self
 
     def resolved(self) -> Size:
         """The named size with the overrides applied."""
         named = SIZES[self.size]
         return Size(*(getattr(self, key) or getattr(named, key) for key in Size._fields))
-
-
-def position_embedding(hidden_size: int, grid: int) -> Tensor:
-    """The fixed embedding [1, grid * grid, D] of the tokens' places, fp32 (computed in fp64).
-
-    Half of D encodes the column, the other half the row; each half is sines, then cosines, of the
-    coordinate times D/4 frequencies from 1 down to 1/10000.
-    """
-    exponent = torch.arange(hidden_size // 4, dtype=torch.float64) / (hidden_size // 4)
-    angle = torch.outer(torch.arange(grid, dtype=torch.float64), 1 / MAX_PERIOD**exponent)
-    axis = torch.cat([angle.sin(), angle.cos()], dim=1)  # [grid, D/2]
-    columns, rows = axis.expand(grid, grid, -1), axis[:, None].expand(grid, grid, -1)
-    return torch.cat([columns, rows], dim=2).reshape(1, grid * grid, hidden_size).float()
-
-
-class PatchProjection(nn.Conv2d):
-    """Image [B, C, H, W] -> tokens [B, T, D]: a convolution with stride = kernel, which is a matrix
-    product. The product writes the tokens contiguously; a convolution's output, transposed, would
-    leave the whole residual stream strided."""
-
-    def forward(self, input: Tensor) -> Tensor:  # the name that nn.Conv2d gives it
-        size = self.kernel_size[0]
-        tiles = input.unfold(2, size, size).unfold(3, size, size)  # [B, C, H/size, W/size, .., ..]
-        patches = tiles.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
-        return F.linear(patches, self.weight.flatten(1), self.bias)
 
 
 class DiT(nn.Module):
@@ -157,6 +148,7 @@ class DiT(nn.Module):
         self.grid = self.sample_size // patch_size
         self.config, self.facts, self.num_outputs = config, facts, num_outputs
         self.same_anywhere = False
+        self.glue = glue
         tokens = self.grid**2
         self.choose_attention = functools.partial(
             choose_attention,
@@ -228,17 +220,41 @@ class DiT(nn.Module):
         *,
         label: Tensor | None = None,
         vector: Tensor | None = None,
+        mask_at: Tensor | None = None,
     ) -> Tensor:
         """Noisy inputs [B, C, H, W] -> output [B, num_outputs, H, W].
 
         time_B: what the network is told of the noise, integer or fp32, of any range. label: int64
         [B] in [0, num_values), or num_values for "none". vector: fp32 [B, K]. Each is given if and
-        only if `facts.conditions` has it. Raises ValueError for inputs that do not fit the model.
+        only if `facts.conditions` has it. mask_at: int64 [3], the address of the tokens that go around
+        (`passes`); None: none does. Raises ValueError for inputs that do not fit the model.
         """
         stream, modulations = self.enter(x_BCHW, time_B, label, vector)
-        for block in self.blocks:
-            stream = block(stream, next(modulations))
+        first, end = self.config.route or (None, None)
+        if mask_at is None or first is None or end is None:
+            return self.leave(self.through(self.blocks, stream, modulations), next(modulations))
+        stream = self.through(self.blocks[:first], stream, modulations)
+        x_BTD = packing.settled(stream, self.glue)
+        tokens, width = x_BTD.shape[1:]
+        num_kept = packing.num_kept(tokens, self.config.route_ratio)
+        index = packing.index_of(packing.kept(mask_at, len(x_BTD), tokens, num_kept), width)
+        inside = self.through(self.blocks[first:end], Stream(x_BTD.gather(1, index)), modulations)
+        stream = Stream(x_BTD.scatter(1, index, packing.settled(inside, self.glue)))
+        stream = self.through(self.blocks[end:], stream, modulations)
         return self.leave(stream, next(modulations))
+
+    def through(
+        self, blocks: Iterable[nn.Module], stream: Stream, modulations: Iterator[Tensor]
+    ) -> Stream:
+        """The stream behind these blocks, each with the next of `modulations`."""
+        for block in blocks:
+            stream = block(stream, next(modulations))
+        return stream
+
+    def passes(self, seed: int, address: Tensor) -> list[tuple[float, dict[str, Tensor]]]:
+        """One; with `route` tokens go around by (seed, step, global slot); see `speed_engine.models`."""
+        routed = {"mask_at": packing.address_of(seed, address)}
+        return [(1.0, routed if self.config.route else {})]
 
     def enter(
         self, x_BCHW: Tensor, time_B: Tensor, label: Tensor | None, vector: Tensor | None
@@ -255,7 +271,7 @@ class DiT(nn.Module):
                 raise ValueError(f"this model {told} {name!r}")
 
         # The weights' dtype, not the buffers': DeepSpeed's bf16 leaves those in fp32.
-        dtype = self.x_embedder.get_parameter("proj.weight").dtype
+        dtype = cast("PatchProjection", self.x_embedder[0]).weight.dtype
         c_BD = self.t_embedder(time_B, dtype)
         if self.y_embedder is not None:
             c_BD = c_BD + self.y_embedder(label)
@@ -343,6 +359,15 @@ def macs_per_sample(config: Config, facts: Facts, num_outputs: int) -> int:
     embedders = 2 * NUM_FREQUENCIES + hidden + width + tokens * pixels
     last = 2 * hidden + tokens * patch**2 * num_outputs
     return hidden * (embedders + depth * (tokens * branches + 6 * hidden) + last)
+
+
+def training_macs_per_sample(config: Config, facts: Facts, num_outputs: int) -> int:
+    """As `macs_per_sample`, with the blocks of `route` on the tokens that stay."""
+    hidden, _, _, patch = config.resolved()
+    first, end = config.route or (0, 0)
+    tokens, mlp_width = (facts.shape[1] // patch) ** 2, int(hidden * config.mlp_ratio)
+    spared = packing.spared_macs(tokens, config.route_ratio, hidden, mlp_width)
+    return macs_per_sample(config, facts, num_outputs) - (end - first) * spared
 
 
 def activation_bytes_per_sample(

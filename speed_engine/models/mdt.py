@@ -21,13 +21,13 @@ from typing import Literal, cast
 import torch
 import torch.nn.functional as F
 from pydantic import Field, model_validator
-from speed_kernels import philox
 from torch import Tensor, nn
 
 from speed_engine.data import Facts
 from speed_engine.models import dit
+from speed_engine.models.parts import packing
 from speed_engine.models.parts.blocks import Attention, Block, Recompute, Stream
-from speed_engine.models.parts.glue import OPS, Glue, gated_add
+from speed_engine.models.parts.glue import OPS, Glue
 
 TAKES = dit.TAKES
 KERNELS = OPS
@@ -49,6 +49,9 @@ class Config(dit.Config):
     attention: Literal["sdpa"] = Field(  # pyright: ignore[reportIncompatibleVariableOverride]
         default="sdpa", description="implementation; torch's own is the one with a bias"
     )
+    route: None = Field(  # pyright: ignore[reportIncompatibleVariableOverride]
+        default=None, description="a DiT's; an MDT leaves tokens out by its masks"
+    )
     products: Literal["native"] = Field(  # pyright: ignore[reportIncompatibleVariableOverride]
         default="native", description="the blocks' matrix products: in the dtype of the weights"
     )
@@ -64,7 +67,7 @@ class Config(dit.Config):
 
     def num_kept(self, tokens: int) -> int:
         """Tokens of a sample that the first blocks see in the masked pass."""
-        return max(1, int(tokens * (1 - self.mask_ratio)))
+        return packing.num_kept(tokens, self.mask_ratio)
 
 
 class BiasedAttention(Attention):
@@ -128,7 +131,6 @@ class MDT(dit.DiT):
         self.pos_embed = nn.Parameter(torch.empty(1, self.grid**2, hidden_size))
         self.decoder_pos_embed = nn.Parameter(torch.empty(1, self.grid**2, hidden_size))
         self.mask_token = nn.Parameter(torch.empty(1, 1, hidden_size))
-        self.glue = glue
 
     @torch.no_grad()
     def initialise(self, seed: int) -> None:
@@ -150,26 +152,13 @@ class MDT(dit.DiT):
         """Over all tokens, and masked by a function of (seed, step, global slot); see `speed_engine.models`."""
         return [
             (1.0, {}),
-            (1.0, {"mask_at": torch.cat([torch.full_like(address[:1], seed), address])}),
+            (1.0, {"mask_at": packing.address_of(seed, address)}),
         ]
 
     def kept(self, mask_at_3: Tensor, batch: int) -> Tensor:
         """The places that stay in the masked pass, ascending: int64 [B, K]."""
         tokens = self.grid**2
-        seed, step, slot = mask_at_3.unbind()
-        shape, device = (batch, -(-tokens // 4)), mask_at_3.device
-        counter = (
-            torch.arange(shape[1], device=device).expand(shape),
-            (slot + torch.arange(batch, device=device))[:, None].expand(shape),
-            step.expand(shape),
-            torch.full(shape, philox.STREAM_MASK, device=device),
-        )
-        bits = philox.philox4x32(torch.stack(counter, dim=-1), (seed & 0xFFFFFFFF, seed >> 32))
-        # No two alike, so that the order is the same on every device.
-        place_T = torch.arange(tokens, device=device)
-        number_BT = bits.flatten(1)[:, :tokens] * tokens + place_T
-        order_BT = number_BT.argsort(dim=1)
-        return order_BT[:, : self.config.num_kept(tokens)].sort(dim=1).values
+        return packing.kept(mask_at_3, batch, tokens, self.config.num_kept(tokens))
 
     def forward(
         self,
@@ -188,31 +177,23 @@ class MDT(dit.DiT):
         kept_BK, index = None, None
         if mask_at is not None:
             kept_BK = self.kept(mask_at, len(x_BCHW))
-            index = kept_BK[:, :, None].expand(-1, -1, stream.x.shape[2])
+            index = packing.index_of(kept_BK, stream.x.shape[2])
             stream = Stream(stream.x.gather(1, index))
         for block, modulation_BX in zip(self.blocks[:first], each[:first], strict=True):
             stream = block(stream, modulation_BX, kept_BK)
-        x_BTD = self.settled(stream)
+        x_BTD = packing.settled(stream, self.glue)
         if index is not None:
             assert kept_BK is not None
             blank_BTD = self.mask_token.to(x_BTD.dtype).expand(len(x_BTD), self.grid**2, -1)
             x_BTD = blank_BTD.scatter(1, index, x_BTD)
         x_BTD = x_BTD + self.decoder_pos_embed.to(x_BTD.dtype)
         if index is not None:
-            guessed_BTD = self.settled(self.side_block(Stream(x_BTD), side_BX))
+            guessed_BTD = packing.settled(self.side_block(Stream(x_BTD), side_BX), self.glue)
             x_BTD = guessed_BTD.scatter(1, index, x_BTD.gather(1, index))
         stream = Stream(x_BTD)
         for block, modulation_BX in zip(self.blocks[first:], each[first:], strict=True):
             stream = block(stream, modulation_BX)
         return self.leave(stream, final_BX)
-
-    def settled(self, stream: Stream) -> Tensor:
-        """The residual stream with the branch that was still to be added."""
-        x_BTD, branch_BTD, bias_D, gate_BD = stream
-        assert branch_BTD is not None and bias_D is not None and gate_BD is not None
-        if self.glue.fused:
-            branch_BTD = branch_BTD + bias_D.to(branch_BTD.dtype)
-        return gated_add(x_BTD, branch_BTD, gate_BD)
 
 
 def build(
@@ -241,3 +222,13 @@ def macs_per_sample(config: Config, facts: Facts, num_outputs: int) -> int:
     The side interpolater's adaLN is computed with the others' in one product, and counted.
     """
     return dit.macs_per_sample(config, facts, num_outputs) + 6 * config.resolved().hidden_size ** 2
+
+
+def training_macs_per_sample(config: Config, facts: Facts, num_outputs: int) -> int:
+    """Multiply-adds of both forward passes of a sample in training, the masked one's first blocks on K tokens."""
+    hidden, depth, _, patch = config.resolved()
+    tokens, mlp_width = (facts.shape[1] // patch) ** 2, int(hidden * config.mlp_ratio)
+    spared = packing.spared_macs(tokens, config.mask_ratio, hidden, mlp_width)
+    side = packing.block_macs(tokens, hidden, mlp_width)
+    once = macs_per_sample(config, facts, num_outputs)
+    return 2 * once + side - (depth - config.decoder_depth) * spared

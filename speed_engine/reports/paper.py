@@ -1,4 +1,4 @@
-"""`python -m speed_engine paper`: every row that the SpeeD paper reports, and the commands that run it here."""
+"""`python -m speed_engine paper`: every row that the papers report, and the commands that run it here."""
 
 from __future__ import annotations
 
@@ -11,14 +11,19 @@ from speed_engine.config import ConfigError, RunConfig, load
 from speed_engine.config.files import find, read_yaml
 from speed_engine.kinds import suggest
 from speed_engine.reports import plan
+from speed_engine.reports.plan_cost import SHARE_OF_PEAK, Cluster, step_cost
 from speed_engine.training.assembly import build_model, macs_per_sample, told
+from speed_engine.training.metrics import peak_tflops
 
-FILE = Path(__file__).parents[1] / "papers" / "speed_2405_17403.yaml"
+PAPERS = Path(__file__).parents[1] / "papers"
+FILES = (PAPERS / "speed_2405_17403.yaml", PAPERS / "kim_2411_09998.yaml")
+A100 = "NVIDIA A100-SXM4-80GB"
+NVLINK = 200.0  # 10^9 bytes/s a process, as `plan` takes it inside a machine
 
 
 @dataclass(frozen=True)
 class Row:
-    """One entry of the file. preset: None where nothing is trained, and `why_not` says why. ours: our own number."""
+    """One entry of a file. preset: None where nothing is trained, and `why_not` says why. ours: our own number."""
 
     table: str
     what: str
@@ -37,10 +42,11 @@ class Row:
 
 
 def rows() -> dict[str, Row]:
-    """All rows by name, in the paper's order."""
+    """All rows by name, in the papers' order."""
     return {
         name: Row(**{**entry, "overrides": tuple(entry.get("overrides", ()))})
-        for name, entry in read_yaml(FILE).items()
+        for file in FILES
+        for name, entry in read_yaml(file).items()
     }
 
 
@@ -58,7 +64,7 @@ def shown(name: str) -> str:
     known = rows()
     if name not in known:
         raise ValueError(
-            f"the paper has no row {name!r}{suggest(name, list(known))}; `python -m speed_engine paper` lists all "
+            f"no paper has a row {name!r}{suggest(name, list(known))}; `python -m speed_engine paper` lists all "
             f"{len(known)}"
         )
     row = known[name]
@@ -73,13 +79,22 @@ def shown(name: str) -> str:
 
 
 def _cost(config: RunConfig) -> Iterator[str]:
-    """Parameters and arithmetic, for the samples that the preset is made for."""
+    """Parameters, arithmetic and hours, for the samples that the preset is made for."""
     config, _, facts = told(config, plan.assumed(config))
     parameters = sum(p.numel() for p in build_model(config, facts, "meta").parameters())
     batch, steps = config.train.global_batch, config.train.steps
-    flop = 6.0 * macs_per_sample(config, facts) * batch * steps
+    macs = macs_per_sample(config, facts, training=True)
     yield f"parameters {parameters / 1e6:.4g} M"
-    yield f"training   {steps:,} steps of {batch}: {flop:.2e} FLOP, one pass over all tokens a step"
+    yield f"training   {steps:,} steps of {batch}: {6.0 * macs * batch * steps:.2e} FLOP"
+    peak = peak_tflops(A100)
+    assert peak is not None
+    where = Cluster(1, 8, SHARE_OF_PEAK * peak, "", NVLINK, NVLINK)
+    # Whether weights are kept in bf16 or float32 changes what is sent alone.
+    seconds = step_cost(where, macs, parameters, 2, 1, batch / 8).step_s
+    yield (
+        f"time       predicted, not measured: {steps * seconds / 3600:,.1f} hours on 8 {A100}, at "
+        f"{SHARE_OF_PEAK:.0%} of their datasheet's bf16 rate"
+    )
 
 
 def _commands(name: str, row: Row) -> Iterator[str]:

@@ -75,6 +75,7 @@ def run(config: RunConfig, where: Cluster | None, on_gpus: bool = False) -> int:
     parameters = sum(t.numel() for t in model.state_dict().values())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     macs = macs_per_sample(config, facts)
+    trained_macs = macs_per_sample(config, facts, training=True)
     table = build_table(config)
     batch, steps = config.train.global_batch, config.train.steps
     precision = _precision(config, on_gpus)
@@ -83,11 +84,17 @@ def run(config: RunConfig, where: Cluster | None, on_gpus: bool = False) -> int:
         print(f"WARNING         {remark}")
     print(f"parameters      {parameters:,} ({parameters / 1e6:.4g} M), {trained:,} of them trained")
     print(f"forward pass    {macs / 1e9:.3g} GMAC = {2 * macs / 1e9:.3g} GFLOP a sample")
-    print(f"training        {steps:,} steps of {batch}: {6.0 * macs * batch * steps:.2e} FLOP")
+    if trained_macs != macs:
+        print(
+            f"                in training {trained_macs / macs:.3g} times that (all passes, tokens left out)"
+        )
+    print(
+        f"training        {steps:,} steps of {batch}: {6.0 * trained_macs * batch * steps:.2e} FLOP"
+    )
     if precision == "fp32" and _for_gpus(config, on_gpus):
         print(FP32_ON_GPU)
     _print_need(config, facts, model, trained, precision, where)
-    _print_time(config, trained, macs, precision, where)
+    _print_time(config, trained, trained_macs, precision, where)
     print()
     for name, condition in conditions.items():
         values = f"{condition.facts.num_values} values" if condition.facts.num_values else ""

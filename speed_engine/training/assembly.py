@@ -388,7 +388,10 @@ def build_model(
     )
 
 
-def macs_per_sample(config: RunConfig, facts: Facts) -> int:
-    """Multiply-adds of one forward pass of one sample."""
+def macs_per_sample(config: RunConfig, facts: Facts, *, training: bool = False) -> int:
+    """Multiply-adds of one forward pass of one sample; training: of all that a step puts it through."""
     module = kinds.find("model", config.model.kind)
-    return module.macs_per_sample(config.model, facts, num_outputs(config, facts))
+    count = module.macs_per_sample
+    if training:
+        count = getattr(module, "training_macs_per_sample", count)
+    return count(config.model, facts, num_outputs(config, facts))

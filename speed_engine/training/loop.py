@@ -155,7 +155,7 @@ def _train_in(
         journal.say(f"WARNING: {remark}")
     if config.train.resident:
         journal.say(parts.feed)
-    macs = assembly.macs_per_sample(config, parts.facts)
+    macs = assembly.macs_per_sample(config, parts.facts, training=True)
     if getattr(config.engine, "cuda_graph", False):
         do = do.captured()
 

@@ -48,3 +48,20 @@ def test_it_trains_with_every_sort_of_time_step_method(train, tmp_path, method):
     train(tmp_path, "train.steps=2", f"timesteps={method}", *settings)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").open()]
     assert all(np.isfinite(line["loss"]) for line in lines)
+
+
+def test_a_dit_with_a_route_is_trained_and_sampled_without_it(good, overrides, tmp_path):
+    model = (
+        "model={kind: dit, size: tiny/2, hidden_size: 32, depth: 4, num_heads: 2, route: [1, 3]}"
+    )
+    words = [
+        word
+        for word in overrides(tmp_path / "run")
+        if not word.startswith(("train.steps", "log.every"))
+    ]
+    good("train", "--config", "digits_dit_tiny", model, *words, "train.steps=2", "log.every=1")
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
+    assert all(np.isfinite(line["loss"]) for line in lines)
+    steps = ["--num", "2", "--sampler", "ddim", "--steps", "2"]
+    good("sample", "--run", tmp_path / "run", "--out", tmp_path / "drawn", *steps)
+    assert (tmp_path / "drawn" / "grid.png").exists()

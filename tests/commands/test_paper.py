@@ -36,6 +36,7 @@ def test_every_run_has_a_table_of_its_own_settings():
 def test_a_row_tells_its_commands(good, name):
     said = good("paper", name).out
     assert ROWS[name].reported in said and "parameters" in said
+    assert "predicted, not measured" in said and "hours on 8 NVIDIA A100" in said
     encode, train, sample, score = said.strip().splitlines()[-4:]
     assert encode.startswith("python -m speed_engine encode --images")
     words = shlex.split(train)
@@ -49,6 +50,15 @@ def test_a_row_tells_its_commands(good, name):
 def test_known_sizes(good):
     assert "parameters 35.88 M" in good("paper", "tab3_unet_ffhq_speed").out
     assert "parameters 36.39 M" in good("paper", "tab3_unet_imagenet_speed").out
+
+
+def test_what_training_computes_is_counted(good):
+    """MDT goes through two passes, of which the second leaves 0.3 of the tokens out of ten of twelve blocks."""
+    said = good("paper", "fig6a_mdt").out
+    flop = float(said.split(" FLOP")[0].split()[-1])
+    plan = good("plan", "--config", "imagenet256_mdt_s2").out
+    one = float(plan.split(" GMAC")[0].split()[-1]) * 1e9
+    assert 1.5 < flop / (6 * one * 256 * 1_000_000) < 1.9
 
 
 def test_a_row_that_is_none_names_the_closest(command, good):

@@ -106,6 +106,7 @@ def test_cost_is_what_torch_counts_and_the_masked_pass_costs_less() -> None:
             model(x, time, label=number, **further)
         counted.append(counter.get_total_flops())
     assert counted[0] == 2 * mdt.macs_per_sample(model.config, model.facts, 2)
+    assert sum(counted) == 2 * mdt.training_macs_per_sample(model.config, model.facts, 2)
     assert counted[1] < 0.85 * counted[0]  # of six blocks four see half, and one is added
 
 
