@@ -50,6 +50,7 @@ SIZES = {
 TAKES = ("label", "vector")
 KERNELS = OPS  # the ops of speed_kernels that `build` can use
 COMPUTE_KEYS = ("attention", "residual", "recompute", "products")
+EMBEDDERS = ("t_embedder", "y_embedder", "vector_embedder", "text_embedder")
 NUM_FREQUENCIES = 128  # a cosine and a sine of each: 256 numbers tell the network the time
 
 
@@ -193,7 +194,7 @@ class DiT(nn.Module):
         for name, weight in self.named_parameters():
             if name.endswith("bias") or "adaLN" in name or name.startswith("final_layer"):
                 weight.zero_()
-            elif name.startswith(("t_embedder", "y_embedder", "vector_embedder")):
+            elif name.startswith(EMBEDDERS):
                 weight.copy_(torch.empty(weight.shape).normal_(0, 0.02, generator=generator))
             else:
                 drawn = torch.empty(weight.flatten(1).shape)
@@ -241,33 +242,49 @@ class DiT(nn.Module):
         return self.leave(stream, next(modulations))
 
     def enter(
-        self, x_BCHW: Tensor, time_B: Tensor, label: Tensor | None, vector: Tensor | None
+        self,
+        x_BCHW: Tensor,
+        time_B: Tensor,
+        label: Tensor | None,
+        vector: Tensor | None,
+        told_BD: Tensor | None = None,
     ) -> tuple[Stream, Iterator[Tensor]]:
-        """The tokens, and what time and conditions tell each of `projections`, in order. Raises as `forward`."""
+        """The tokens, and what time and conditions tell each of `projections`, in order. Raises as `forward`.
+
+        told: what a larger network adds to the embedding of the time, as labels are."""
         if tuple(x_BCHW.shape[1:]) != self.facts.shape:
             wanted, given = self.facts.shape, tuple(x_BCHW.shape[1:])
             raise ValueError(f"this model takes samples of {wanted}, not {given}")
         if time_B.dtype in (torch.bfloat16, torch.float16):
             raise ValueError(f"time in {time_B.dtype} would merge steps; give it in float32")
-        for name, value in (("label", label), ("vector", vector)):
-            if (value is None) == (name in self.facts.conditions):
-                told = "needs the condition" if value is None else "does not take the condition"
-                raise ValueError(f"this model {told} {name!r}")
-
-        # The weights' dtype, not the buffers': DeepSpeed's bf16 leaves those in fp32.
-        dtype = self.x_embedder.get_parameter("proj.weight").dtype
+        self.refuse_missing(label=label, vector=vector)
+        dtype = self.dtype
         c_BD = self.t_embedder(time_B, dtype)
         if self.y_embedder is not None:
             c_BD = c_BD + self.y_embedder(label)
         if self.vector_embedder is not None:
             assert vector is not None
             c_BD = c_BD + self.vector_embedder(vector.to(dtype))
+        if told_BD is not None:
+            c_BD = c_BD + told_BD
         c_BD = F.silu(c_BD)
         x_BTD = self.x_embedder(x_BCHW.to(dtype))
         if self.config.residual == "fp32":
             x_BTD = x_BTD.to(torch.promote_types(x_BTD.dtype, torch.float32))
         stream = Stream(x_BTD + self.pos_embed.to(x_BTD.dtype))
         return stream, project_all(c_BD, self.projections(), self.same_anywhere)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights, not the buffers: DeepSpeed's bf16 leaves those in fp32."""
+        return self.x_embedder.get_parameter("proj.weight").dtype
+
+    def refuse_missing(self, **conditions: Tensor | None) -> None:
+        """Each must be given if and only if the network was made for it. Raises ValueError."""
+        for name, value in conditions.items():
+            if (value is None) == (name in self.facts.conditions):
+                told = "needs the condition" if value is None else "does not take the condition"
+                raise ValueError(f"this model {told} {name!r}")
 
     def leave(self, stream: Stream, modulation_BX: Tensor) -> Tensor:
         """The last layer, and the tokens as an image [B, num_outputs, H, W]."""
