@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from speed_engine.data import DataError
+
 INSTALL = "pip install 'speed-engine[text]'"
 
 
@@ -28,14 +30,14 @@ class TextEncoder:
 
     place: a folder, that of a pipeline of diffusers, or a name on a hub. identity: what an index says of it (a
     folder's own name: an index travels). width: W. length: L, the tokens of a text, 77 in every published CLIP.
-    Raises ValueError where it cannot be loaded.
+    Raises DataError where it cannot be loaded.
     """
 
     def __init__(self, place: str, device: torch.device | str = "cpu") -> None:
         try:
             from transformers import CLIPTextModel, CLIPTokenizer
         except ImportError as error:
-            raise ValueError(f"prompts need transformers ({error}); `{INSTALL}`") from None
+            raise DataError(f"prompts need transformers ({error}); `{INSTALL}`") from None
         folder = Path(place).expanduser()
         where = str(folder) if folder.exists() else place
         loaded: list[Any] = []
@@ -49,13 +51,13 @@ class TextEncoder:
                 Exception
             ) as error:  # a library of many libraries: it raises what each of them raises
                 reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(". :")
-                raise ValueError(
+                raise DataError(
                     f"the text encoder {place!r} cannot be loaded ({reason}); give --text-encoder the folder of a "
                     "CLIP with its tokenizer"
                 ) from None
         (model, info), self.tokenizer = loaded
         if missing := sorted(info["missing_keys"]):  # transformers goes on with random numbers
-            raise ValueError(
+            raise DataError(
                 f"the text encoder {place!r} lacks {len(missing)} weights ({missing[0]} ...); give --text-encoder the "
                 "folder of a whole CLIP"
             )
