@@ -56,6 +56,10 @@ class TextEncoder:
                     "CLIP with its tokenizer"
                 ) from None
         (model, info), self.tokenizer = loaded
+        if self.tokenizer.pad_token_id is None:
+            raise DataError(
+                f"the tokenizer of {place!r} has no padding; give --text-encoder a CLIP's"
+            )
         if missing := sorted(info["missing_keys"]):  # transformers goes on with random numbers
             raise DataError(
                 f"the text encoder {place!r} lacks {len(missing)} weights ({missing[0]} ...); give --text-encoder the "
@@ -70,15 +74,14 @@ class TextEncoder:
     @torch.no_grad()
     def encode(self, texts: Sequence[str]) -> Encoded:
         """Texts, one and more, each cut to `length` tokens, its end mark included."""
-        numbers = self.tokenizer(
-            list(texts),
-            padding="max_length",
-            max_length=self.length,
-            truncation=True,
-            return_tensors="pt",
-        ).input_ids
-        whole = self.tokenizer(list(texts)).input_ids
-        cut = [text for text, its in zip(texts, whole, strict=True) if len(its) > numbers.shape[1]]
+        # Cut and filled up here: asked for that, a tokenizer changes itself, and several threads share it.
+        whole = self.tokenizer(list(texts), verbose=False).input_ids
+        cut = [text for text, its in zip(texts, whole, strict=True) if len(its) > self.length]
+        rows = [
+            [*its[: self.length - 1], its[-1]] if len(its) > self.length else its for its in whole
+        ]
+        fill = self.tokenizer.pad_token_id
+        numbers = torch.tensor([[*its, *[fill] * (self.length - len(its))] for its in rows])
         found = self.model(input_ids=numbers.to(self.device))
         pooled, tokens = (
             each.to(torch.float16).cpu().numpy()
