@@ -201,7 +201,7 @@ def _asked_for(
             print(f"note: {remark}")
     conditions = network.process.conditions
     asked: dict[str, list[str]] = {name: [request] for name, request in _asked(args)}
-    prompts = list(_prompts(args))
+    prompts = [*args.prompt, *(prompts_of(args.prompts) if args.prompts else ())]
     if prompts or args.text_encoder is not None:
         name = _read_by(conditions, args, processes)
         if prompts:
@@ -223,20 +223,17 @@ def _asked_for(
     return network, told, _saved_as(network.facts, args.vae, processes.device), source
 
 
-def _prompts(args: argparse.Namespace) -> Iterator[str]:
-    """Of every `--prompt`, then of `--prompts`, without its empty lines. Raises ValueError."""
-    yield from args.prompt
-    if args.prompts is None:
-        return
+def prompts_of(file: Path) -> list[str]:
+    """A prompt a line, without empty lines. Raises ValueError."""
     try:
-        lines = args.prompts.expanduser().read_text(encoding="utf-8").splitlines()
+        lines = file.expanduser().read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "no UTF-8 text"
-        raise ValueError(f"{args.prompts} cannot be read ({reason}); check --prompts") from None
+        raise ValueError(f"{file} cannot be read ({reason}); check --prompts") from None
     found = [line.strip() for line in lines if line.strip()]
     if not found:
-        raise ValueError(f"{args.prompts} holds no prompt; write one a line")
-    yield from found
+        raise ValueError(f"{file} holds no prompt; write one a line")
+    return found
 
 
 def _read_by(conditions: Any, args: argparse.Namespace, processes: Processes) -> str:

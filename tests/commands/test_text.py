@@ -20,6 +20,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
+from speed_engine.conditions import clip as clip_module
 from speed_engine.data.shards import Shards
 from speed_engine.data.storage import index as index_file
 
@@ -46,6 +47,27 @@ class CLIPTextModel(nn.Module):
         return types.SimpleNamespace(last_hidden_state=tokens, pooler_output=tokens.sum(1))
 
 
+class CLIPModel(nn.Module):
+    """A picture's vector is its mean level, a text's its number of words; both in two dimensions."""
+
+    config = types.SimpleNamespace(
+        vision_config=types.SimpleNamespace(image_size=4),
+        text_config=types.SimpleNamespace(max_position_embeddings=LENGTH),
+    )
+
+    @staticmethod
+    def from_pretrained(place: str, **settings: Any) -> tuple[CLIPModel, dict[str, Any]]:
+        return CLIPModel(), {"missing_keys": []}
+
+    def forward(self, input_ids: torch.Tensor, pixel_values: torch.Tensor) -> Any:
+        words = (input_ids > 1).sum(1).float()
+        level = pixel_values.mean((1, 2, 3))
+        text = torch.stack([words, torch.ones_like(words)], 1)
+        return types.SimpleNamespace(
+            text_embeds=text, image_embeds=torch.stack([level, torch.ones_like(level)], 1)
+        )
+
+
 class CLIPTokenizer:
     pad_token_id = 1
 
@@ -64,7 +86,8 @@ class CLIPTokenizer:
 def transformers() -> Iterator[None]:
     module: Any = types.ModuleType("transformers")
     module.__spec__ = ModuleSpec("transformers", None)  # others ask whether it is there
-    module.CLIPTextModel, module.CLIPTokenizer = CLIPTextModel, CLIPTokenizer
+    for each in (CLIPTextModel, CLIPTokenizer, CLIPModel):
+        setattr(module, each.__name__, each)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "transformers", module)
         yield
@@ -256,3 +279,30 @@ def test_mistakes_of_encode(place: Path, command: Any, tmp_path: Path) -> None:
             answer.err
         )
         assert len(answer.err.strip().splitlines()) == 1
+
+
+def test_clip_score(place: Path, good: Any, command: Any, tmp_path: Path, read_json: Any) -> None:
+    np.savez(
+        tmp_path / "two.npz", arr_0=np.stack([np.full((8, 8, 3), v, np.uint8) for v in (0, 255)])
+    )
+    (tmp_path / "prompts").write_text("a\na b c\n")
+    words = [
+        "--samples",
+        tmp_path / "two.npz",
+        "--clip",
+        place / "clip",
+        "--out",
+        tmp_path / "it.json",
+    ]
+    said = good("score", *words, "--prompts", tmp_path / "prompts").out
+    mean, std = np.array(clip_module.MEAN), np.array(clip_module.STD)
+    levels = [float(((v - mean) / std).mean()) for v in (0.0, 1.0)]
+    cosines = [
+        (level * count + 1) / np.hypot(level, 1) / np.hypot(count, 1)
+        for level, count in zip(levels, (1, 3), strict=True)
+    ]
+    report = read_json(tmp_path / "it.json")
+    assert abs(report["clip_score"] - np.mean(cosines)) < 1e-5 and report["num_samples"] == 2
+    assert f"{report['clip_score']:.4f}" in said
+    answer = command("score", *words)
+    assert answer.code == 2 and "does not say its prompts" in answer.err
