@@ -30,6 +30,7 @@ STREAM_AUGMENT = 8  # of what is done to pictures
 STREAM_DROPOUT = 9  # of a network's activations; the layer's number is in the 24 bits above
 STREAM_MASK = 10  # of which tokens are left out
 STREAM_PICTURE = 11  # of drawn training pictures
+STREAM_CAPTION = 12  # which of a picture's captions is told, and whether none
 
 MAX_SEED = 2**63 - 1
 

@@ -19,6 +19,7 @@ BELONGS = {
     "images": {
         *("out", "size", "mode", "channels", "shard_size", "min_side", "strict", "labels", "vae"),
         *("mean_only", "flip", "scale", "shift", "batch_size", "precision", "device"),
+        *("captions", "text_encoder", "pooled_only"),
     },
     "arrays": {"out", "shard_size", "scale", "shift", "posterior", "vae"},
     "latents": {"out", "shard_size", "scale", "shift", "vae"},
@@ -86,6 +87,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--device",
         help="latents: cpu, cuda, cuda:1 (default: cuda where there is one; of many processes each has its own)",
+    )
+    add(
+        "--captions",
+        type=Path,
+        metavar="FILE",
+        help="of the images: COCO's captions_*.json (tars have theirs as .txt); all of a picture are stored",
+    )
+    add(
+        "--text-encoder",
+        metavar="CLIP",
+        help="folder or Hugging Face name of the CLIP that encodes the captions, once and for all",
+    )
+    add(
+        "--pooled-only",
+        action="store_true",
+        help="captions: store one vector each, not one a token (77 times as much, for model.cross_attention)",
     )
     add(
         "--verify",

@@ -72,6 +72,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what the network is told by this name, for all samples",
     )
     parser.add_argument(
+        "--prompt",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="of a network told captions; given several times: the samples take them in turn",
+    )
+    parser.add_argument(
+        "--prompts", type=Path, metavar="FILE", help="the same from a file, a prompt a line"
+    )
+    parser.add_argument(
+        "--text-encoder",
+        metavar="CLIP",
+        help="folder or hub name of the CLIP that reads prompts (default: the one that the data name)",
+    )
+    parser.add_argument(
         "--vae", help="folder or hub name of the AutoencoderKL that decodes latents"
     )
     parser.add_argument(
@@ -127,7 +142,8 @@ def _draw(args: argparse.Namespace, processes: Processes) -> str:
     device = processes.device
     started = time.monotonic()
     # Reads files and refuses; whatever it refuses is told once.
-    network, told, (decode, stored) = processes.attempt(lambda: _asked_for(args, processes))
+    asked = processes.attempt(lambda: _asked_for(args, processes))
+    network, told, (decode, stored), source = asked
     recipe = process.Recipe(
         sampler=args.sampler,
         steps=args.steps,
@@ -144,7 +160,7 @@ def _draw(args: argparse.Namespace, processes: Processes) -> str:
         args.out,
         num=args.num,
         conditions_N=told or None,
-        source=network.source,
+        source=source,
         decode=decode,
         stored=stored,
         batch_size=args.batch_size,
@@ -157,8 +173,10 @@ def _draw(args: argparse.Namespace, processes: Processes) -> str:
     return f"{args.num} samples in {args.out} ({time.monotonic() - started:.0f} s{by})"
 
 
-def _asked_for(args: argparse.Namespace, processes: Processes) -> tuple[Any, dict[str, Any], Any]:
-    """(the network, what it is told of each sample, how samples are saved)."""
+def _asked_for(
+    args: argparse.Namespace, processes: Processes
+) -> tuple[Any, dict[str, Any], Any, dict[str, Any]]:
+    """(the network, what it is told of each sample, how samples are saved, where they come from)."""
     from speed_engine.reports import trained
 
     if args.run is None:
@@ -182,16 +200,55 @@ def _asked_for(args: argparse.Namespace, processes: Processes) -> tuple[Any, dic
         if processes.first:
             print(f"note: {remark}")
     conditions = network.process.conditions
-    asked = dict(_asked(args))
+    asked: dict[str, list[str]] = {name: [request] for name, request in _asked(args)}
+    prompts = [*args.prompt, *(prompts_of(args.prompts) if args.prompts else ())]
+    if prompts or args.text_encoder is not None:
+        name = _read_by(conditions, args, processes)
+        if prompts:
+            asked[name] = prompts
     told: dict[str, Any] = {}
     for name in asked:
         if name not in conditions:
             there = ", ".join(conditions) or "nothing"
             raise ValueError(f"the network is not told {name}; it is told {there}")
     for name, condition in conditions.items():
-        one = [asked[name]] * args.num if name in asked else None
-        told |= condition.default(range(args.num)) if one is None else condition.asked(one)
-    return network, told, _saved_as(network.facts, args.vae, processes.device)
+        if name not in asked:
+            told |= condition.default(range(args.num))
+            continue
+        told |= condition.asked([asked[name][i % len(asked[name])] for i in range(args.num)])
+        for remark in getattr(condition, "remarks", ()):
+            if processes.first:
+                print(f"note: {remark}")
+    source = {**network.source, "prompts": prompts} if prompts else network.source
+    return network, told, _saved_as(network.facts, args.vae, processes.device), source
+
+
+def prompts_of(file: Path) -> list[str]:
+    """A prompt a line, without empty lines. Raises ValueError."""
+    try:
+        lines = file.expanduser().read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "no UTF-8 text"
+        raise ValueError(f"{file} cannot be read ({reason}); check --prompts") from None
+    found = [line.strip() for line in lines if line.strip()]
+    if not found:
+        raise ValueError(f"{file} holds no prompt; write one a line")
+    return found
+
+
+def _read_by(conditions: Any, args: argparse.Namespace, processes: Processes) -> str:
+    """The name of the condition that takes prompts, which reads them with `--text-encoder` from now on."""
+    from speed_engine.conditions.text import Text
+
+    for name, condition in conditions.items():
+        if isinstance(condition, Text):
+            if args.text_encoder is not None:
+                condition.read_by(args.text_encoder, processes.device)
+            return name
+    there = ", ".join(conditions) or "nothing"
+    raise ValueError(
+        f"--prompt, --prompts and --text-encoder are for networks that are told captions; this one is told {there}"
+    )
 
 
 def _saved_as(facts: Facts, vae: str | None, device: Any) -> tuple[Any, Any]:

@@ -37,6 +37,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NPZ",
         help="keep the reference as statistics, to be given again",
     )
+    parser.add_argument(
+        "--clip",
+        metavar="CLIP",
+        help="also, or without --reference only: how well pictures fit their prompts, by this CLIP (folder or name)",
+    )
+    parser.add_argument(
+        "--prompts",
+        type=Path,
+        metavar="FILE",
+        help="for --clip: a prompt a line, in turn (default: what `sample` was asked)",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of subsets")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
@@ -57,7 +68,9 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError("--compare reads reports; leave out --samples and --reference")
         print("\n".join(comparing.compare(args.compare)))
         return 0
-    if not args.samples or not args.reference:
+    if args.prompts and not args.clip:
+        raise ValueError("--prompts belongs to --clip, the CLIP that compares; give both")
+    if not args.samples or not (args.reference or args.clip):
         raise ValueError("give --samples and --reference, or reports to --compare")
     for name in ("batch_size", "resize"):
         value = getattr(args, name)
@@ -66,6 +79,16 @@ def run(args: argparse.Namespace) -> int:
     from speed_engine.reports.run_folder import device_of
     from speed_engine.reports.scores import Options, lines, score
 
+    if args.clip:
+        from speed_engine.commands.sample import prompts_of
+        from speed_engine.reports.scores.clip_score import clip_score, line
+
+        prompts = None if args.prompts is None else prompts_of(args.prompts)
+        both = {"batch_size": args.batch_size, "device": device_of(args.device)}
+        out = None if args.reference else args.out
+        print(line(clip_score(args.samples, args.clip, prompts, out, **both)))
+        if not args.reference:
+            return 0
     options = Options(
         features=args.features,
         given=args.network_input,

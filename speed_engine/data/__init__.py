@@ -37,7 +37,7 @@ class ConditionFacts:
     kind: the condition's file, or the dotted path of one outside. arrays: name -> what is stored a
     sample. num_values and names: of a label, the number of classes and what they are called. null:
     whether training replaces it now and then by nothing, so that a model has to know "none" (this
-    the configuration decides; a set says False).
+    the configuration decides; a set says False). details: what only the condition's own file reads, JSON-able.
     """
 
     kind: str
@@ -45,6 +45,7 @@ class ConditionFacts:
     num_values: int = 0
     names: tuple[str, ...] = ()
     null: bool = False
+    details: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,7 @@ class Facts:
                 "num_values": each.num_values,
                 "names": list(each.names),
                 "null": each.null,
+                **({"details": dict(each.details)} if each.details else {}),
             }
             for name, each in self.conditions.items()
         }
@@ -99,6 +101,7 @@ class Facts:
                 each["num_values"],
                 tuple(each["names"]),
                 each["null"],
+                each.get("details", {}),
             )
             for name, each in value["conditions"].items()
         }

@@ -23,7 +23,8 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from speed_engine.data import DataError, digits, glyphs
+from speed_engine.conditions.clip import TextEncoder
+from speed_engine.data import DataError, digits, encode_captions, glyphs
 from speed_engine.data.autoencoder import Vae
 from speed_engine.data.encode_set import (
     ALONE,
@@ -66,6 +67,9 @@ def encode(
     batch_size: int = 32,
     precision: Literal["fp32", "bf16"] = "fp32",
     device: str | None = None,
+    captions: Path | None = None,
+    text_encoder: str | None = None,
+    pooled_only: bool = False,
     console: Console | None = None,
     team: Team = ALONE,
 ) -> Index | None:
@@ -76,8 +80,9 @@ def encode(
     (default: a quarter of `size`). strict: the first bad image is an error. labels: whether
     sub-folders are classes. vae, mean_only (store no standard deviation), flip (store the latent of
     the mirrored image too), scale, shift (default: those of the VAE), batch_size, precision, device
-    (default: cuda where there is one): for latents. team: the processes that share the work.
-    Raises DataError. A set that is there already is left alone.
+    (default: cuda where there is one): for latents. captions: COCO's JSON; text_encoder: the CLIP that encodes them,
+    or those of tars; pooled_only: without a vector a token (see `encode_captions`). team: the processes that share
+    the work. Raises DataError. A set that is there already is left alone.
     """
     latents = mode == "latents"
     with told_by_first(team):
@@ -85,6 +90,7 @@ def encode(
             raise DataError("--scale and --shift belong to latents; leave them out for pixels")
         if str(images) in MADE:
             unused = (size, channels, min_side, vae, scale, shift)
+            latents = latents or text_encoder is not None
             if latents or strict or mean_only or flip or unused != (None,) * len(unused):
                 raise DataError(
                     f"the {images} are {MADE[str(images)]}; leave out the other settings"
@@ -92,6 +98,10 @@ def encode(
             return _made(str(images), Path(out), shard_size, console, team)
         if latents != (vae is not None):
             raise DataError("--vae NAME and --mode latents belong together; give both or neither")
+        if text_encoder is None and (captions is not None or pooled_only):
+            raise DataError(
+                "--captions and --pooled-only need --text-encoder, the folder or hub name of the CLIP that encodes them"
+            )
         if not latents and (flip or mean_only or precision != "fp32"):
             raise DataError(
                 "--flip and --mean-only belong to --mode latents, and so does --precision; leave them out for pixels"
@@ -113,6 +123,8 @@ def encode(
 
     def prepare() -> Job:
         listing = places.find(folder, labels)
+        if text_encoder is not None:
+            listing = encode_captions.with_captions(listing, folder, captions)
         plan = {
             "images": hashlib.sha256(
                 json.dumps([listing.pictures, listing.class_names]).encode()
@@ -129,6 +141,7 @@ def encode(
             **({} if precision == "fp32" else {"precision": precision}),
             **({} if scale is None else {"scale": scale}),
             **({} if shift is None else {"shift": shift}),
+            **encode_captions.plan(listing, text_encoder, pooled_only),
         }
         images = _Images(folder, listing, size, channels, min_side, strict, team)
 
@@ -136,11 +149,22 @@ def encode(
             if console is not None and team.first:
                 for remark in listing.remarks:
                     console.print(f"note: {remark}")
+                if listing.captions and text_encoder is None:
+                    console.print(
+                        f"note: {len(listing.captions)} captions (.txt) are not stored; --text-encoder CLIP stores them"
+                    )
             if vae is None:
-                return images.source()
-            dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-            encoder = Vae(vae, _device(device, team), dtype)
-            return images.source(encoder, batch_size, posterior, flip, scale, shift)
+                source = images.source()
+            else:
+                dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+                encoder = Vae(vae, _device(device, team), dtype)
+                source = images.source(encoder, batch_size, posterior, flip, scale, shift)
+            if text_encoder is None:
+                return source
+            reader = TextEncoder(text_encoder, _device(device, team))
+            return encode_captions.told(
+                source, listing, reader, tokens=not pooled_only, cores=team.cores()
+            )
 
         return Job(plan, len(listing.pictures), shard_size, begin, posterior)
 

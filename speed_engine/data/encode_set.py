@@ -22,7 +22,7 @@ import numpy as np
 from rich.console import Console
 
 from speed_engine.data import DataError
-from speed_engine.data.storage.index import Index
+from speed_engine.data.storage.index import Index, StoredCondition
 from speed_engine.data.storage.scaling import Scale
 from speed_engine.data.storage.writer import SetWriter
 from speed_engine.distributed.launched import WHICH, place
@@ -101,7 +101,7 @@ class Source:
     """A source that is ready to be read. items: what the source items of a range give, in their order, one by one.
 
     said: a line about what will be written. sample_bytes: of one sample in a shard. others: (file, reason) of what is
-    no item. class_names, scale, shift, vae: for the index.
+    no item. class_names, scale, shift, vae, conditions: for the index.
     """
 
     items: Callable[[range], Iterator[Sample | Fault]]
@@ -112,6 +112,7 @@ class Source:
     shift: Scale | None = None
     vae: str | None = None
     others: Sequence[tuple[str, str]] = ()
+    conditions: Mapping[str, StoredCondition] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -174,7 +175,9 @@ def write_set(
                 meeting.wait_for_others(told.at_times)
             for file, reason in source.others:
                 writer.skip(file, reason)
-            index = writer.finish(source.class_names, source.scale, source.shift, source.vae)
+            index = writer.finish(
+                source.class_names, source.scale, source.shift, source.vae, source.conditions
+            )
     console.print(
         f"{index.count} samples in {len(index.shards)} shards in {out} ({told.rate():.0f} {job.unit}/s)"
     )

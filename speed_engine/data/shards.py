@@ -339,9 +339,12 @@ def facts_of(index: index_file.Index) -> Facts:
     told = {}
     if index.num_classes:
         told["label"] = described(index.num_classes, index.class_names)
-    for name, array in index.arrays.items():
-        facts = {name: ArrayFacts(array.shape, array.dtype)}
-        told[name] = ConditionFacts(array.kind, facts)
+    arrays = {name: ArrayFacts(each.shape, each.dtype) for name, each in index.arrays.items()}
+    for name, one in index.conditions.items():
+        own = {array: arrays.pop(array) for array in one.arrays}
+        told[name] = ConditionFacts(one.kind, own, details=one.details)
+    for name, array in arrays.items():
+        told[name] = ConditionFacts(index.arrays[name].kind, {name: array})
     space = Space(index.kind, scale, shift, index.posterior, index.vae)
     return Facts(index.shape, space, told, index.kind == "pixels" or index.flipped)
 

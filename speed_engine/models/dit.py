@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Literal, NamedTuple, cast
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -30,28 +30,15 @@ from speed_engine.models.parts.blocks import Block, FinalLayer, Recompute, Strea
 from speed_engine.models.parts.fp8 import convert, fp8_unavailable
 from speed_engine.models.parts.glue import OPS, Glue
 from speed_engine.models.parts.modulation import project_all
+from speed_engine.models.parts.sizes import SIZES, Size
 from speed_engine.models.parts.time import TimeEmbedder
 from speed_engine.models.parts.tokens import PatchProjection, position_embedding
 
 
-class Size(NamedTuple):
-    hidden_size: int
-    depth: int
-    num_heads: int
-    patch_size: int
-
-
-# Table 1 of the paper; the patch size is behind the slash. `tiny` is for 8x8 images on a laptop.
-SIZES = {
-    **{f"S/{patch}": Size(384, 12, 6, patch) for patch in (2, 4, 8)},
-    **{f"B/{patch}": Size(768, 12, 12, patch) for patch in (2, 4, 8)},
-    **{f"L/{patch}": Size(1024, 24, 16, patch) for patch in (2, 4, 8)},
-    **{f"XL/{patch}": Size(1152, 28, 16, patch) for patch in (2, 4, 8)},
-    **{f"tiny/{patch}": Size(128, 6, 4, patch) for patch in (1, 2)},
-}
 TAKES = ("label", "vector")
 KERNELS = OPS  # the ops of speed_kernels that `build` can use
 COMPUTE_KEYS = ("attention", "residual", "recompute", "products")
+EMBEDDERS = ("t_embedder", "y_embedder", "vector_embedder", "text_embedder")
 NUM_FREQUENCIES = 128  # a cosine and a sine of each: 256 numbers tell the network the time
 
 
@@ -185,7 +172,7 @@ class DiT(nn.Module):
         for name, weight in self.named_parameters():
             if name.endswith("bias") or "adaLN" in name or name.startswith("final_layer"):
                 weight.zero_()
-            elif name.startswith(("t_embedder", "y_embedder", "vector_embedder")):
+            elif name.startswith(EMBEDDERS):
                 weight.copy_(torch.empty(weight.shape).normal_(0, 0.02, generator=generator))
             else:
                 drawn = torch.empty(weight.flatten(1).shape)
@@ -230,26 +217,26 @@ class DiT(nn.Module):
         (`passes`); None: none does. Raises ValueError for inputs that do not fit the model.
         """
         stream, modulations = self.enter(x_BCHW, time_B, label, vector)
-        first, end = self.config.route or (None, None)
-        if mask_at is None or first is None or end is None:
-            return self.leave(self.through(self.blocks, stream, modulations), next(modulations))
-        stream = self.through(self.blocks[:first], stream, modulations)
-        x_BTD = packing.settled(stream, self.glue)
-        tokens, width = x_BTD.shape[1:]
-        num_kept = packing.num_kept(tokens, self.config.route_ratio)
-        index = packing.index_of(packing.kept(mask_at, len(x_BTD), tokens, num_kept), width)
-        inside = self.through(self.blocks[first:end], Stream(x_BTD.gather(1, index)), modulations)
-        stream = Stream(x_BTD.scatter(1, index, packing.settled(inside, self.glue)))
-        stream = self.through(self.blocks[end:], stream, modulations)
+        stream = self.through(stream, modulations, mask_at)
         return self.leave(stream, next(modulations))
 
     def through(
-        self, blocks: Iterable[nn.Module], stream: Stream, modulations: Iterator[Tensor]
+        self, stream: Stream, modulations: Iterator[Tensor], mask_at: Tensor | None, *places: Tensor
     ) -> Stream:
-        """The stream behind these blocks, each with the next of `modulations`."""
-        for block in blocks:
-            stream = block(stream, next(modulations))
-        return stream
+        """Behind all blocks, each with its own of `modulations` and all of `places`; see `forward` for mask_at."""
+
+        def behind(blocks: Iterable[nn.Module], stream: Stream) -> Stream:
+            for block in blocks:
+                stream = block(stream, next(modulations), *places)
+            return stream
+
+        if mask_at is None or self.config.route is None:
+            return behind(self.blocks, stream)
+        first, end = self.config.route
+        routed = functools.partial(behind, self.blocks[first:end])
+        stream = behind(self.blocks[:first], stream)
+        stream = packing.around(routed, stream, mask_at, self.config.route_ratio, self.glue)
+        return behind(self.blocks[end:], stream)
 
     def passes(self, seed: int, address: Tensor) -> list[tuple[float, dict[str, Tensor]]]:
         """One; with `route` tokens go around by (seed, step, global slot); see `speed_engine.models`."""
@@ -257,33 +244,49 @@ class DiT(nn.Module):
         return [(1.0, routed if self.config.route else {})]
 
     def enter(
-        self, x_BCHW: Tensor, time_B: Tensor, label: Tensor | None, vector: Tensor | None
+        self,
+        x_BCHW: Tensor,
+        time_B: Tensor,
+        label: Tensor | None,
+        vector: Tensor | None,
+        told_BD: Tensor | None = None,
     ) -> tuple[Stream, Iterator[Tensor]]:
-        """The tokens, and what time and conditions tell each of `projections`, in order. Raises as `forward`."""
+        """The tokens, and what time and conditions tell each of `projections`, in order. Raises as `forward`.
+
+        told: what a larger network adds to the embedding of the time, as labels are."""
         if tuple(x_BCHW.shape[1:]) != self.facts.shape:
             wanted, given = self.facts.shape, tuple(x_BCHW.shape[1:])
             raise ValueError(f"this model takes samples of {wanted}, not {given}")
         if time_B.dtype in (torch.bfloat16, torch.float16):
             raise ValueError(f"time in {time_B.dtype} would merge steps; give it in float32")
-        for name, value in (("label", label), ("vector", vector)):
-            if (value is None) == (name in self.facts.conditions):
-                told = "needs the condition" if value is None else "does not take the condition"
-                raise ValueError(f"this model {told} {name!r}")
-
-        # The weights' dtype, not the buffers': DeepSpeed's bf16 leaves those in fp32.
-        dtype = cast("PatchProjection", self.x_embedder[0]).weight.dtype
+        self.refuse_missing(label=label, vector=vector)
+        dtype = self.dtype
         c_BD = self.t_embedder(time_B, dtype)
         if self.y_embedder is not None:
             c_BD = c_BD + self.y_embedder(label)
         if self.vector_embedder is not None:
             assert vector is not None
             c_BD = c_BD + self.vector_embedder(vector.to(dtype))
+        if told_BD is not None:
+            c_BD = c_BD + told_BD
         c_BD = F.silu(c_BD)
         x_BTD = self.x_embedder(x_BCHW.to(dtype))
         if self.config.residual == "fp32":
             x_BTD = x_BTD.to(torch.promote_types(x_BTD.dtype, torch.float32))
         stream = Stream(x_BTD + self.pos_embed.to(x_BTD.dtype))
         return stream, project_all(c_BD, self.projections(), self.same_anywhere)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights, not the buffers: DeepSpeed's bf16 leaves those in fp32."""
+        return cast("PatchProjection", self.x_embedder[0]).weight.dtype
+
+    def refuse_missing(self, **conditions: Tensor | None) -> None:
+        """Each must be given if and only if the network was made for it. Raises ValueError."""
+        for name, value in conditions.items():
+            if (value is None) == (name in self.facts.conditions):
+                told = "needs the condition" if value is None else "does not take the condition"
+                raise ValueError(f"this model {told} {name!r}")
 
     def leave(self, stream: Stream, modulation_BX: Tensor) -> Tensor:
         """The last layer, and the tokens as an image [B, num_outputs, H, W]."""

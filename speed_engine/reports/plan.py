@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 import yaml
 from torch import nn
 
-from speed_engine.conditions import label
+from speed_engine.conditions import label, text
 from speed_engine.config import RunConfig
-from speed_engine.data import Facts
+from speed_engine.data import ConditionFacts, Facts
 from speed_engine.data.space import Space
 from speed_engine.data.storage.index import INDEX
 from speed_engine.engines import with_precision
@@ -150,7 +151,15 @@ def assumed(config: RunConfig) -> Facts:
     space = replace(ASSUMED.space, scale=(0.18215,) * shape[0], shift=(0.0,) * shape[0])
     if expected.space == "pixels":
         space = Space.pixels(shape[0])
-    return Facts(shape, space, ASSUMED.conditions)
+    return Facts(shape, space, _assumed_conditions(config))
+
+
+def _assumed_conditions(config: RunConfig) -> dict[str, ConditionFacts]:
+    """Classes, or five captions a picture (as COCO) of CLIP ViT-B/32 where the configuration is told of captions."""
+    if config.conditions.get("text") is None:
+        return ASSUMED.conditions
+    empty = {"text": np.zeros(512, "f2"), "text_tokens": np.zeros((77, 512), "f2")}
+    return {"text": text.described("openai/clip-vit-base-patch32", 5, empty, 512)}
 
 
 def _for_gpus(config: RunConfig, on_gpus: bool) -> bool:

@@ -6,12 +6,13 @@ import inspect
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from speed_engine import kinds
-from speed_engine.conditions import Augmenting, Condition, label
+from speed_engine.conditions import Augmenting, Condition, label, text
 from speed_engine.data import ArrayFacts, ConditionFacts, Facts
 from speed_engine.data.space import Space
 from speed_engine.models import refuse_unknown_conditions
@@ -19,6 +20,13 @@ from speed_engine.models import refuse_unknown_conditions
 # The smallest settings of each network.
 SMALL: dict[str, dict[str, Any]] = {
     "dit": {"size": "tiny/2", "hidden_size": 16, "depth": 2, "num_heads": 2},
+    "dit_text": {
+        "size": "tiny/2",
+        "hidden_size": 16,
+        "depth": 2,
+        "num_heads": 2,
+        "cross_attention": True,
+    },
     "mdt": {"size": "tiny/2", "hidden_size": 16, "depth": 3, "num_heads": 2},
     "unet": {"size": "tiny", "width": 8, "num_blocks": 1, "num_heads": 2},
 }
@@ -26,6 +34,12 @@ SMALL: dict[str, dict[str, Any]] = {
 DATA: dict[str, tuple[ConditionFacts, str]] = {
     "label": (label.described(4, ["a", "b", "c", "d"]), "c"),
     "vector": (ConditionFacts("vector", {"vector": ArrayFacts((3,), "float32")}), "1,2,3"),
+    "text": (
+        text.described(
+            "clip", 3, {"text": np.ones(6, "f2"), "text_tokens": np.ones((4, 6), "f2")}, 9
+        ),
+        "a prompt",
+    ),
 }
 MODELS = kinds.names("model")
 # What is made from the samples is in no data, is never dropped, and cannot be asked for; see tests/unit/conditions.
@@ -49,12 +63,16 @@ def stored(kind: str, num: int) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(num)
     found = {}
     for name, array in DATA[kind][0].arrays.items():
-        if array.dtype == "int64":
+        if name == "text_count":
+            found[name] = torch.randint(1, 4, (num,), generator=generator)
+        elif array.dtype == "int64":
             found[name] = torch.randint(
                 DATA[kind][0].num_values, (num, *array.shape), generator=generator
             )
         else:
-            found[name] = torch.randn(num, *array.shape, generator=generator)
+            found[name] = torch.randn(num, *array.shape, generator=generator).to(
+                getattr(torch, array.dtype)
+            )
     return found
 
 
@@ -83,7 +101,8 @@ def test_what_is_dropped_is_none_and_addressed(kind: str) -> None:
         assert not torch.equal(one.drop(arrays, 2, 2, 0)[name], told[name])
 
 
-@pytest.mark.parametrize("kind", CONDITIONS)
+# A prompt is read by a CLIP; see tests/unit/conditions/test_text.py.
+@pytest.mark.parametrize("kind", [kind for kind in CONDITIONS if kind != "text"])
 def test_what_is_asked_for_is_what_training_tells(kind: str) -> None:
     one = condition(kind, 0.1)
     trained, asked = one.drop(stored(kind, 2), 0, 0, 0), one.asked([DATA[kind][1]] * 2)

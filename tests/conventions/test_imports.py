@@ -121,7 +121,7 @@ ONLY_IN = {
     "timm": r"never",
     "torch_fidelity": r"speed_engine/reports/scores/inception\.py",
     "torchvision": r"never",
-    "transformers": r"speed_engine/conditions/text\.py",
+    "transformers": r"speed_engine/conditions/clip\.py",
     "triton": r"kernels/speed_kernels/(\w+/)?(triton_\w+|ahead_of_time)\.py",
     "wandb": r"speed_engine/training/boards\.py",
     "webdataset": r"speed_engine/data/storage/\w+\.py",

@@ -14,7 +14,7 @@ import json
 import math
 import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,6 +31,15 @@ from .scan import Scanned, Shard, entries_path, entry_dtype, scan
 
 INDEX = "index.json"
 REINDEX = "python -m speed_engine encode --reindex DIR"
+
+
+class StoredCondition(BaseModel):
+    """A condition that several named arrays belong to; see `data.ConditionFacts`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    kind: str
+    arrays: list[str]
+    details: dict[str, Any] = {}
 
 
 class Index(BaseModel):
@@ -59,6 +68,7 @@ class Index(BaseModel):
     shards: list[Shard]
     arrays: dict[str, NamedArray] = {}
     vae: str | None = None
+    conditions: dict[str, StoredCondition] = {}
     fingerprint: str = ""
 
     def sealed(self) -> Index:
@@ -67,11 +77,11 @@ class Index(BaseModel):
         return self.model_copy(update={"fingerprint": hashlib.sha256(text.encode()).hexdigest()})
 
     def content(self) -> dict[str, Any]:
-        """Everything but the fingerprint; the first version had neither named arrays nor a VAE's name."""
+        """Everything but the fingerprint; what earlier versions did not have is there only where it says something."""
         absent = {"fingerprint"} | ({"arrays"} if self.version == 1 else set())
-        return self.model_dump(
-            mode="json", exclude=absent | ({"vae"} if self.vae is None else set())
-        )
+        absent |= {"vae"} if self.vae is None else set()
+        absent |= set() if self.conditions else {"conditions"}
+        return self.model_dump(mode="json", exclude=absent)
 
     @property
     def stored_shape(self) -> tuple[int, ...]:
@@ -98,12 +108,13 @@ def compose(
     num_classes: int | None = None,
     class_names: Sequence[str] = (),
     vae: str | None = None,
+    conditions: Mapping[str, StoredCondition] | None = None,
 ) -> Index:
     """The index of the scanned shards, which must agree with each other. Raises DataError.
 
     num_classes: default is the largest label + 1, or the number of class names. scale and shift: of
     latents, one number or one a channel; scale "auto": every channel to mean 0 and deviation 1. vae: which
-    autoencoder made them.
+    autoencoder made them. conditions: of several arrays; every other array is one of its own.
     """
     first = scanned[0]
     for other in scanned[1:]:
@@ -158,6 +169,7 @@ def compose(
         version=2 if new else 1,
         arrays=first.arrays,
         vae=vae,
+        conditions=dict(conditions or {}),
         shape=(channels // 2 if posterior else channels, *space),
         dtype=first.dtype,  # pyright: ignore[reportArgumentType]  checked by pydantic
         posterior=posterior,
@@ -329,6 +341,12 @@ def verify(folder: Path) -> list[str]:
     return problems
 
 
+def _still_there(old: Index | None, scanned: Sequence[Scanned]) -> dict[str, StoredCondition]:
+    """The conditions of an earlier index whose arrays the shards still have."""
+    known = {} if old is None else old.conditions
+    return {name: one for name, one in known.items() if set(one.arrays) <= scanned[0].arrays.keys()}
+
+
 def reindex(
     folder: Path,
     *,
@@ -368,6 +386,7 @@ def reindex(
         num_classes=num_classes,
         class_names=class_names,
         vae=vae,
+        conditions=_still_there(old, scanned),
     )
     save(index, folder)
     return index

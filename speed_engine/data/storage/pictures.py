@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
@@ -46,7 +46,7 @@ class Listing:
     """All pictures of a place, in the order in which they are stored.
 
     others: (file, why it becomes no sample). remarks: what was left out besides, in sentences. load: where a picture
-    is, or its content, for `decode`; safe to call from many threads.
+    is, or its content, for `decode`; safe to call from many threads. captions: of those that have any, by path.
     """
 
     pictures: list[Picture]
@@ -54,6 +54,7 @@ class Listing:
     others: list[tuple[str, str]]
     remarks: list[str]
     load: Callable[[Picture], Raw]
+    captions: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
 
 def decode(

@@ -1,4 +1,5 @@
-"""Pictures in WebDataset tars: a key's image (.jpg, .png, .webp ...), with its class as .cls or in .json."""
+"""Pictures in WebDataset tars: a key's image (.jpg, .png, .webp ...), with its class as .cls or in .json, and its
+caption as .txt."""
 
 from __future__ import annotations
 
@@ -35,8 +36,6 @@ def find(place: Path, labels: bool = True) -> Listing:
             walk.others.append((picture.path, "it has no label, and others have one"))
         else:
             pictures.append(picture._replace(label=None if name is None else numbers[name]))
-    if walk.captions:
-        walk.remarks.append(f"{walk.captions} captions (.txt) are not stored")
 
     def load(picture: Picture) -> bytes:
         path, member = walk.places[picture.path]
@@ -44,7 +43,7 @@ def find(place: Path, labels: bool = True) -> Listing:
             file.seek(member.data)
             return file.read(member.size)
 
-    return Listing(pictures, names, walk.others, walk.remarks, load)
+    return Listing(pictures, names, walk.others, walk.remarks, load, walk.captions)
 
 
 class _Walk:
@@ -55,7 +54,7 @@ class _Walk:
         self.places: dict[str, tuple[Path, Member]] = {}
         self.others: list[tuple[str, str]] = []
         self.remarks: list[str] = []
-        self.captions = 0
+        self.captions: dict[str, list[str]] = {}
 
     def archive(self, path: Path) -> None:
         if not path.stat().st_size:
@@ -88,7 +87,6 @@ class _Walk:
             member for part, member in parts.items() if f".{part.rpartition('.')[2]}" in ENDINGS
         ]
         label = self._label(view, parts) if self.wanted else None
-        self.captions += "txt" in parts and bool(images)
         if not images:
             what = (
                 "a label or caption without an image"
@@ -105,6 +103,17 @@ class _Walk:
         self.places[name] = path, images[0]
         self.pictures.append(Picture(name, images[0].size, None))
         self.labels.append(label)
+        if "txt" in parts and (caption := " ".join(self._text(view, parts["txt"]).split())):
+            self.captions[name] = [caption]
+
+    @staticmethod
+    def _text(view: memoryview, member: Member) -> str:
+        if member.size > MOST:
+            raise MemberError(f"{member.name!r} has {member.size} bytes, more than {MOST}")
+        try:
+            return bytes(view[member.data : member.data + member.size]).decode()
+        except UnicodeDecodeError:
+            raise MemberError(f"{member.name!r} is no UTF-8 text") from None
 
     @staticmethod
     def _label(view: memoryview, parts: dict[str, Member]) -> str | None:

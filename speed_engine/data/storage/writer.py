@@ -22,7 +22,7 @@ from speed_engine.atomic_files import sync, write_json
 
 from .. import DataError
 from . import index as index_file
-from .index import Index, compose
+from .index import Index, StoredCondition, compose
 from .scaling import Scale
 from .shard_writer import Note, ShardWriter, Skipped, notes, remove_strays
 
@@ -160,6 +160,7 @@ class SetWriter:
         scale: Scale | None = None,
         shift: Scale | None = None,
         vae: str | None = None,
+        conditions: Mapping[str, StoredCondition] | None = None,
     ) -> Index:
         """Write the index (see `compose`) and give the set its name. Raises DataError when there is no sample.
 
@@ -183,6 +184,7 @@ class SetWriter:
             posterior=self.posterior,
             class_names=class_names,
             vae=vae,
+            conditions=conditions,
         )
         write_json(self.partial / SKIPPED, [item.model_dump() for item in self.skipped])
         index_file.save(index, self.partial)

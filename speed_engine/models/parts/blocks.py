@@ -151,15 +151,19 @@ class Block(nn.Module):
         self, modulation_BX: Tensor, places: tuple[Tensor | None, ...], *stream: Any
     ) -> Stream:
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation_BX.chunk(6, 1)
-        some = self.recompute == "selective" and torch.is_grad_enabled()
-        # torch's own norm keeps more than its result, and a compiler sees no hooks.
-        whole = some and not (self.glue.fused and not torch.compiler.is_compiling())
-        enter = self._enter_sparing if some and not whole else self._enter
-        leave = self.mlp.sparing if some and not whole else self.mlp
+        whole, enter, leave = self._ways()
         x, qkv = run(whole, enter, self.attn.qkv, shift_a, scale_a, *stream)
         pending = (x, self.attn(qkv, *places), self.attn.proj.bias, gate_a)
         x, hidden = run(whole, enter, self.mlp.fc1, shift_m, scale_m, *pending)
         return Stream(x, run(whole, leave, hidden), self.mlp.fc2.bias, gate_m)
+
+    def _ways(self) -> tuple[bool, Callable[..., Any], Callable[..., Any]]:
+        """(whether `run` computes again, the way into a branch, the way out of the MLP)."""
+        some = self.recompute == "selective" and torch.is_grad_enabled()
+        # torch's own norm keeps more than its result, and a compiler sees no hooks.
+        whole = some and not (self.glue.fused and not torch.compiler.is_compiling())
+        enter = self._enter_sparing if some and not whole else self._enter
+        return whole, enter, self.mlp.sparing if some and not whole else self.mlp
 
     def _enter(
         self, product: Product, shift: Tensor, scale: Tensor, *stream: Any

@@ -8,6 +8,8 @@ a function of (seed, step, global slot) alone.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from speed_kernels import philox
 from torch import Tensor
@@ -52,6 +54,21 @@ def settled(stream: Stream, glue: Glue) -> Tensor:
     if glue.fused:
         branch_BTD = branch_BTD + bias_D.to(branch_BTD.dtype)
     return gated_add(x_BTD, branch_BTD, gate_BD)
+
+
+def around(
+    blocks: Callable[[Stream], Stream],
+    stream: Stream,
+    at_3: Tensor,
+    left_out: float,
+    glue: Glue,
+) -> Stream:
+    """The stream behind `blocks`, around which the share `left_out` of each sample's tokens goes unchanged."""
+    x_BTD = settled(stream, glue)
+    batch, tokens, width = x_BTD.shape
+    index = index_of(kept(at_3, batch, tokens, num_kept(tokens, left_out)), width)
+    inside = blocks(Stream(x_BTD.gather(1, index)))
+    return Stream(x_BTD.scatter(1, index, settled(inside, glue)))
 
 
 def index_of(kept_BK: Tensor, width: int) -> Tensor:
