@@ -34,7 +34,6 @@ from speed_engine.models.parts.sizes import SIZES, Size
 from speed_engine.models.parts.time import TimeEmbedder
 from speed_engine.models.parts.tokens import PatchProjection, position_embedding
 
-
 TAKES = ("label", "vector")
 KERNELS = OPS  # the ops of speed_kernels that `build` can use
 COMPUTE_KEYS = ("attention", "residual", "recompute", "products")
