@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--clip",
         metavar="CLIP",
-        help="also, or without --reference only: how well pictures fit their prompts, by this CLIP (folder or hub name)",
+        help="also, or without --reference only: how well pictures fit their prompts, by this CLIP (folder or name)",
     )
     parser.add_argument(
         "--prompts",
