@@ -32,7 +32,7 @@ COMPUTE_KEYS = ("attention", "residual", "recompute")
 class Config(dit.Config):
     """A DiT's, and how it reads captions."""
 
-    kind: Literal["dit_text"] = "dit_text"
+    kind: Literal["dit_text"] = "dit_text"  # pyright: ignore[reportIncompatibleVariableOverride]
     cross_attention: bool = Field(
         default=False,
         description="every block attends to the caption's tokens; false: the pooled vector alone",

@@ -306,3 +306,14 @@ def test_clip_score(place: Path, good: Any, command: Any, tmp_path: Path, read_j
     assert f"{report['clip_score']:.4f}" in said
     answer = command("score", *words)
     assert answer.code == 2 and "does not say its prompts" in answer.err
+
+
+def test_weights_alone_take_prompts(run: Path, place: Path, good: Any, tmp_path: Path) -> None:
+    """What sampling needs of the captions travels with the weights."""
+    good("export", "--run", run, "--weights", "model", "--out", tmp_path / "it.safetensors")
+    words = ["--num", "2", "--steps", "2", "--sampler", "ddim", "--guidance", "2"]
+    words += ["--prompt", "picture 5", "--text-encoder", place / "clip"]
+    good("sample", "--weights", tmp_path / "it.safetensors", *words, "--out", tmp_path / "a")
+    good("sample", "--run", run, "--weights", "model", *words, "--out", tmp_path / "b")
+    pixels = [np.load(tmp_path / name / "samples.npz")["arr_0"] for name in "ab"]
+    assert np.array_equal(*pixels)
