@@ -42,6 +42,7 @@ from speed_engine.data.storage.index import Index
 from speed_engine.data.storage.pictures import Listing, Picture, PictureError
 from speed_engine.data.storage.scaling import Scale
 from speed_engine.data.storage.shard_writer import sample_bytes
+from speed_engine.progress import wrapped
 
 DECODE_AHEAD = 64  # images in decoding at a time
 
@@ -132,7 +133,7 @@ def encode(
         def begin() -> Source:
             if console is not None and team.first:
                 for remark in listing.remarks:
-                    console.print(f"note: {remark}")
+                    console.print(wrapped(f"note: {remark}"))
             if vae is None:
                 return images.source()
             dtype = torch.bfloat16 if precision == "bf16" else torch.float32

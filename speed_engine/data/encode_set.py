@@ -28,7 +28,7 @@ from speed_engine.data.storage.writer import SetWriter
 from speed_engine.distributed.launched import WHICH, place
 from speed_engine.distributed.meeting import PATIENCE, Meeting, start_of
 from speed_engine.errors import SaidElsewhere
-from speed_engine.progress import Progress, progress
+from speed_engine.progress import Progress, progress, wrapped
 
 FIRST_WORD, NEXT_WORD = 20.0, 300.0  # seconds until the speed is told where no bar shows it
 REDRAW = 0.1  # seconds between two looks at all processes
@@ -161,9 +161,9 @@ def write_set(
             if left < job.count:
                 console.print(f"continuing after {job.count - left} of {job.count} {job.unit}")
             shards = -(-job.count // job.shard_size)
-            console.print(f"{source.said}{_together(shards, team)}")
+            console.print(wrapped(f"{source.said}{_together(shards, team)}"))
             if note := _room(out.parent, left * source.sample_bytes):
-                console.print(f"note: {note}")
+                console.print(wrapped(f"note: {note}"))
             with progress("encode", job.count, job.count - left, console, team.first) as bar:
                 told = _Told(console, bar, meeting, job, left, team.world)
                 for shard in missing:
