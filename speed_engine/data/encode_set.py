@@ -160,8 +160,8 @@ def write_set(
             left = sum(len(writer.items(shard, job.count)) for shard in missing)
             if left < job.count:
                 console.print(f"continuing after {job.count - left} of {job.count} {job.unit}")
-            shards = -(-job.count // job.shard_size)
-            console.print(wrapped(f"{source.said}{_together(shards, team)}"))
+            planned = -(-job.count // job.shard_size)
+            console.print(wrapped(f"{source.said}{_together(planned, team)}"))
             if note := _room(out.parent, left * source.sample_bytes):
                 console.print(wrapped(f"note: {note}"))
             with progress("encode", job.count, job.count - left, console, team.first) as bar:
@@ -175,11 +175,14 @@ def write_set(
             for file, reason in source.others:
                 writer.skip(file, reason)
             index = writer.finish(source.class_names, source.scale, source.shift, source.vae)
+    shards = counted(len(index.shards), "shard")
     console.print(
-        f"{index.count} samples in {len(index.shards)} shards in {out} ({told.rate():.0f} {job.unit}/s)"
+        f"{counted(index.count, 'sample')} in {shards} in {out} ({told.rate():.0f} {job.unit}/s)"
     )
     if writer.skipped:
-        console.print(f"{len(writer.skipped)} files skipped, listed in {out}/skipped.json")
+        console.print(
+            f"{counted(len(writer.skipped), 'file')} skipped, listed in {out}/skipped.json"
+        )
     return index
 
 
@@ -249,9 +252,14 @@ def size(num_bytes: float) -> str:
     return f"{num_bytes:.0f} bytes"
 
 
+def counted(number: int, thing: str) -> str:
+    """`1 shard`, `2 shards`."""
+    return f"{number} {thing}{'' if number == 1 else 's'}"
+
+
 def _together(shards: int, team: Team) -> str:
     many = f", {team.world} processes" if team.world > 1 else ""
-    return f"; {shards} shard{'s' if shards > 1 else ''}{many}"
+    return f"; {counted(shards, 'shard')}{many}"
 
 
 def _room(folder: Path, needed: float) -> str | None:

@@ -13,7 +13,7 @@ from rich.console import Console
 from speed_engine.data import DataError, encode_set
 from speed_engine.data.encode import encode
 from speed_engine.data.encode_arrays import encode_arrays
-from speed_engine.data.encode_set import Team, duration, size, team_of
+from speed_engine.data.encode_set import Team, counted, duration, size, team_of
 from speed_engine.data.shards import Shards
 from speed_engine.data.storage.index import verify
 from speed_engine.errors import SaidElsewhere
@@ -168,6 +168,7 @@ def test_a_disk_that_is_too_small_is_told(tmp_path, images, monkeypatch):
 
 
 def test_words_for_sizes_and_times():
+    assert [counted(number, "shard") for number in (0, 1, 2)] == ["0 shards", "1 shard", "2 shards"]
     assert [size(12), size(1234), size(2.5e12)] == ["12 bytes", "1.23 kB", "2.5 TB"]
     assert [duration(59.6), duration(600), duration(12345)] == ["60 s", "10 min", "3.4 h"]
 
