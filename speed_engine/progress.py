@@ -1,7 +1,8 @@
-"""The one progress bar: what is done of how much, and the time left."""
+"""What a terminal is told: the one progress bar (what is done of how much, the time left), and lines that fit."""
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,6 +10,28 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+
+WIDTH = 100  # columns of a terminal that nothing but `plan` exceeds
+
+
+def wrapped(text: str, indent: str = "    ") -> str:
+    """`text` in lines of at most WIDTH columns, broken between words; those after the first begin with `indent`.
+
+    A word that is longer (a path, a command's argument) stays whole, since it is there to be copied; so does `a = b`.
+    """
+    return "\n".join(
+        textwrap.fill(
+            line.replace(" = ", "\0=\0"),
+            WIDTH,
+            subsequent_indent=indent,
+            break_long_words=False,
+            break_on_hyphens=False,
+            replace_whitespace=False,
+            drop_whitespace=True,
+        )
+        for line in text.split("\n")
+    ).replace("\0=\0", " = ")
 
 
 @dataclass(frozen=True)

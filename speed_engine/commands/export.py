@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from speed_engine.commands import refuse_folder, run_arguments
+from speed_engine.progress import wrapped
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
     model: Any = opened.model(args.weights)
     if args.format == "diffusers":
         for sentence in _diffusers(args, opened, model):
-            print(f"note: {sentence}")
+            print(wrapped(f"note: {sentence}"))
     else:
         from speed_engine.weights import file as weights_file
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from speed_engine.progress import wrapped
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("row", nargs="?", help="a row's name; without it: all rows")
@@ -12,5 +14,5 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from speed_engine.reports import paper
 
-    print(paper.listed() if args.row is None else paper.shown(args.row))
+    print(wrapped(paper.listed(), " " * 29) if args.row is None else paper.shown(args.row))
     return 0

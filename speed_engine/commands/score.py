@@ -6,6 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from speed_engine.progress import wrapped
+
 PLACES = "a folder of `sample` or `encode`, of classes or pictures, an .npz with arr_0"
 
 
@@ -104,7 +106,7 @@ def run(args: argparse.Namespace) -> int:
     report = score(args.samples, args.reference, args.out, options)
     print("\n".join(lines.six(report)))
     for sentence in report["remarks"]:
-        print(f"note: {sentence}", file=sys.stderr)
+        print(wrapped(f"note: {sentence}"), file=sys.stderr)
     for sentence in report["warnings"]:
-        print(f"WARNING: {sentence}", file=sys.stderr)
+        print(wrapped(f"WARNING: {sentence}"), file=sys.stderr)
     return 0

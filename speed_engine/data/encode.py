@@ -33,6 +33,7 @@ from speed_engine.data.encode_set import (
     Sample,
     Source,
     Team,
+    counted,
     told_by_first,
     write_set,
 )
@@ -43,6 +44,7 @@ from speed_engine.data.storage.index import Index
 from speed_engine.data.storage.pictures import Listing, Picture, PictureError
 from speed_engine.data.storage.scaling import Scale
 from speed_engine.data.storage.shard_writer import sample_bytes
+from speed_engine.progress import wrapped
 
 DECODE_AHEAD = 64  # images in decoding at a time
 MADE = {"digits": "8 x 8 grey pixels", "glyphs": "32 x 32 pixels in colour"}  # words for --images
@@ -148,10 +150,11 @@ def encode(
         def begin() -> Source:
             if console is not None and team.first:
                 for remark in listing.remarks:
-                    console.print(f"note: {remark}")
+                    console.print(wrapped(f"note: {remark}"))
                 if listing.captions and text_encoder is None:
+                    told = counted(len(listing.captions), "caption")
                     console.print(
-                        f"note: {len(listing.captions)} captions (.txt) are not stored; --text-encoder CLIP stores them"
+                        f"note: {told} (.txt) left out; --text-encoder CLIP stores them"
                     )
             if vae is None:
                 source = images.source()

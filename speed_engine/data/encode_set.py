@@ -28,7 +28,7 @@ from speed_engine.data.storage.writer import SetWriter
 from speed_engine.distributed.launched import WHICH, place
 from speed_engine.distributed.meeting import PATIENCE, Meeting, start_of
 from speed_engine.errors import SaidElsewhere
-from speed_engine.progress import Progress, progress
+from speed_engine.progress import Progress, progress, wrapped
 
 FIRST_WORD, NEXT_WORD = 20.0, 300.0  # seconds until the speed is told where no bar shows it
 REDRAW = 0.1  # seconds between two looks at all processes
@@ -161,10 +161,10 @@ def write_set(
             left = sum(len(writer.items(shard, job.count)) for shard in missing)
             if left < job.count:
                 console.print(f"continuing after {job.count - left} of {job.count} {job.unit}")
-            shards = -(-job.count // job.shard_size)
-            console.print(f"{source.said}{_together(shards, team)}")
+            planned = -(-job.count // job.shard_size)
+            console.print(wrapped(f"{source.said}{_together(planned, team)}"))
             if note := _room(out.parent, left * source.sample_bytes):
-                console.print(f"note: {note}")
+                console.print(wrapped(f"note: {note}"))
             with progress("encode", job.count, job.count - left, console, team.first) as bar:
                 told = _Told(console, bar, meeting, job, left, team.world)
                 for shard in missing:
@@ -178,11 +178,14 @@ def write_set(
             index = writer.finish(
                 source.class_names, source.scale, source.shift, source.vae, source.conditions
             )
+    shards = counted(len(index.shards), "shard")
     console.print(
-        f"{index.count} samples in {len(index.shards)} shards in {out} ({told.rate():.0f} {job.unit}/s)"
+        f"{counted(index.count, 'sample')} in {shards} in {out} ({told.rate():.0f} {job.unit}/s)"
     )
     if writer.skipped:
-        console.print(f"{len(writer.skipped)} files skipped, listed in {out}/skipped.json")
+        console.print(
+            f"{counted(len(writer.skipped), 'file')} skipped, listed in {out}/skipped.json"
+        )
     return index
 
 
@@ -252,9 +255,14 @@ def size(num_bytes: float) -> str:
     return f"{num_bytes:.0f} bytes"
 
 
+def counted(number: int, thing: str) -> str:
+    """`1 shard`, `2 shards`."""
+    return f"{number} {thing}{'' if number == 1 else 's'}"
+
+
 def _together(shards: int, team: Team) -> str:
     many = f", {team.world} processes" if team.world > 1 else ""
-    return f"; {shards} shard{'s' if shards > 1 else ''}{many}"
+    return f"; {counted(shards, 'shard')}{many}"
 
 
 def _room(folder: Path, needed: float) -> str | None:

@@ -32,7 +32,7 @@ from speed_engine.models.parts.glue import OPS, Glue
 from speed_engine.models.parts.modulation import project_all
 from speed_engine.models.parts.sizes import SIZES, Size
 from speed_engine.models.parts.time import TimeEmbedder
-from speed_engine.models.parts.tokens import PatchProjection, position_embedding
+from speed_engine.models.parts.tokens import PatchProjection, image_of, position_embedding
 
 TAKES = ("label", "vector")
 KERNELS = OPS  # the ops of speed_kernels that `build` can use
@@ -289,10 +289,8 @@ class DiT(nn.Module):
 
     def leave(self, stream: Stream, modulation_BX: Tensor) -> Tensor:
         """The last layer, and the tokens as an image [B, num_outputs, H, W]."""
-        out_BTX = self.final_layer(stream, modulation_BX)
         patch = self.sample_size // self.grid
-        tiles = out_BTX.unflatten(1, (self.grid, self.grid)).unflatten(3, (patch, patch, -1))
-        return tiles.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
+        return image_of(self.final_layer(stream, modulation_BX), self.grid, patch)
 
 
 def build(

@@ -20,6 +20,7 @@ from pydantic.fields import FieldInfo
 from speed_engine.config import DEFAULTS, RunConfig, presets
 from speed_engine.engines import optimizer
 from speed_engine.kinds import SECTIONS, ConfigError, config_class, find, names, suggest
+from speed_engine.progress import wrapped
 
 BOUNDS = ((Ge, "ge", ">="), (Gt, "gt", ">"), (Le, "le", "<="), (Lt, "lt", "<"))
 KINDS = {section: section for section in SECTIONS if section in RunConfig.model_fields}
@@ -73,7 +74,7 @@ def as_text(found: list[Group]) -> str:
             lines += [f"  {key.name} = {key.takes}{default}", f"      {key.meaning}"]
         lines += [] if group.keys else ["  (no settings)"]
         lines += [""]
-    return "\n".join(lines).rstrip()
+    return "\n".join(wrapped(line, " " * 6) for line in lines).rstrip()
 
 
 def as_markdown() -> str:

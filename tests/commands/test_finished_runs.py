@@ -247,7 +247,9 @@ def test_diffusers_and_back(good, exported, run, tmp_path, read_json):
     out = tmp_path / "diffusers"
     answer = good("export", "--run", run, "--out", out, "--format", "diffusers")
     assert str(out) in answer.out
-    assert "it decodes latents" in answer.out and "`license`" in answer.out
+    said = " ".join(answer.out.split())
+    assert "it decodes latents" in said and "`license`" in said
+    assert max(map(len, answer.out.replace(str(out), "OUT").splitlines())) <= 100
     config = read_json(out / "transformer" / "config.json")
     assert config["num_layers"] == 6 and config["sample_size"] == 8
     assert config["num_attention_heads"] * config["attention_head_dim"] == 128

@@ -14,7 +14,8 @@ RUNS = {name: row for name, row in ROWS.items() if row.preset}
 
 
 def test_every_row_is_listed(good):
-    lines = good("paper").out.splitlines()
+    # A row that is too long for a terminal goes on below, indented.
+    lines = good("paper").out.replace("\n" + " " * 29, " ").splitlines()
     assert [line.split()[0] for line in lines] == list(ROWS)
     assert len(RUNS) > 70 and all(row.why_not for name, row in ROWS.items() if name not in RUNS)
     assert all(row.ours for row in RUNS.values())

@@ -1,4 +1,4 @@
-"""From an image to tokens: what a transformer is given of each patch, and of its place."""
+"""From an image to tokens, what a transformer is given of each patch and of its place, and back."""
 
 # Shape suffixes: B samples, C channels, H height, W width, T tokens, D hidden size.
 
@@ -34,3 +34,9 @@ class PatchProjection(nn.Conv2d):
         tiles = input.unfold(2, size, size).unfold(3, size, size)  # [B, C, H/size, W/size, .., ..]
         patches = tiles.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
         return F.linear(patches, self.weight.flatten(1), self.bias)
+
+
+def image_of(out_BTX: Tensor, grid: int, patch: int) -> Tensor:
+    """Tokens [B, grid * grid, patch * patch * C] -> image [B, C, grid * patch, grid * patch]."""
+    tiles = out_BTX.unflatten(1, (grid, grid)).unflatten(3, (patch, patch, -1))
+    return tiles.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)

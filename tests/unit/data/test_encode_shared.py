@@ -13,7 +13,7 @@ from rich.console import Console
 from speed_engine.data import DataError, encode_set
 from speed_engine.data.encode import encode
 from speed_engine.data.encode_arrays import encode_arrays
-from speed_engine.data.encode_set import Team, duration, size, team_of
+from speed_engine.data.encode_set import Team, counted, duration, size, team_of
 from speed_engine.data.shards import Shards
 from speed_engine.data.storage.index import verify
 from speed_engine.errors import SaidElsewhere
@@ -146,7 +146,10 @@ def test_the_plan_comes_first_and_the_speed_at_times(tmp_path, images, monkeypat
     text = io.StringIO()
     console = Console(file=text, soft_wrap=True, width=200)
     encode(images, tmp_path / "out", size=8, shard_size=5, console=console)
-    first, *others = [line for line in text.getvalue().splitlines() if line.strip()]
+    whole = text.getvalue().replace(
+        "\n    ", " "
+    )  # what is too long for a terminal goes on below, indented
+    first, *others = [line for line in whole.splitlines() if line.strip()]
     source = sum(path.stat().st_size for path in images.rglob("*.png"))
     assert f"{NUM} images -> 3 x 8 x 8 pixels; {size(source)} read, about " in first
     assert first.endswith("2 classes: 0 = cat (12), 1 = dog (11); 5 shards")
@@ -160,10 +163,12 @@ def test_a_disk_that_is_too_small_is_told(tmp_path, images, monkeypatch):
     monkeypatch.setattr(encode_set.shutil, "disk_usage", lambda _: type("", (), {"free": 1000}))
     text = io.StringIO()
     encode(images, tmp_path / "out", size=8, console=Console(file=text, soft_wrap=True))
-    assert "are to be written, and " in text.getvalue() and "has 1 kB left" in text.getvalue()
+    said = " ".join(text.getvalue().split())
+    assert "are to be written, and " in said and "has 1 kB left" in said
 
 
 def test_words_for_sizes_and_times():
+    assert [counted(number, "shard") for number in (0, 1, 2)] == ["0 shards", "1 shard", "2 shards"]
     assert [size(12), size(1234), size(2.5e12)] == ["12 bytes", "1.23 kB", "2.5 TB"]
     assert [duration(59.6), duration(600), duration(12345)] == ["60 s", "10 min", "3.4 h"]
 
