@@ -81,7 +81,7 @@ def test_named_classes_and_captions(encoded, tmp_path):
     place = tar(tmp_path / "one.tar", members)
     _, label, index, _, said = encoded(place, "--size", "8")
     assert index.class_names == ["2 dogs", "10", "café"] and label == [1, 2, 0]
-    assert "3 captions (.txt) are not stored" in said
+    assert "3 captions (.txt) left out" in said
 
 
 def test_reindex_says_how_arrays_are_read(good, tmp_path):
