@@ -24,7 +24,7 @@ COMMANDS = {
     "sample": "pictures from a run's averaged weights",
     "score": "how good pictures are, against others or stored statistics",
     "plot": "the pictures of a run, or of several in one",
-    "paper": "what the SpeeD paper reports, row by row, and the commands that run a row",
+    "paper": "what the papers report, row by row, and the commands that run a row",
     "compare": "a study: methods x seeds x settings, run and compared with intervals",
     "summary": "one page on a run, and summary.json",
     "export": "weights as safetensors, or as a diffusers folder with a model card",
