@@ -153,9 +153,7 @@ def encode(
                     console.print(wrapped(f"note: {remark}"))
                 if listing.captions and text_encoder is None:
                     told = counted(len(listing.captions), "caption")
-                    console.print(
-                        f"note: {told} (.txt) left out; --text-encoder CLIP stores them"
-                    )
+                    console.print(f"note: {told} (.txt) left out; --text-encoder CLIP stores them")
             if vae is None:
                 source = images.source()
             else:

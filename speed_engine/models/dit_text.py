@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from speed_engine.data import Facts
 from speed_engine.models import dit
+from speed_engine.models.parts import packing
 from speed_engine.models.parts.blocks import Block, Recompute, Stream, modulation, run
 from speed_engine.models.parts.glue import OPS, Glue, Product
 
@@ -205,9 +206,15 @@ def macs_per_sample(config: Config, facts: Facts, num_outputs: int) -> int:
 
 def training_macs_per_sample(config: Config, facts: Facts, num_outputs: int) -> int:
     """As `macs_per_sample`, with the blocks of `route` on the tokens that stay."""
-    once = dit.macs_per_sample(config, facts, num_outputs)
-    spared = once - dit.training_macs_per_sample(config, facts, num_outputs)
-    return macs_per_sample(config, facts, num_outputs) - spared
+    hidden, _, _, patch = config.resolved()
+    _, length = _caption(config, facts)
+    first, end = config.route or (0, 0)
+    tokens = (facts.shape[1] // patch) ** 2
+    around = tokens - packing.num_kept(tokens, config.route_ratio)
+    crossing = around * (2 * hidden**2 + 2 * length * hidden) if length else 0
+    plain = dit.macs_per_sample(config, facts, num_outputs)
+    spared = plain - dit.training_macs_per_sample(config, facts, num_outputs)
+    return macs_per_sample(config, facts, num_outputs) - spared - (end - first) * crossing
 
 
 def activation_bytes_per_sample(

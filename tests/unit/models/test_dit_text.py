@@ -110,3 +110,17 @@ def test_what_does_not_fit_is_refused() -> None:
         dit_text.build(config, facts(tokens=False), 2, device="meta")
     with pytest.raises(ValueError, match=r"products=fp8_row is for model.kind=dit"):
         dit_text.Config.model_validate({**SMALL, "products": "fp8_row"})
+
+
+@torch.no_grad()
+def test_tokens_go_around_the_blocks_of_a_route_here_too() -> None:
+    model, (x, time, told) = network(route=(0, 1)), inputs()
+    whole = network()(x, time, **told)
+    assert torch.equal(model(x, time, **told), whole)
+    ((_, around),) = model.passes(5, torch.tensor([3, 0]))
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        routed = model(x, time, **told, **around)
+    assert not torch.allclose(routed, whole, atol=1e-3)
+    macs = dit_text.training_macs_per_sample(model.config, model.facts, 2)
+    assert counter.get_total_flops() == 3 * 2 * macs
+    assert macs < dit_text.macs_per_sample(model.config, model.facts, 2)
