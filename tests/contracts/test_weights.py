@@ -18,8 +18,11 @@ from speed_engine.data.space import Space
 from speed_engine.weights import file as weights_file
 
 # The least that a kind can be; a kind that is not here is taken with its defaults.
+DIT: dict[str, Any] = {"size": "tiny/2", "hidden_size": 8, "depth": 1, "num_heads": 1}
 SETTINGS: dict[str, dict[str, Any]] = {
-    "dit": {"size": "tiny/2", "hidden_size": 8, "depth": 1, "num_heads": 1},
+    "dit": DIT,
+    "dit_text": DIT,
+    "mdt": {**DIT, "depth": 2, "decoder_depth": 1},
     "unet": {"size": "tiny", "width": 8, "num_blocks": 1},
 }
 
