@@ -74,7 +74,7 @@ def test_samples_may_be_any_place_too(good, places, tmp_path, read_json, monkeyp
 def test_a_reference_is_stored_and_given_again(good, command, samples, places, tmp_path, read_json):
     words = ["score", "--samples", samples, "--features", "pixels", "--out", tmp_path / "a.json"]
     answer = good(*words, "--reference", places["archive"], "--store", tmp_path / "s.npz")
-    assert f"kept in {tmp_path / 's.npz'}" in answer.err
+    assert f"kept in {tmp_path / 's.npz'}" in " ".join(answer.err.split())
     first = read_json(tmp_path / "a.json")
     words[-1] = tmp_path / "b.json"
     good(*words, "--reference", tmp_path / "s.npz")
