@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import argparse
 import shlex
-from typing import Any
+from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from speed_engine.commands.sample import add_arguments
-from speed_engine.conditions import label
+from speed_engine.conditions import label, text
 from speed_engine.config import build, merge, parse_overrides
 from speed_engine.data import Facts
 from speed_engine.data.space import Space
@@ -25,8 +26,10 @@ from speed_engine.sampling.process import Process, Recipe, sample
 from speed_engine.training import assembly
 
 # What makes each network small; everything else is the row's own.
+DIT = ["model.size=tiny/2", "model.hidden_size=16", "model.depth=2", "model.num_heads=2"]
 SMALL = {
-    "dit": ["model.size=tiny/2", "model.hidden_size=16", "model.depth=2", "model.num_heads=2"],
+    "dit": DIT,
+    "dit_text": DIT,
     "mdt": ["model.size=tiny/2", "model.hidden_size=16", "model.depth=3", "model.num_heads=2"],
     "unet": [
         "model.width=8",
@@ -62,6 +65,21 @@ class Pictures:
 
     def decode(self, stored: Tensor, normals: Tensor | None = None) -> Tensor:
         return self.facts.space.to_model(stored, normals)
+
+
+class Captioned(Pictures):
+    """The same with two captions each, as vectors of a CLIP of width 6, and their bytes."""
+
+    EMPTY: ClassVar = {"text": np.zeros(6, "f2")}
+    TOLD: ClassVar = {"text": text.described("clip", 2, EMPTY, 4)}
+    facts = Facts((3, 8, 8), Space.pixels(3), TOLD, flips=True)
+
+    def read(self, indices: Any, flips: Any = None) -> tuple[Tensor, dict[str, Tensor]]:
+        stored, told = super().read(indices, flips)
+        number = told["label"]
+        vectors = (number[:, None, None] + torch.arange(12).view(2, 6)).half() / 10
+        count, words = torch.full_like(number, 2).int(), torch.zeros(len(number), 4).to(torch.uint8)
+        return stored, {"text": vectors, "text_count": count, "text_utf8": words}
 
 
 def shrunken(name: str) -> dict[str, Any]:
@@ -100,7 +118,9 @@ def test_the_groups_hold_every_row() -> None:
 @pytest.mark.parametrize("name", GROUPS)
 def test_a_row_trains_and_is_sampled(name: str) -> None:
     processes = Processes(0, 1, 0, torch.device("cpu"))
-    parts = assembly.build(build(shrunken(name)), processes, Pictures())
+    config = build(shrunken(name))
+    source = Captioned() if config.model.kind == "dit_text" else Pictures()
+    parts = assembly.build(config, processes, source)
     before = {key: value.clone() for key, value in parts.model.state_dict().items()}
     step = assembly.open_step(parts, assembly.open_engine(parts))
     batches = parts.loader.batches(0, 2)
