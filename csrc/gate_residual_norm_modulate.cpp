@@ -256,8 +256,8 @@ extern "C" void speed_gate_residual_norm_modulate_backward(
           differentiate_norm<Stream, Compute>(d_y_rows + at, stream_rows + at, scale_row, mean[row], rstd[row], normed,
                                               g, sums + kShift * n, sums + kScale * n, n, total, along);
           write(g, normed, rstd[row], static_cast<float>(total / n), static_cast<float>(along / n),
-                row_of(d_sum_rows, at), row_of(branch_rows, at), gate_row, d_x_rows + at, row_of(d_branch_rows, at), sums + kGate * n,
-                sums + kDx * n, n);
+                row_of(d_sum_rows, at), row_of(branch_rows, at), gate_row, d_x_rows + at, row_of(d_branch_rows, at),
+                sums + kGate * n, sums + kDx * n, n);
         }
       }
     });
