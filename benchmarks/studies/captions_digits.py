@@ -10,7 +10,6 @@ user types, started again they go on. Needs transformers and scikit-learn.
 from __future__ import annotations
 
 import argparse
-import json
 import subprocess
 import sys
 from pathlib import Path

@@ -47,7 +47,11 @@ from speed_engine.data.storage.shard_writer import sample_bytes
 from speed_engine.progress import wrapped
 
 DECODE_AHEAD = 64  # images in decoding at a time
-MADE = {"digits": "8 x 8 grey pixels", "glyphs": "32 x 32 pixels in colour"}  # words for --images
+# Words for --images: what is made, as what, and by which module.
+MADE = {
+    "digits": ("8 x 8 grey pixels", "scanned digits", digits),
+    "glyphs": ("32 x 32 pixels in colour", "drawn glyphs", glyphs),
+}
 
 
 def encode(
@@ -95,7 +99,7 @@ def encode(
             latents = latents or text_encoder is not None
             if latents or strict or mean_only or flip or unused != (None,) * len(unused):
                 raise DataError(
-                    f"the {images} are {MADE[str(images)]}; leave out the other settings"
+                    f"the {images} are {MADE[str(images)][0]}; leave out the other settings"
                 )
             return _made(str(images), Path(out), shard_size, console, team)
         if latents != (vae is not None):
@@ -178,12 +182,9 @@ def _made(
     """Pictures that are on every machine; seconds of work, which are not shared."""
     if not team.first:
         return None
-    write, usual = (
-        (digits.write, digits.SHARD_SIZE) if name == "digits" else (glyphs.write, glyphs.SHARD_SIZE)
-    )
-    index = write(out, shard_size=usual if shard_size is None else shard_size)
+    _, what, module = MADE[name]
+    index = module.write(out, shard_size=module.SHARD_SIZE if shard_size is None else shard_size)
     if console is not None:
-        what = "scanned digits" if name == "digits" else "drawn glyphs"
         console.print(f"{index.count} {what} in {len(index.shards)} shards in {out}")
     return index
 

@@ -24,6 +24,7 @@ from .storage.writer import PLAN, SetWriter
 
 COUNT = 20_000
 SHARD_SIZE = 10_000
+SHAPE = (3, glyph_pictures.SIDE, glyph_pictures.SIDE)
 BATCH = 500  # pictures drawn at a time
 
 

@@ -31,6 +31,7 @@ from speed_engine.models.parts.fp8 import convert, fp8_unavailable
 from speed_engine.models.parts.glue import OPS, Glue
 from speed_engine.models.parts.modulation import project_all
 from speed_engine.models.parts.sizes import SIZES, Size
+from speed_engine.models.parts.start import initialised
 from speed_engine.models.parts.time import TimeEmbedder
 from speed_engine.models.parts.tokens import PatchProjection, image_of, position_embedding
 
@@ -239,8 +240,8 @@ class DiT(nn.Module):
 
     def passes(self, seed: int, address: Tensor) -> list[tuple[float, dict[str, Tensor]]]:
         """One; with `route` tokens go around by (seed, step, global slot); see `speed_engine.models`."""
-        routed = {"mask_at": packing.address_of(seed, address)}
-        return [(1.0, routed if self.config.route else {})]
+        routed = self.config.route is not None
+        return [(1.0, {"mask_at": packing.address_of(seed, address)} if routed else {})]
 
     def enter(
         self,
@@ -315,11 +316,8 @@ def build(
     speed_kernels.contract.BackendError where the attention asked for cannot run.
     """
     check(config, facts)
-    with torch.device("meta"):  # no memory, no default initialisation
-        model = DiT(config, facts, num_outputs, torch.device(device), dtype, Glue(backends))
-    if torch.device(device).type != "meta":
-        model.to_empty(device=device)
-        model.initialise(seed)
+    settings = (config, facts, num_outputs, torch.device(device), dtype, Glue(backends))
+    model = initialised(lambda: DiT(*settings), seed, device)
     if config.products != "native":
         if why_not := fp8_unavailable(torch.device(device)):
             raise ValueError(f"model.products={config.products}: {why_not}")

@@ -24,6 +24,7 @@ from speed_engine.models import dit
 from speed_engine.models.parts import packing
 from speed_engine.models.parts.blocks import Block, Recompute, Stream, modulation, run
 from speed_engine.models.parts.glue import OPS, Glue, Product
+from speed_engine.models.parts.start import initialised
 
 TAKES = ("label", "vector", "text")
 KERNELS = OPS
@@ -166,12 +167,8 @@ def build(
     """An initialised network in fp32 on `device`; arguments and errors are those of `dit.build`, and ValueError for
     `cross_attention` on data that hold no tokens."""
     dit.check(config, facts)
-    with torch.device("meta"):  # no memory, no default initialisation
-        model = DiTText(config, facts, num_outputs, torch.device(device), dtype, Glue(backends))
-    if torch.device(device).type != "meta":
-        model.to_empty(device=device)
-        model.initialise(seed)
-    return model
+    settings = (config, facts, num_outputs, torch.device(device), dtype, Glue(backends))
+    return initialised(lambda: DiTText(*settings), seed, device)
 
 
 def _caption(config: Config, facts: Facts) -> tuple[int, int]:

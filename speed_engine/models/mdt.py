@@ -28,6 +28,7 @@ from speed_engine.models import dit
 from speed_engine.models.parts import packing
 from speed_engine.models.parts.blocks import Attention, Block, Recompute, Stream
 from speed_engine.models.parts.glue import OPS, Glue
+from speed_engine.models.parts.start import initialised
 
 TAKES = dit.TAKES
 KERNELS = OPS
@@ -208,12 +209,8 @@ def build(
 ) -> MDT:
     """An initialised MDT in fp32 on `device`; arguments and errors are those of `dit.build`."""
     dit.check(config, facts)
-    with torch.device("meta"):  # no memory, no default initialisation
-        model = MDT(config, facts, num_outputs, torch.device(device), dtype, Glue(backends))
-    if torch.device(device).type != "meta":
-        model.to_empty(device=device)
-        model.initialise(seed)
-    return model
+    settings = (config, facts, num_outputs, torch.device(device), dtype, Glue(backends))
+    return initialised(lambda: MDT(*settings), seed, device)
 
 
 def macs_per_sample(config: Config, facts: Facts, num_outputs: int) -> int:

@@ -27,6 +27,7 @@ from speed_engine.data import Facts
 from speed_engine.kinds import Section
 from speed_engine.models.parts.blocks import Attention, run
 from speed_engine.models.parts.modulation import project_all
+from speed_engine.models.parts.start import initialised
 from speed_engine.models.parts.time import TimeEmbedder
 from speed_engine.models.parts.unet_blocks import (
     NORM,
@@ -241,8 +242,12 @@ class UNet(nn.Module):
         """ADM's recipe, drawn on the host in the order of names: equal on every device.
 
         Weights and biases uniform within 1 / sqrt(fan-in), which is torch's default; labels standard normal; norms one
-        and zero; zero for the last layer of every branch and of the network.
+        and zero; zero for the last layer of every branch and of the network. Convolutions go to channels-last memory.
         """
+        for convolution in self.modules():
+            # 1x1 weights are in both orders already, and would only get odd strides.
+            if isinstance(convolution, nn.Conv2d) and convolution.kernel_size != (1, 1):
+                convolution.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         generator = torch.Generator().manual_seed(seed)
         for name, module in self.named_modules():
             if isinstance(module, nn.GroupNorm):
@@ -350,16 +355,8 @@ def build(
     speed_kernels.contract.BackendError where the attention asked for cannot run.
     """
     _check(config, facts)
-    with torch.device("meta"):  # no memory, no default initialisation
-        model = UNet(config, facts, num_outputs, torch.device(device), dtype, backends)
-    if torch.device(device).type != "meta":
-        model.to_empty(device=device)
-        for convolution in model.modules():
-            # 1x1 weights are in both orders already, and would only get odd strides.
-            if isinstance(convolution, nn.Conv2d) and convolution.kernel_size != (1, 1):
-                convolution.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-        model.initialise(seed)
-    return model
+    settings = (config, facts, num_outputs, torch.device(device), dtype, backends)
+    return initialised(lambda: UNet(*settings), seed, device)
 
 
 def _check(config: Config, facts: Facts) -> None:

@@ -14,7 +14,8 @@ from torch import nn
 
 from speed_engine.conditions import label, text
 from speed_engine.config import RunConfig
-from speed_engine.data import ConditionFacts, Facts
+from speed_engine.data import ConditionFacts, Facts, glyphs
+from speed_engine.data.glyph_pictures import CHARACTERS
 from speed_engine.data.space import Space
 from speed_engine.data.storage.index import INDEX
 from speed_engine.engines import with_precision
@@ -51,7 +52,7 @@ ASSUMED = Facts(
 # What training makes where it is missing; a plan writes nothing.
 MADE = {
     "digits": Facts((1, 8, 8), Space.pixels(1), {"label": label.described(10)}),
-    "glyphs": Facts((3, 32, 32), Space.pixels(3), {"label": label.described(62)}),
+    "glyphs": Facts(glyphs.SHAPE, Space.pixels(3), {"label": label.described(len(CHARACTERS))}),
 }
 
 

@@ -11,11 +11,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.parametrize(
-    ("number", "world"),
-    [(signal.SIGINT, 1), (signal.SIGINT, 2), (signal.SIGTERM, 2)],
-    ids=["SIGINT-1", "SIGINT-2", "SIGTERM-2"],
-)
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda n: n.name)
 def test_a_signal_to_the_launchers_group_saves(launcher, world, number):
     """DeepSpeed's launcher hands SIGTERM on to processes that have had the signal already."""
     run = launcher.folder / "run"

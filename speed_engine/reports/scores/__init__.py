@@ -23,10 +23,10 @@ from speed_engine.reports.scores.lines import headline
 from speed_engine.reports.scores.nearest import neighbours
 
 __all__ = ["Options", "headline", "judge_of", "score"]
-# Sets that are on every machine, with a classifier of their own: name -> (report, features, a few numbers).
+# Sets that are on every machine, with a classifier of their own: name -> (report, the same in a hurry, features).
 JUDGES = {
-    "digits": (digits.score_digits, digits.both_features, digits.headline),
-    "glyphs": (glyphs.score_glyphs, glyphs.both_features, glyphs.headline),
+    "digits": (digits.score_digits, digits.score_digits, digits.both_features),
+    "glyphs": (glyphs.score_glyphs, glyphs.quick_report, glyphs.both_features),
 }
 MOST_FEATURES_FOR_FLOOR = 256  # of more, the twenty distances of the floor take minutes
 
@@ -86,11 +86,21 @@ def judge_of(data_kind: str) -> Callable[[np.ndarray, np.ndarray | None], dict[s
 
     It takes pixels uint8 NHWC and labels, and returns the headline numbers of `score`.
     """
-    return JUDGES[data_kind][2] if data_kind in JUDGES else None
+    if data_kind not in JUDGES:
+        return None
+    _, report_on, _ = JUDGES[data_kind]
+
+    def judge(pixels_NHWC: np.ndarray, labels_N: np.ndarray | None) -> dict[str, float]:
+        report = report_on(pixels_NHWC, labels_N)
+        agreement, distance = report["class_agreement"], report["frechet"]["same_size"]["mean"]
+        told = {} if agreement is None else {"class_agreement": agreement["agreement"]}
+        return told | {"frechet_distance": distance}
+
+    return judge
 
 
 def _by_its_judge(name: str, pictures: sets.Pictures, options: Options) -> dict[str, Any]:
-    report_on, both_features, _ = JUDGES[name]
+    report_on, _, both_features = JUDGES[name]
     for option, given in (("--store", options.store), ("--weights", options.weights)):
         if given is not None:
             raise ValueError(

@@ -7,6 +7,7 @@ scans from each other, and whether samples repeat scans.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
@@ -19,6 +20,7 @@ NUM_FEATURES = 32  # principal components of the real scans: 96.6 % of their var
 HELD_OUT = 599  # scans the classifier never sees: a third, of all classes equally
 FULL_INK = 16  # the largest pixel of the scans
 SHAPE = (8, 8, 1)
+NAMES = tuple("0123456789")
 
 
 @dataclass(frozen=True)
@@ -73,17 +75,24 @@ def real_digits() -> Digits:
     )
 
 
-def class_agreement(digits: Digits, ink_NP: np.ndarray, labels_N: np.ndarray) -> dict[str, Any]:
-    """How often a sample drawn for class c is classified as c: over all, and for each class."""
-    agrees = digits.classifier.predict(ink_NP) == labels_N
+def class_agreement(
+    predicted_N: np.ndarray, labels_N: np.ndarray, names: Sequence[str]
+) -> dict[str, Any]:
+    """How often a sample drawn for class c is classified as c: over all, and for each class by its name."""
+    agrees = predicted_N == labels_N
     table = {
-        str(c): {
+        names[c]: {
             "samples": int((labels_N == c).sum()),
             "agreement": float(agrees[labels_N == c].mean()),
         }
         for c in np.unique(labels_N).tolist()
     }
     return {"agreement": float(agrees.mean()), "by_class": table}
+
+
+def predicted_share(predicted_N: np.ndarray, names: Sequence[str]) -> dict[str, float]:
+    """The share of samples that the classifier takes for each class, by its name."""
+    return {name: float((predicted_N == c).mean()) for c, name in enumerate(names)}
 
 
 def memorisation(ink_NP: np.ndarray, real_MP: np.ndarray) -> dict[str, float]:
@@ -139,8 +148,10 @@ def score_digits(pixels_NHWC: np.ndarray, labels_N: np.ndarray | None) -> dict[s
     report: dict[str, Any] = {
         "kind": "digits",
         "num_samples": num,
-        "class_agreement": None if labels_N is None else class_agreement(digits, ink, labels_N),
-        "predicted_share": {str(c): float((predicted == c).mean()) for c in range(10)},
+        "class_agreement": None
+        if labels_N is None
+        else class_agreement(predicted, labels_N, NAMES),
+        "predicted_share": predicted_share(predicted, NAMES),
         "frechet": distance_and_floor(digits.features(ink), digits.features(digits.ink_NP)),
         "memorisation": memorisation(ink, digits.ink_NP),
         "classifier": {
@@ -170,11 +181,3 @@ def both_features(pixels_NHWC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _ink(pixels_NHWC: np.ndarray) -> np.ndarray:
     """uint8 [N, 8, 8, 1] -> [N, 64], 0 to 16."""
     return pixels_NHWC.reshape(len(pixels_NHWC), -1).astype(np.float64) * (FULL_INK / 255)
-
-
-def headline(pixels_NHWC: np.ndarray, labels_N: np.ndarray | None) -> dict[str, float]:
-    """What a few pictures score while training runs."""
-    report = score_digits(pixels_NHWC, labels_N)
-    agreement, distance = report["class_agreement"], report["frechet"]["same_size"]["mean"]
-    told = {} if agreement is None else {"class_agreement": agreement["agreement"]}
-    return told | {"frechet_distance": distance}

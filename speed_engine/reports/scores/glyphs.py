@@ -16,6 +16,7 @@ import torch
 from speed_engine.data import glyph_pictures
 from speed_engine.data.glyphs import COUNT
 from speed_engine.reports.scores import glyph_network
+from speed_engine.reports.scores.digits import class_agreement, predicted_share
 from speed_engine.reports.scores.frechet import frechet_distance, mean_and_spread
 
 NUM_REAL = 6200  # fresh draws that samples are compared with: a hundred of each class
@@ -107,10 +108,11 @@ def score_glyphs(pixels_NHWC: np.ndarray, labels_N: np.ndarray | None) -> dict[s
 
     Raises ValueError for other shapes or labels, or fewer than 2 samples.
     """
-    return _report(pixels_NHWC, labels_N) | {"memorisation": memorisation(pixels_NHWC)}
+    return quick_report(pixels_NHWC, labels_N) | {"memorisation": memorisation(pixels_NHWC)}
 
 
-def _report(pixels_NHWC: np.ndarray, labels_N: np.ndarray | None) -> dict[str, Any]:
+def quick_report(pixels_NHWC: np.ndarray, labels_N: np.ndarray | None) -> dict[str, Any]:
+    """`score_glyphs` without the search for copies, which takes ten seconds."""
     if pixels_NHWC.shape[1:] != SHAPE:
         raise ValueError(
             f"glyphs are 32 x 32 x 3 pixels, these samples are {pixels_NHWC.shape[1:]}; give another reference"
@@ -126,22 +128,13 @@ def _report(pixels_NHWC: np.ndarray, labels_N: np.ndarray | None) -> dict[str, A
             f"{len(rows)} samples cannot fill {rows.shape[1]} dimensions: the covariance has rank {len(rows) - 1} at "
             "most and the Frechet distance says little; draw more samples"
         )
-    agreement = None
-    if labels_N is not None:
-        agrees = predicted == labels_N
-        table = {
-            characters[c]: {
-                "samples": int((labels_N == c).sum()),
-                "agreement": float(agrees[labels_N == c].mean()),
-            }
-            for c in np.unique(labels_N).tolist()
-        }
-        agreement = {"agreement": float(agrees.mean()), "by_class": table}
     return {
         "kind": "glyphs",
         "num_samples": len(rows),
-        "class_agreement": agreement,
-        "predicted_share": {c: float((predicted == i).mean()) for i, c in enumerate(characters)},
+        "class_agreement": None
+        if labels_N is None
+        else class_agreement(predicted, labels_N, characters),
+        "predicted_share": predicted_share(predicted, characters),
         "frechet": _frechet(rows / unit, real),
         "classifier": {
             "kind": "GlyphNetwork",
@@ -181,11 +174,3 @@ def _frechet(rows: np.ndarray, real: np.ndarray) -> dict[str, Any]:
         "size": size,
         "splits": NUM_FLOORS,
     }
-
-
-def headline(pixels_NHWC: np.ndarray, labels_N: np.ndarray | None) -> dict[str, float]:
-    """What a few pictures score while training runs; the report without the search for copies."""
-    report = _report(pixels_NHWC, labels_N)
-    agreement, distance = report["class_agreement"], report["frechet"]["same_size"]["mean"]
-    told = {} if agreement is None else {"class_agreement": agreement["agreement"]}
-    return told | {"frechet_distance": distance}
