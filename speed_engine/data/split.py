@@ -22,7 +22,8 @@ def split(source: Source, count: int) -> tuple[Part, Part]:
     size = len(source)
     if not 0 < count <= size // 2:
         raise DataError(
-            f"validation.samples={count} of the {size} samples of the data cannot be held out; at most half can"
+            f"validation.samples={count} of the {size} samples of the data cannot be held out; at most half can "
+            "(validation.every=0 holds none out)"
         )
     held = np.sort(order.permuted(np.arange(count), size, SPLIT_SEED, 0))
     return Part(source, held, inverted=True), Part(source, held, inverted=False)

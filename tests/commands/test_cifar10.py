@@ -26,6 +26,7 @@ SMALL = [
     "optim.ema_half_life_images=16",
     "log.every=1",
     "checkpoint.every=1",
+    "validation={every: 2, samples: 2, rows: 2}",
 ]
 SPEED = "timesteps={kind: combine, parts: [edm, speed_u]}"
 
@@ -122,6 +123,7 @@ def test_what_cannot_be_is_said(command, cifar, tmp_path, good):
     assert answer.code == 2 and "guidance needs a conditional model" in answer.err
     answer = command("sample", "--run", tmp_path / "run", *out, "--condition", "augment=0,0")
     assert answer.code == 2 and "leave augment=0,0 out" in answer.err
-    dit = ["model={kind: dit, size: tiny/2}", f"data.path={cifar}", *no_labels]
+    small = [f"data.path={cifar}", "validation.every=0"]
+    dit = ["model={kind: dit, size: tiny/2}", *small, *no_labels]
     answer = command("plan", "--config", "cifar10_edm", *dit)
     assert answer.code == 2 and "conditions.augment=null" in answer.err

@@ -1,4 +1,4 @@
-"""Every row of the papers that can be run: trained for two steps at a shrunken size, and sampled from.
+"""Every row of the papers that can be run: trained for two steps at a shrunken size, judged and sampled from.
 
 Rows that differ by data, size and length alone are one row once they are shrunken; each such group runs once, through
 the assembly that `train` and `sample` go through, on twelve pictures in memory.
@@ -23,7 +23,7 @@ from speed_engine.data.space import Space
 from speed_engine.distributed import Processes
 from speed_engine.reports import paper
 from speed_engine.sampling.process import Process, Recipe, sample
-from speed_engine.training import assembly
+from speed_engine.training import assembly, validation
 
 # What makes each network small; everything else is the row's own.
 DIT = ["model.size=tiny/2", "model.hidden_size=16", "model.depth=2", "model.num_heads=2"]
@@ -45,6 +45,7 @@ EVERY = [
     "name=row",
     "train.global_batch=4",
     "train.steps=2",
+    "validation={every: 100, samples: 4, rows: 2}",
 ]
 RUNS = {name: row for name, row in paper.rows().items() if row.preset}
 
@@ -116,13 +117,15 @@ def test_the_groups_hold_every_row() -> None:
 
 
 @pytest.mark.parametrize("name", GROUPS)
-def test_a_row_trains_and_is_sampled(name: str) -> None:
+def test_a_row_trains_is_judged_and_is_sampled(name: str) -> None:
     processes = Processes(0, 1, 0, torch.device("cpu"))
     config = build(shrunken(name))
     source = Captioned() if config.model.kind == "dit_text" else Pictures()
     parts = assembly.build(config, processes, source)
     before = {key: value.clone() for key, value in parts.model.state_dict().items()}
-    step = assembly.open_step(parts, assembly.open_engine(parts))
+    measures = validation.of(parts)
+    engine = assembly.open_engine(parts)
+    step = assembly.open_step(parts, engine)
     batches = parts.loader.batches(0, 2)
     for number in range(2):
         step(number, batches)
@@ -130,6 +133,8 @@ def test_a_row_trains_and_is_sampled(name: str) -> None:
     after = parts.model.state_dict()
     assert all(value.isfinite().all() for value in after.values())
     assert any(not torch.equal(value, before[key]) for key, value in after.items())
+
+    assert measures is not None and 0 < measures.measure(engine)["validation_loss"] < 10
 
     config, numbers = parts.config, range(2)
     told: dict[str, Tensor] = {}
