@@ -40,7 +40,7 @@ def test_a_preset_refuses_data_it_is_not_made_for(command, pixels, tmp_path, com
 
 
 def test_what_a_preset_expects_can_be_changed_and_lifted(command, good, pixels):
-    plan = ("plan", "--config", "imagenet256_dit_s2", f"data.path={pixels}")
+    plan = ("plan", "--config", "imagenet256_dit_s2", f"data.path={pixels}", "validation.every=0")
     assert "pixels of 3x32x32" in good(*plan, "data.expect=null").out
     assert "pixels of 3x32x32" in good(*plan, "data.expect={shape: null, space: pixels}").out
     answer = command(*plan, "data.expect.space=pixels")
