@@ -1,10 +1,11 @@
-"""What a time-step method costs in time: steps with it and steps with `uniform`, in turns, in one process.
+"""What time-step methods cost in time: steps with each and steps with `uniform`, in turns, in one process.
 
-    python -m benchmarks.studies.method_overhead --method adaptive --set data.path=DIR --out overhead.json
+    python -m benchmarks.studies.method_overhead --set data.path=DIR --out overhead.json
 
-Both train the same network from the same seed through the project's loop. They take turns in blocks of 40 steps, the
-default interval between two lessons of `adaptive`, so that each of its blocks has one lesson and each period of 200
-steps one sweep. The extra cost is the paired ratio of the blocks less one; periods are reported one by one.
+All methods of a study file train the same network from the same seed through the project's loop. They take turns in
+blocks of 40 steps, the default interval between two lessons of `adaptive`, so that each of its blocks has one lesson
+and each period of 200 steps one sweep. The extra cost of a method is the paired ratio of its blocks to those of the
+study's baseline less one; periods are reported one by one.
 """
 
 from __future__ import annotations
@@ -19,22 +20,22 @@ from benchmarks.harness.environment import conditions
 from benchmarks.harness.measure import order_of
 from benchmarks.studies.loss_curves import Contender, prepare
 from speed_engine.atomic_files import write_json
-from speed_engine.config import load
+from speed_engine.config import build, load, merge
 from speed_engine.distributed import start, stop
 from speed_engine.errors import told_in_one_sentence
+from speed_engine.studies.study import load as load_study
 from speed_engine.training import assembly
 
 BLOCK, PERIOD = 40, 200
 
 
-def measure(contenders: list[Contender], steps: int) -> None:
+def measure(contenders: dict[str, Contender], steps: int) -> None:
     """Blocks in turns, in an order that turns around, with a line a block."""
-    by_value = {one.value: one for one in contenders}
     for number, done in enumerate(range(0, steps, BLOCK)):
-        for value in order_of(list(by_value), number):
-            by_value[value].advance(BLOCK)
-        now = ", ".join(f"{one.value} {one.seconds[-1] * 1e3:.1f} ms" for one in contenders)
-        print(f"step {done + BLOCK}/{steps}: {now}", file=sys.stderr, flush=True)
+        for name in order_of(list(contenders), number):
+            contenders[name].advance(BLOCK)
+        now = ", ".join(f"{name} {one.seconds[-1] * 1e3:.1f}" for name, one in contenders.items())
+        print(f"step {done + BLOCK}/{steps}, ms a step: {now}", file=sys.stderr, flush=True)
 
 
 def summary(plain: list[float], method: list[float]) -> dict[str, Any]:
@@ -60,33 +61,47 @@ def compare(options: argparse.Namespace) -> int:
     """Measure, print, write. Raises ValueError for a user's mistakes."""
     if options.steps < PERIOD or options.steps % PERIOD:
         raise ValueError(f"--steps {options.steps} must be a multiple of {PERIOD}")
+    study = load_study(options.study)
+    plain = study.reference
+    unknown = [name for name in options.method if name not in study.methods]
+    if unknown:
+        raise ValueError(
+            f"--method {unknown[0]}: the study {study.name} has {', '.join(study.methods)}"
+        )
+    names = [plain, *(name for name in options.method or study.methods if name != plain)]
     own = [*options.set, "engine.kind=torch", f"train.steps={options.steps}"]
-    kinds = ("uniform", options.method)
-    configs = [load(options.preset, [*own, f"timesteps.kind={kind}"]) for kind in kinds]
-    processes = start(configs[0].engine.device)
+    base = load(options.preset, own).model_dump(mode="json")
+    configs = {name: build(merge(base, study.methods[name])) for name in names}
+    processes = start(configs[plain].engine.device)
     try:
-        source = assembly.build_source(configs[0])
-        contenders = [
-            prepare(kind, config, source, processes, changing=True)
-            for kind, config in zip(kinds, configs, strict=True)
-        ]
+        source = assembly.build_source(configs[plain])
+        contenders = {
+            name: prepare(name, config, source, processes, changing=True)
+            for name, config in configs.items()
+        }
         measure(contenders, options.steps)
     finally:
         stop(together=False)
-    plain, method = contenders
+    of_plain = contenders[plain].seconds
+    rows = {name: summary(of_plain, contenders[name].seconds) for name in names[1:]}
     result = {
-        "method": options.method,
-        "preset": configs[0].name,
-        "samples_per_step": configs[0].train.global_batch,
+        "against": plain,
+        "preset": configs[plain].name,
+        "samples_per_step": configs[plain].train.global_batch,
         "steps": options.steps,
         "block": BLOCK,
-        **summary(plain.seconds, method.seconds),
-        "seconds_per_step_of_blocks": {one.value: one.seconds for one in contenders},
-        "config_of_the_method": configs[1].model_dump(mode="json", exclude={"data", "run_dir"}),
+        "methods": rows,
+        "seconds_per_step_of_blocks": {name: one.seconds for name, one in contenders.items()},
+        "timesteps": {name: config.timesteps.model_dump() for name, config in configs.items()},
+        "config": configs[plain].model_dump(mode="json", exclude={"data", "run_dir", "timesteps"}),
         "conditions": conditions(processes.device),
     }
-    for key in ("extra", "extra_quartiles", "extra_by_period", "extra_of_all_steps"):
-        print(f"{key:20s} {result[key]}")
+    for name, row in rows.items():
+        low, high = row["extra_quartiles"]
+        all_steps = row["extra_of_all_steps"]
+        print(
+            f"{name:20s} {row['extra']:+.1%} [{low:+.1%}, {high:+.1%}], all steps {all_steps:+.1%}"
+        )
     if options.out:
         write_json(options.out, result)
     return 0
@@ -94,8 +109,11 @@ def compare(options: argparse.Namespace) -> int:
 
 def main() -> int:
     """The command."""
-    parser = argparse.ArgumentParser(description="what a time-step method costs in time")
-    parser.add_argument("--method", default="adaptive", help="timesteps.kind to measure")
+    parser = argparse.ArgumentParser(description="what time-step methods cost in time")
+    parser.add_argument("--study", default="digits", help="a shipped study, or a YAML file")
+    parser.add_argument(
+        "--method", action="append", default=[], help="one of its methods alone; may be repeated"
+    )
     parser.add_argument("--preset", default="digits_dit_tiny", help="a preset, or a YAML file")
     parser.add_argument(
         "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="may be repeated"

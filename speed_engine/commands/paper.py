@@ -9,10 +9,16 @@ from speed_engine.progress import wrapped
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("row", nargs="?", help="a row's name; without it: all rows")
+    parser.add_argument("--markdown", action="store_true", help="all of them as a page")
 
 
 def run(args: argparse.Namespace) -> int:
     from speed_engine.reports import paper
 
-    print(wrapped(paper.listed(), " " * 29) if args.row is None else paper.shown(args.row))
+    if args.markdown and args.row:
+        raise ValueError("--markdown writes the page of all rows; leave out the row")
+    if args.markdown:
+        print(paper.as_markdown())
+    else:
+        print(wrapped(paper.listed(), " " * 29) if args.row is None else paper.shown(args.row))
     return 0

@@ -1,4 +1,7 @@
-"""`python -m speed_engine paper`: every row that the papers report, and the commands that run it here."""
+"""`python -m speed_engine paper`: every row that the papers report, and the commands that run it here.
+
+`README.md` beside the papers' rows is `paper --markdown`, kept true by a test.
+"""
 
 from __future__ import annotations
 
@@ -76,6 +79,45 @@ def shown(name: str) -> str:
     return "\n".join(
         [*lines, f"ours       {row.ours}", *_cost(row.config()), "", *_commands(name, row)]
     )
+
+
+def as_markdown() -> str:
+    """Two tables: the rows with what is known against them, and all rows with what they need to be run."""
+    known = rows()
+    doubtful = {name: row for name, row in known.items() if row.known}
+    return "\n".join(
+        [
+            "# What the papers report, row by row",
+            "",
+            "The rows of SpeeD (arXiv 2405.17403) and of adaptive sampling (arXiv 2411.09998), written by",
+            "`python -m speed_engine paper --markdown`. `paper ROW` tells the commands that run one.",
+            "",
+            "## What is known against a row",
+            "",
+            f"{len(doubtful)} of {len(known)} rows; found by comparing the tables with each other, with the formulas",
+            "and with the released code.",
+            "",
+            "| table | what | reported | beware | row |",
+            "| --- | --- | --- | --- | --- |",
+            *(_cells(r.table, r.what, r.reported, r.known, f"`{n}`") for n, r in doubtful.items()),
+            "",
+            "## All rows",
+            "",
+            "| row | table | what | reported | preset and settings | ours |",
+            "| --- | --- | --- | --- | --- | --- |",
+            *(_cells(f"`{n}`", r.table, r.what, r.reported, *_how(r)) for n, r in known.items()),
+        ]
+    )
+
+
+def _how(row: Row) -> tuple[str, str]:
+    if row.preset is None:
+        return f"no run: {row.why_not}", ""
+    return " ".join(f"`{word}`" for word in (row.preset, *row.overrides)), row.ours or ""
+
+
+def _cells(*texts: str | None) -> str:
+    return "| " + " | ".join((text or "").replace("|", "\\|") for text in texts) + " |"
 
 
 def _cost(config: RunConfig) -> Iterator[str]:
