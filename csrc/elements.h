@@ -41,6 +41,18 @@ inline uint16_t to_float16(float x) {
   return static_cast<uint16_t>(value | (bits >> 16 & 0x8000u));
 }
 
+// To e4m3: four bits of exponent, three of mantissa; no infinity, and not a number beyond 448.
+inline uint8_t to_e4m3(float x) {
+  const uint32_t bits = std::bit_cast<uint32_t>(x);
+  const uint32_t magnitude = bits & 0x7fffffffu;
+  const uint32_t normal = (magnitude + 0x7ffffu + ((magnitude >> 20) & 1u) - 0x3c000000u) >> 20;
+  // Adding 2^14 rounds to multiples of 2^-9, the spacing of the subnormal numbers.
+  const uint32_t subnormal = std::bit_cast<uint32_t>(std::bit_cast<float>(magnitude) + 16384.0f) - 0x46800000u;
+  const uint32_t finite = magnitude < 0x3c800000u ? subnormal : normal;
+  const uint32_t value = magnitude > 0x43e80000u ? 0x7fu : finite;
+  return static_cast<uint8_t>(value | (bits >> 24 & 0x80u));
+}
+
 // A dtype as a type, for loops that read and write tensors where they compute.
 struct Float32 {
   using Stored = float;

@@ -11,6 +11,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <limits>
 #include <vector>
 
 #include "elements.h"
@@ -112,6 +113,20 @@ inline double centre(float* __restrict__ s, float high, float low, int64_t n) {
 
 int64_t num_chunks_of(int64_t num_tokens) { return (num_tokens + kChunkRows - 1) / kChunkRows; }
 
+// A row in e4m3, and its scale: what kernels/speed_kernels/e4m3.py says.
+template <typename Compute>
+float quantise(const typename Compute::Stored* __restrict__ y, uint8_t* __restrict__ values, int64_t n) {
+  // Magnitudes are in the order of their bits, and above all of them is what is not a number.
+  uint32_t largest = 0;
+#pragma omp simd reduction(max : largest)
+  for (int64_t i = 0; i < n; ++i) largest = std::max(largest, std::bit_cast<uint32_t>(Compute::get(y[i])) & 0x7fffffffu);
+  float scale = std::bit_cast<float>(largest) / 448.0f;
+  if (scale < std::numeric_limits<float>::min()) scale = std::numeric_limits<float>::min();
+  const float inverse = 1.0f / scale;
+  for (int64_t i = 0; i < n; ++i) values[i] = to_e4m3(Compute::get(y[i]) * inverse);
+  return scale;
+}
+
 template <typename Compute>
 void modulate(const float* __restrict__ centred, float rstd, const float* __restrict__ one_plus_scale,
               const float* __restrict__ shift, typename Compute::Stored* __restrict__ y, int64_t n) {
@@ -176,12 +191,13 @@ void write_row(const float* __restrict__ g, const float* __restrict__ normed, fl
 
 // x, sum: [num_samples, num_tokens, num_channels] in stream_dtype; branch, y: the same in dtype; gate, shift, scale:
 // rows of num_channels, `stride` elements apart; bias: [num_channels] or null. Without a gate (null) there is no branch
-// and no sum, and x is normed. mean, rstd: [num_samples, num_tokens].
+// and no sum, and x is normed. mean, rstd: [num_samples, num_tokens]. e4m3, row_scale: y's rows in e4m3 and their scales,
+// shaped as y and mean; or null.
 extern "C" void speed_gate_residual_norm_modulate(const void* x, int32_t stream_dtype, const void* branch, int32_t dtype,
                                                   const void* gate, int64_t gate_stride, const void* bias,
                                                   const void* shift, int64_t shift_stride, const void* scale,
                                                   int64_t scale_stride, void* sum_out, void* y, float* mean_out,
-                                                  float* rstd_out, int64_t num_samples, int64_t num_tokens,
+                                                  float* rstd_out, uint8_t* e4m3, float* row_scale, int64_t num_samples, int64_t num_tokens,
                                                   int64_t num_channels, double eps) {
   const int64_t n = num_channels;
   const int64_t grain = std::max<int64_t>(1, kGrain / n);
@@ -210,6 +226,7 @@ extern "C" void speed_gate_residual_norm_modulate(const void* x, int32_t stream_
         const float high = static_cast<float>(mean), low = static_cast<float>(mean - high);
         const float inverse = static_cast<float>(1.0 / std::sqrt(centre(s, high, low, n) / n + eps));
         modulate<Compute>(s, inverse, scales.of(b), shifts.of(b), y_rows + row * n, n);
+        if (e4m3 != nullptr) row_scale[row] = quantise<Compute>(y_rows + row * n, e4m3 + row * n, n);
         mean_out[row] = high;
         rstd_out[row] = inverse;
       }

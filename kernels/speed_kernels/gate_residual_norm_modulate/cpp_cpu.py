@@ -15,6 +15,7 @@ from torch import Tensor
 
 from speed_kernels import build
 from speed_kernels.cpp import DTYPE_NUMBERS, address
+from speed_kernels.e4m3 import Scaled
 
 
 def unavailable() -> str | None:
@@ -29,7 +30,7 @@ def library_functions(isa: str | None = None) -> tuple[Callable[..., Any], Calla
     pointer, word, count = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
     rows = [pointer, count]  # and the stride between them
     forward = library.speed_gate_residual_norm_modulate
-    forward.argtypes = [pointer, word, pointer, word, *rows, pointer, *rows, *rows, *[pointer] * 4]
+    forward.argtypes = [pointer, word, pointer, word, *rows, pointer, *rows, *rows, *[pointer] * 6]
     forward.argtypes += [count, count, count, ctypes.c_double]
     backward = library.speed_gate_residual_norm_modulate_backward
     backward.argtypes = [*[pointer] * 3, word, *[pointer] * 3, word, *rows, pointer, *rows]
@@ -51,6 +52,7 @@ def forward(
     shift_BD: Tensor,
     scale_BD: Tensor,
     eps: float,
+    rows: Scaled | None = None,
 ) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
     """See `reference.forward`."""
     x_BTD, shift_BD, scale_BD = x_BTD.contiguous(), rows_of(shift_BD), rows_of(scale_BD)
@@ -76,6 +78,8 @@ def forward(
         y_BTD.data_ptr(),
         mean_BT.data_ptr(),
         rstd_BT.data_ptr(),
+        None if rows is None else rows.values.data_ptr(),
+        None if rows is None else rows.scale.data_ptr(),
         *x_BTD.shape,
         eps,
     )

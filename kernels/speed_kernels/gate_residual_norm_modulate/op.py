@@ -54,7 +54,7 @@ def norm_modulate(
     Differentiable once. Raises ValueError on wrong arguments.
     """
     if direct(x_BTD):
-        y_BTD: Any = _Normed.apply(x_BTD, shift_BD, scale_BD, float(eps), backend)
+        y_BTD: Any = Normed.apply(x_BTD, shift_BD, scale_BD, float(eps), backend)
         return y_BTD
     return norm_modulate_op(x_BTD, shift_BD, scale_BD, float(eps), backend)[0]
 
@@ -83,7 +83,7 @@ def gate_residual_norm_modulate(
     """
     args = (x_BTD, branch_BTD, gate_BD, bias_D, shift_BD, scale_BD, float(eps), backend)
     if direct(x_BTD):
-        results: Any = _Gated.apply(*args)
+        results: Any = Gated.apply(*args)
         return results
     sum_BTD, y_BTD, _, _ = gate_residual_norm_modulate_op(*args)
     return sum_BTD, y_BTD
@@ -101,7 +101,7 @@ def gate_residual_norm_modulate_op(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(sum_BTD, y_BTD, mean_BT float32, rstd_BT float32); see `gate_residual_norm_modulate`."""
-    _check(x_BTD, branch_BTD, gate_BD, bias_D, shift_BD, scale_BD, eps)
+    check(x_BTD, branch_BTD, gate_BD, bias_D, shift_BD, scale_BD, eps)
     module = contract.implementation(NAME, backend)
     return module.forward(x_BTD, branch_BTD, gate_BD, bias_D, shift_BD, scale_BD, eps)
 
@@ -117,8 +117,8 @@ def _(
     eps: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    _check(x_BTD, branch_BTD, gate_BD, bias_D, shift_BD, scale_BD, eps)
-    return x_BTD.new_empty(x_BTD.shape), *_fake_norm(x_BTD, shift_BD)
+    check(x_BTD, branch_BTD, gate_BD, bias_D, shift_BD, scale_BD, eps)
+    return x_BTD.new_empty(x_BTD.shape), *fake_norm(x_BTD, shift_BD)
 
 
 @torch.library.custom_op("speed_kernels::gate_residual_norm_modulate_backward", mutates_args=())
@@ -160,7 +160,7 @@ def _(
     return d_x_BTD, d_branch_BTD, d_gate_BD, d_shift_BD, d_scale_BD, d_bias_D
 
 
-def _keep_gated(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def keep_gated(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _, branch_BTD, gate_BD, bias_D, _, scale_BD, _, ctx.backend = inputs
     sum_BTD, _, mean_BT, rstd_BT = output
     ctx.mark_non_differentiable(mean_BT, rstd_BT)
@@ -168,7 +168,7 @@ def _keep_gated(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -
     ctx.save_for_backward(sum_BTD, mean_BT, rstd_BT, branch_BTD, gate_BD, bias_D, scale_BD)
 
 
-def _differentiate_gated(
+def differentiate_gated(
     ctx: Any, d_sum_BTD: Tensor | None, d_y_BTD: Tensor | None, *_: Any
 ) -> tuple[Tensor | None, ...]:
     sum_BTD, mean_BT, rstd_BT, branch_BTD, gate_BD, bias_D, scale_BD = ctx.saved_tensors
@@ -183,7 +183,7 @@ def _differentiate_gated(
     return d_x_BTD, d_branch_BTD, d_gate_BD, d_bias_D, d_shift_BD, d_scale_BD, None, None
 
 
-gate_residual_norm_modulate_op.register_autograd(_differentiate_gated, setup_context=_keep_gated)
+gate_residual_norm_modulate_op.register_autograd(differentiate_gated, setup_context=keep_gated)
 
 
 @torch.library.custom_op("speed_kernels::norm_modulate", mutates_args=())
@@ -191,7 +191,7 @@ def norm_modulate_op(
     x_BTD: Tensor, shift_BD: Tensor, scale_BD: Tensor, eps: float, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(y_BTD, mean_BT float32, rstd_BT float32); see `norm_modulate`."""
-    _check(x_BTD, None, None, None, shift_BD, scale_BD, eps)
+    check(x_BTD, None, None, None, shift_BD, scale_BD, eps)
     module = contract.implementation(NAME, backend)
     return module.forward(x_BTD, None, None, None, shift_BD, scale_BD, eps)[1:]
 
@@ -200,8 +200,8 @@ def norm_modulate_op(
 def _(
     x_BTD: Tensor, shift_BD: Tensor, scale_BD: Tensor, eps: float, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _check(x_BTD, None, None, None, shift_BD, scale_BD, eps)
-    return _fake_norm(x_BTD, shift_BD)
+    check(x_BTD, None, None, None, shift_BD, scale_BD, eps)
+    return fake_norm(x_BTD, shift_BD)
 
 
 @torch.library.custom_op("speed_kernels::norm_modulate_backward", mutates_args=())
@@ -234,7 +234,7 @@ def _(
     return x_BTD.new_empty(x_BTD.shape), d_shift_BD, d_scale_BD
 
 
-def _keep_normed(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def keep_normed(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x_BTD, _, scale_BD, _, ctx.backend = inputs
     _, mean_BT, rstd_BT = output
     ctx.mark_non_differentiable(mean_BT, rstd_BT)
@@ -242,20 +242,20 @@ def _keep_normed(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
     ctx.save_for_backward(x_BTD, mean_BT, rstd_BT, scale_BD)
 
 
-def _differentiate_normed(ctx: Any, d_y_BTD: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+def differentiate_normed(ctx: Any, d_y_BTD: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     return *norm_modulate_backward_op(d_y_BTD, *ctx.saved_tensors, ctx.backend), None, None
 
 
-norm_modulate_op.register_autograd(_differentiate_normed, setup_context=_keep_normed)
+norm_modulate_op.register_autograd(differentiate_normed, setup_context=keep_normed)
 
 
-class _Gated(torch.autograd.Function):
+class Gated(torch.autograd.Function):
     """`gate_residual_norm_modulate_op` without torch's dispatcher."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:  # pyright: ignore
         x_BTD, branch_BTD, gate_BD, bias_D, shift_BD, scale_BD, eps, backend = inputs
-        _check(x_BTD, branch_BTD, gate_BD, bias_D, shift_BD, scale_BD, eps)
+        check(x_BTD, branch_BTD, gate_BD, bias_D, shift_BD, scale_BD, eps)
         module = contract.implementation(NAME, backend)
         sum_BTD, y_BTD, mean_BT, rstd_BT = module.forward(*inputs[:-1])
         ctx.set_materialize_grads(False)
@@ -277,13 +277,13 @@ class _Gated(torch.autograd.Function):
         return d_x_BTD, d_branch_BTD, d_gate_BD, d_bias_D, d_shift_BD, d_scale_BD, None, None
 
 
-class _Normed(torch.autograd.Function):
+class Normed(torch.autograd.Function):
     """`norm_modulate_op` without torch's dispatcher."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:  # pyright: ignore
         x_BTD, shift_BD, scale_BD, eps, backend = inputs
-        _check(x_BTD, None, None, None, shift_BD, scale_BD, eps)
+        check(x_BTD, None, None, None, shift_BD, scale_BD, eps)
         module = contract.implementation(NAME, backend)
         _, y_BTD, mean_BT, rstd_BT = module.forward(
             x_BTD, None, None, None, shift_BD, scale_BD, eps
@@ -302,13 +302,13 @@ class _Normed(torch.autograd.Function):
         return d_x_BTD, d_shift_BD, d_scale_BD, None, None
 
 
-def _fake_norm(x_BTD: Tensor, shift_BD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def fake_norm(x_BTD: Tensor, shift_BD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Shapes and dtypes of y, mean and rstd."""
     mean_BT, rstd_BT = (x_BTD.new_empty(x_BTD.shape[:2], dtype=torch.float32) for _ in range(2))
     return x_BTD.new_empty(x_BTD.shape, dtype=shift_BD.dtype), mean_BT, rstd_BT
 
 
-def _check(
+def check(
     x_BTD: Tensor,
     branch_BTD: Tensor | None,
     gate_BD: Tensor | None,

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from speed_kernels.e4m3 import Scaled, quantise
+
 
 def unavailable() -> str | None:
     """The reference runs everywhere."""
@@ -21,8 +23,11 @@ def forward(
     shift_BD: Tensor,
     scale_BD: Tensor,
     eps: float,
+    rows: Scaled | None = None,
 ) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
-    """(sum_BTD, y_BTD, mean_BT float32, rstd_BT float32), as in op.py; without a branch there is no sum."""
+    """(sum_BTD, y_BTD, mean_BT float32, rstd_BT float32), as in op.py; without a branch there is no sum.
+
+    rows: fresh tensors, [B, T, D] e4m3 and [B, T, 1] float32, to be filled with the rounded y's rows."""
     sum_BTD = None
     if branch_BTD is not None and gate_BD is not None:
         sum_BTD = x_BTD.double() + gate_BD.double()[:, None] * biased(branch_BTD, bias_D)
@@ -33,6 +38,10 @@ def forward(
     rstd_BT1 = (centred_BTD.square().mean(2, keepdim=True) + eps).rsqrt()
     y_BTD = centred_BTD * rstd_BT1 * (1.0 + scale_BD.double()[:, None]) + shift_BD.double()[:, None]
     y_BTD = y_BTD.to(shift_BD.dtype).contiguous()
+    if rows is not None and y_BTD.numel():
+        values, scale = quantise(y_BTD.flatten(0, 1), "row")
+        rows.values.copy_(values.view_as(y_BTD))
+        rows.scale.copy_(scale.view_as(rows.scale))
     return sum_BTD, y_BTD, mean_BT1[:, :, 0].float(), rstd_BT1[:, :, 0].float()
 
 

@@ -14,8 +14,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from speed_kernels import e4m3
 from speed_kernels.gate_residual_norm_modulate.triton_rows import (
+    ROWS_FIRST,
     channels,
+    laned,
     load_piece,
     load_sample,
     per_lane,
@@ -25,6 +28,7 @@ from speed_kernels.gate_residual_norm_modulate.triton_rows import (
 
 # The squares of distances beyond about 1e18 overflow; those of SHRINK of them do not.
 SHRINK = tl.constexpr(2.0**-80)
+SMALLEST_SCALE = tl.constexpr(e4m3.SMALLEST_SCALE)
 
 
 @triton.jit
@@ -80,8 +84,24 @@ def modulate(
     normed_KRC = (distance_KRC - per_row(error_R)) * per_row(rstd_R)
     scale_KRC = load_sample(scale_ptr, mask_R, FIRST, WIDTH, RUN, VECTOR, D)
     shift_KRC = load_sample(shift_ptr, mask_R, FIRST, WIDTH, RUN, VECTOR, D)
-    y_KRC = normed_KRC * (1.0 + scale_KRC) + shift_KRC
+    y_KRC = (normed_KRC * (1.0 + scale_KRC) + shift_KRC).to(y_ptr.dtype.element_ty)
     store_piece(y_ptr, y_KRC, offset_R, mask_R, FIRST, WIDTH, RUN, VECTOR, D)
+    if FIRST + WIDTH > D:  # there the error of the mean is left
+        y_KRC = tl.where(channels(FIRST, WIDTH, RUN, VECTOR) < D, y_KRC, 0.0)
+    return y_KRC
+
+
+@triton.jit
+def larger(a, b):
+    """What is not a number is larger than all that is."""
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def magnitude(y_KRC, LANES: tl.constexpr):
+    """[R, L]: the largest magnitude of what a thread holds of a row."""
+    y_KRLV = tl.abs(laned(y_KRC.to(tl.float32), LANES))
+    return tl.reduce(tl.reduce(y_KRLV, 3, larger), 1 if ROWS_FIRST else 0, larger)
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_chunks"])
@@ -96,6 +116,8 @@ def forward_kernel(
     y_ptr,
     mean_ptr,
     rstd_ptr,
+    e4m3_ptr,
+    row_scale_ptr,
     gate_stride,
     shift_stride,
     scale_stride,
@@ -112,6 +134,7 @@ def forward_kernel(
     ROWS: tl.constexpr,
     GATED: tl.constexpr,
     BIASED: tl.constexpr,
+    QUANTISED: tl.constexpr,
 ):
     """Program b * num_chunks + chunk: ROWS tokens of sample b."""
     b = (tl.program_id(0) // num_chunks).to(tl.int64)
@@ -160,10 +183,22 @@ def forward_kernel(
     tl.store(mean_ptr + row_R, mean_R + error_R, mask=mask_R)
     tl.store(rstd_ptr + row_R, rstd_R, mask=mask_R)
 
-    modulate(
+    main_KRC = modulate(
         y_ptr, shift_ptr, scale_ptr, main_KRC, error_R, rstd_R, offset_R, mask_R, 0, MAIN, RUN, VECTOR, D
     )  # fmt: skip
     if REST > 0:
-        modulate(
+        rest_KRC = modulate(
             y_ptr, shift_ptr, scale_ptr, rest_KRC, error_R, rstd_R, offset_R, mask_R, MAIN, REST, REST_RUN, VECTOR, D
         )  # fmt: skip
+    if QUANTISED:  # as speed_kernels/e4m3.py does, with its roundings: no approximate division
+        largest_RL = magnitude(main_KRC, LANES)
+        if REST > 0:
+            largest_RL = larger(largest_RL, magnitude(rest_KRC, LANES))
+        row_scale_R = larger(tl.div_rn(tl.reduce(largest_RL, 1, larger), 448.0), SMALLEST_SCALE)
+        tl.store(row_scale_ptr + row_R, row_scale_R, mask=mask_R)
+        inverse_R = tl.div_rn(1.0, row_scale_R)
+        main_KRC = main_KRC.to(tl.float32) * per_row(inverse_R)
+        store_piece(e4m3_ptr, main_KRC, offset_R, mask_R, 0, MAIN, RUN, VECTOR, D)
+        if REST > 0:
+            rest_KRC = rest_KRC.to(tl.float32) * per_row(inverse_R)
+            store_piece(e4m3_ptr, rest_KRC, offset_R, mask_R, MAIN, REST, REST_RUN, VECTOR, D)

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from speed_kernels import launch
+from speed_kernels import e4m3, launch
+from speed_kernels.e4m3 import Scaled
 from speed_kernels.gate_residual_norm_modulate.triton_backward import backward_kernel, finish_kernel
 from speed_kernels.gate_residual_norm_modulate.triton_forward import forward_kernel
 from speed_kernels.gate_residual_norm_modulate.triton_rows import pieces
@@ -111,8 +112,11 @@ def forward(
     shift_BD: Tensor,
     scale_BD: Tensor,
     eps: float,
+    rows: Scaled | None = None,
 ) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
-    """See `reference.forward`. One launch."""
+    """See `reference.forward`. One launch. Raises ValueError for `rows` on a GPU that has no e4m3."""
+    if rows is not None and (why_not := e4m3.unavailable(x_BTD.device)):
+        raise ValueError(why_not)
     x_BTD, shift_BD, scale_BD = x_BTD.contiguous(), rows_of(shift_BD), rows_of(scale_BD)
     batch, num_tokens, num_channels = x_BTD.shape
     device = x_BTD.device
@@ -140,6 +144,8 @@ def forward(
             y_BTD,
             mean_BT,
             rstd_BT,
+            None if rows is None else rows.values,
+            None if rows is None else rows.scale,
             0 if gate_BD is None else gate_BD.stride(0),
             shift_BD.stride(0),
             scale_BD.stride(0),
@@ -149,6 +155,7 @@ def forward(
             **constants,
             GATED=sum_BTD is not None,
             BIASED=bias_D is not None,
+            QUANTISED=rows is not None,
             num_warps=NUM_WARPS,
             enable_fp_fusion=True,
         )

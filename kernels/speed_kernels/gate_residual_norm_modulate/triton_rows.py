@@ -119,8 +119,13 @@ def load_sample(
 
 
 @triton.jit
+def laned(value_KRC, LANES: tl.constexpr):
+    """A tile with what one thread holds of a run as its last dimension."""
+    LANE: tl.constexpr = value_KRC.shape[2] // LANES
+    return tl.reshape(value_KRC, [value_KRC.shape[0], value_KRC.shape[1], LANES, LANE])
+
+
+@triton.jit
 def per_lane(value_KRC, LANES: tl.constexpr):
     """[R, L]: sums of what a thread holds of a row."""
-    LANE: tl.constexpr = value_KRC.shape[2] // LANES
-    value_KRLV = tl.reshape(value_KRC, [value_KRC.shape[0], value_KRC.shape[1], LANES, LANE])
-    return tl.sum(tl.sum(value_KRLV, axis=3), axis=1 if ROWS_FIRST else 0)
+    return tl.sum(tl.sum(laned(value_KRC, LANES), axis=3), axis=1 if ROWS_FIRST else 0)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
-from speed_engine.models.parts.glue import Glue, Product
+from speed_engine.models.parts.glue import Glue, Normed, Product
 
 Recompute = Literal["none", "selective", "full"]
 
@@ -34,14 +34,14 @@ class Stream(NamedTuple):
 
 
 def advance(
-    glue: Glue, stream: Stream, shift_BD: Tensor, scale_BD: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Add the pending branch: (the residual stream, its modulated norm)."""
+    glue: Glue, stream: Stream, shift_BD: Tensor, scale_BD: Tensor, takes_rows: bool = False
+) -> tuple[Tensor, Normed]:
+    """Add the pending branch: (the residual stream, its modulated norm, for a product of `takes_rows`)."""
     x_BTD, branch_BTD, bias_D, gate_BD = stream
     if branch_BTD is None:
-        return x_BTD, glue.norm(x_BTD, shift_BD, scale_BD)
+        return x_BTD, glue.norm_for(x_BTD, shift_BD, scale_BD, takes_rows)
     assert bias_D is not None and gate_BD is not None
-    return glue.add_and_norm(x_BTD, branch_BTD, bias_D, gate_BD, shift_BD, scale_BD)
+    return glue.add_and_norm(x_BTD, branch_BTD, bias_D, gate_BD, shift_BD, scale_BD, takes_rows)
 
 
 def run(again: bool, function: Callable[..., Any], *inputs: Any) -> Any:
@@ -169,17 +169,17 @@ class Block(nn.Module):
         self, product: Product, shift: Tensor, scale: Tensor, *stream: Any
     ) -> tuple[Tensor, Tensor]:
         """Up to and with the first product of a branch."""
-        x, normed = advance(self.glue, Stream(*stream), shift, scale)
-        return x, product(normed)
+        x, normed = advance(self.glue, Stream(*stream), shift, scale, product.takes_rows)
+        return x, product(*normed)
 
     def _enter_sparing(
         self, product: Product, shift: Tensor, scale: Tensor, *stream: Any
     ) -> tuple[Tensor, Tensor]:
         """`_enter`, whose norm is made again from the stream, which is kept anyhow."""
-        x, normed = advance(self.glue, Stream(*stream), shift, scale)
+        x, normed = advance(self.glue, Stream(*stream), shift, scale, product.takes_rows)
         inputs = (x.detach(), shift.detach(), scale.detach())
-        with made_again(normed, functools.partial(self.glue.norm, *inputs), product):
-            return x, product(normed)
+        with made_again(normed.y, functools.partial(self.glue.norm, *inputs), product):
+            return x, product(*normed)
 
 
 class FinalLayer(nn.Module):
@@ -195,5 +195,6 @@ class FinalLayer(nn.Module):
 
     def forward(self, stream: Stream, modulation_BX: Tensor) -> Tensor:
         """modulation_BX [B, 2 D]: shift and scale."""
-        _, normed = advance(self.glue, stream, *modulation_BX.chunk(2, 1))
-        return self.linear(normed)
+        shift, scale = modulation_BX.chunk(2, 1)
+        _, normed = advance(self.glue, stream, shift, scale)
+        return self.linear(normed.y)

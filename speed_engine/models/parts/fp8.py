@@ -14,27 +14,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import torch
+from speed_kernels.e4m3 import Scaled, Scaling, quantise
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-Scaling = Literal["tensor", "row"]
-
-E4M3 = torch.float8_e4m3fn
-LARGEST = 448.0  # of e4m3
-# The scale of an operand that is zero, or nearly: a normal number whose inverse is finite.
-SMALLEST_SCALE = torch.finfo(torch.float32).tiny
 UNIT = 16  # the hardware multiplies in pieces of this size
 BLOCK_PRODUCT = re.compile(r"blocks\.\d+\.(attn\.(qkv|proj)|mlp\.(fc1|fc2))")
-
-
-class Scaled(NamedTuple):
-    """The matrix values_RC * scale: values in e4m3, row-major; scale in float32, [R, 1] or []."""
-
-    values: Tensor
-    scale: Tensor
 
 
 def fp8_unavailable(device: torch.device) -> str | None:
@@ -60,18 +48,6 @@ def fp8_unavailable(device: torch.device) -> str | None:
     return None
 
 
-def quantise(x_RC: Tensor, scaling: Scaling) -> Scaled:
-    """`x_RC` (any float dtype, any strides, not empty) in e4m3, rounded to nearest even.
-
-    scale = max|x| / 448, over the whole matrix or over each row; never zero. A NaN or an infinity
-    makes its scale, and with it all that shares it, not finite: no fault is hidden.
-    """
-    # Not in bf16: rounding twice is further from the truth, and amax / 448 would not be exact enough.
-    amax = x_RC.abs().amax(1, keepdim=True) if scaling == "row" else x_RC.abs().amax()
-    scale = (amax.float() / LARGEST).clamp(min=SMALLEST_SCALE)  # clamp hands NaN on
-    return Scaled((x_RC.float() / scale).to(E4M3).contiguous(), scale)
-
-
 def product(a: Scaled, b: Scaled, bias_S: Tensor | None = None) -> Tensor:
     """A_RC B_SC^T (+ bias) -> bf16 [R, S], summed in float32. C and S are multiples of 16.
 
@@ -94,9 +70,18 @@ class _Fp8Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, x_MK: Tensor, weight_NK: Tensor, bias_N: Tensor | None, scaling: Scaling
+        ctx: Any,
+        x_MK: Tensor,
+        weight_NK: Tensor,
+        bias_N: Tensor | None,
+        scaling: Scaling,
+        values_MK: Tensor | None,
+        scale_M1: Tensor | None,
     ) -> Tensor:
-        x8 = quantise(x_MK, scaling)
+        if values_MK is None or scale_M1 is None:
+            x8 = quantise(x_MK, scaling)
+        else:
+            x8 = Scaled(values_MK, scale_M1)
         out_MN = product(x8, quantise(weight_NK, scaling), bias_N)
         # One scale serves the transposed matrix too, and e4m3 is half of bf16 to keep. A scale for
         # each row does not: the gradient needs one for each column.
@@ -124,12 +109,19 @@ class _Fp8Linear(torch.autograd.Function):
             d_weight = product(d_out8_NM, x8_KM).to(weight_NK.dtype)
         if ctx.needs_input_grad[2]:
             d_bias = d_out_MN.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
-        return d_x, d_weight, d_bias, None
+        return d_x, d_weight, d_bias, None, None, None
 
 
-def fp8_linear(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None, scaling: Scaling) -> Tensor:
+def fp8_linear(
+    x: Tensor,
+    weight_NK: Tensor,
+    bias_N: Tensor | None,
+    scaling: Scaling,
+    rows: Scaled | None = None,
+) -> Tensor:
     """x [..., K] times weight_NK transposed, plus bias_N, with e4m3 operands -> [..., N] in x's dtype.
 
+    rows: what quantising x by rows gives, [..., K] and [..., 1], where whoever made x made it, too.
     x, weight and bias: bfloat16 or float32, any strides. Everything passes through bf16, whatever
     x's dtype, and so do the gradients of x and of the weight, which are e4m3 products too; the bias's
     gradient is a float32 sum. The host never waits. An overflow of bf16 gives an infinity, a NaN or an
@@ -152,16 +144,19 @@ def fp8_linear(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None, scaling: Sca
         )
     check_sizes(num_inputs, num_outputs, "the layer")
     x_MK = x.reshape(-1, num_inputs)
-    rows = x_MK.shape[0]
-    if rows == 0 or (rows % UNIT and weight_NK.requires_grad and torch.is_grad_enabled()):
+    num_rows = x_MK.shape[0]
+    if num_rows == 0 or (num_rows % UNIT and weight_NK.requires_grad and torch.is_grad_enabled()):
         raise ValueError(
-            f"x has {rows} rows (samples x tokens), and the fp8 product that sums the weight's "
+            f"x has {num_rows} rows (samples x tokens), and the fp8 product that sums the weight's "
             f"gradient over them needs a multiple of {UNIT} above 0; change train.micro_batch, or "
             "choose native products"
         )
+    made: tuple[Tensor | None, ...] = (None, None)
+    if rows is not None:
+        made = (rows.values.reshape(x_MK.shape), rows.scale.reshape(num_rows, 1))
     out_MN: Any
     with torch.autocast(x.device.type, enabled=False):  # it would reach into the product on a CPU
-        out_MN = _Fp8Linear.apply(x_MK, weight_NK, bias_N, scaling)
+        out_MN = _Fp8Linear.apply(x_MK, weight_NK, bias_N, scaling, *made)
     return out_MN.view(*x.shape[:-1], num_outputs)
 
 
@@ -199,12 +194,18 @@ class Fp8Linear(nn.Linear):
         self.scaling: Scaling = scaling
         self.bias_later = bias_later
 
-    def forward(self, input: Tensor) -> Tensor:  # the name that nn.Linear gives it
+    @property
+    def takes_rows(self) -> bool:
+        """Whether `forward` multiplies its input's rows in e4m3, which a kernel before it can make."""
+        return self.scaling == "row"
+
+    def forward(self, input: Tensor, rows: Scaled | None = None) -> Tensor:
+        """input [..., K] -> [..., N]; rows: see `fp8_linear`."""
         kind = input.device.type
-        if torch.is_autocast_enabled(kind):
-            input = input.to(torch.get_autocast_dtype(kind))
+        if torch.is_autocast_enabled(kind) and input.dtype != torch.get_autocast_dtype(kind):
+            input, rows = input.to(torch.get_autocast_dtype(kind)), None  # rows of another rounding
         bias_N = None if self.bias_later else self.bias
-        return fp8_linear(input, self.weight, bias_N, self.scaling)
+        return fp8_linear(input, self.weight, bias_N, self.scaling, rows)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, scaling={self.scaling}"

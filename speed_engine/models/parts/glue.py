@@ -9,13 +9,19 @@ biases of the products before them, so a `Product` leaves its bias to the glue w
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from speed_kernels.bias_gelu.op import bias_gelu
+from speed_kernels.e4m3 import Scaled
 from speed_kernels.gate_residual_norm_modulate.op import (
     gate_residual_norm_modulate,
     norm_modulate,
+)
+from speed_kernels.gate_residual_norm_modulate.op_e4m3 import (
+    gate_residual_norm_modulate_e4m3,
+    norm_modulate_e4m3,
 )
 from torch import Tensor, nn
 
@@ -24,14 +30,26 @@ OPS = (NORM, GELU)  # what a model asks of speed_kernels
 EPS = 1e-6
 
 
+class Normed(NamedTuple):
+    """What a product takes: y [B, T, D] and, where a fused kernel made them and the product multiplies
+    them, y's rows in e4m3 [B, T, D] with their scales [B, T, 1]."""
+
+    y: Tensor
+    rows: Scaled | None = None
+
+
 class Product(nn.Linear):
     """A linear layer, whose bias the next piece of glue adds where `bias_later`."""
+
+    takes_rows = False  # what it multiplies is the input itself
 
     def __init__(self, num_inputs: int, num_outputs: int, bias_later: bool) -> None:
         super().__init__(num_inputs, num_outputs)
         self.bias_later = bias_later
 
-    def forward(self, input: Tensor) -> Tensor:  # the name that nn.Linear gives it
+    def forward(self, input: Tensor, rows: Scaled | None = None) -> Tensor:
+        """input [..., K] -> [..., N]; rows: for a product in e4m3 (`Normed`), never for this one."""
+        assert rows is None
         return F.linear(input, self.weight, None if self.bias_later else self.bias)
 
 
@@ -49,6 +67,16 @@ class Glue:
             return norm_modulate(x_BTD, shift_BD, scale_BD, eps=EPS, backend=self.backends[NORM])
         return modulated_norm(x_BTD, shift_BD, scale_BD)
 
+    def norm_for(
+        self, x_BTD: Tensor, shift_BD: Tensor, scale_BD: Tensor, takes_rows: bool
+    ) -> Normed:
+        """`norm`, for a product that takes rows in e4m3 or does not."""
+        if not (self.fused and takes_rows):
+            return Normed(self.norm(x_BTD, shift_BD, scale_BD))
+        options: dict[str, Any] = {"eps": EPS, "backend": self.backends[NORM]}
+        y_BTD, *rows = norm_modulate_e4m3(x_BTD, shift_BD, scale_BD, **options)
+        return Normed(y_BTD, Scaled(*rows))
+
     def add_and_norm(
         self,
         x_BTD: Tensor,
@@ -57,24 +85,23 @@ class Glue:
         gate_BD: Tensor,
         shift_BD: Tensor,
         scale_BD: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        """The residual stream plus a gated branch, and `norm` of that.
+        takes_rows: bool = False,
+    ) -> tuple[Tensor, Normed]:
+        """The residual stream plus a gated branch, and `norm_for` of that.
 
         branch_BTD is what a `Product` gave, bias_D that product's bias.
         """
-        if self.fused:
-            return gate_residual_norm_modulate(
-                x_BTD,
-                branch_BTD,
-                gate_BD,
-                shift_BD,
-                scale_BD,
-                bias_D=bias_D.to(branch_BTD.dtype),
-                eps=EPS,
-                backend=self.backends[NORM],
-            )
-        x_BTD = gated_add(x_BTD, branch_BTD, gate_BD)
-        return x_BTD, modulated_norm(x_BTD, shift_BD, scale_BD)
+        if not self.fused:
+            x_BTD = gated_add(x_BTD, branch_BTD, gate_BD)
+            return x_BTD, Normed(modulated_norm(x_BTD, shift_BD, scale_BD))
+        inputs = (x_BTD, branch_BTD, gate_BD, shift_BD, scale_BD)
+        options: dict[str, Any] = {"eps": EPS, "backend": self.backends[NORM]}
+        options["bias_D"] = bias_D.to(branch_BTD.dtype)
+        if takes_rows:
+            x_BTD, y_BTD, *rows = gate_residual_norm_modulate_e4m3(*inputs, **options)
+            return x_BTD, Normed(y_BTD, Scaled(*rows))
+        x_BTD, y_BTD = gate_residual_norm_modulate(*inputs, **options)
+        return x_BTD, Normed(y_BTD)
 
     def gelu(self, hidden_BTX: Tensor, bias_X: Tensor) -> Tensor:
         """GELU in the tanh form of what a `Product` gave; bias_X is that product's bias."""

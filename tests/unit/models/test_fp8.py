@@ -29,7 +29,7 @@ def by_hand(x_RC: Tensor, scaling: str) -> Tensor:
     x_RC = x_RC.detach().float()
     amax = x_RC.abs().amax(1, keepdim=True) if scaling == "row" else x_RC.abs().amax()
     scale = (amax / 448).clamp(min=torch.finfo(torch.float32).tiny)
-    value = (x_RC / scale).double()
+    value = (x_RC * (1 / scale)).double()
     exponent = torch.frexp(value)[1].sub(1).clamp(min=-6)  # of the leading bit
     step = torch.ldexp(torch.ones_like(value), exponent - 3)
     return (value / step).round() * step * scale.double()  # round: to even
