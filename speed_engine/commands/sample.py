@@ -126,7 +126,9 @@ def _processes(device: str) -> Iterator[Processes]:
         yield distributed.start(device)
     except RuntimeError as error:
         if distributed.lost_connection(error):
-            raise ValueError("another process has gone; the same command continues") from error
+            met = not isinstance(error, distributed.NotMet)
+            words = "another process has gone" if met else str(error)
+            raise ValueError(f"{words}; the same command continues") from error
         raise
     finally:
         distributed.stop(together=False)

@@ -93,6 +93,12 @@ class Train(Section):
         ge=0,
         description="without a step for so long the run names the process it waits for and ends with code 4; 0 = off",
     )
+    meeting_seconds: float = Field(
+        default=300.0,
+        gt=0,
+        description="how long processes wait at the start for all others to come; then the run names those that have "
+        "not and ends with code 4",
+    )
     first_step_seconds: float = Field(
         default=1800.0,
         ge=0,

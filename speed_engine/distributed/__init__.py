@@ -6,6 +6,7 @@ barriers), which never makes the GPU wait.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import functools
 import os
@@ -22,6 +23,9 @@ from speed_engine.errors import SaidElsewhere
 
 T = TypeVar("T")
 TIMEOUT = datetime.timedelta(minutes=30)  # the first step compiles kernels and may load large files
+MEETING = (
+    300.0  # seconds until all are there: between the first and the last lies a start of Python
+)
 
 
 @dataclass(frozen=True)
@@ -140,9 +144,14 @@ class Processes:
         return None if self.world == 1 else dist.all_reduce
 
 
-def start(device: str) -> Processes:
+class NotMet(RuntimeError):
+    """Another process has not come, or has gone before all had met."""
+
+
+def start(device: str, meeting: float = MEETING) -> Processes:
     """Join the other processes. `device`: auto, cpu or cuda. Raises ValueError if it is not there.
 
+    meeting: seconds to wait for all others; NotMet names those that have not come by then.
     The launcher's environment (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT; or SLURM's) is used where it
     is set, and refused where only a part of it is; without it this is a run of one process, which needs no port.
     """
@@ -162,7 +171,7 @@ def start(device: str) -> Processes:
         neighbours = told.neighbours if told else 1
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // neighbours))
     if not dist.is_initialized():
-        _join("nccl" if use_cuda else "gloo", told)
+        _join("nccl" if use_cuda else "gloo", told, datetime.timedelta(seconds=meeting))
     if (dist.get_rank(), dist.get_world_size()) != (rank, world):
         raise ValueError(
             f"this is process {rank} of {world} by the environment, but process {dist.get_rank()} of "
@@ -173,26 +182,55 @@ def start(device: str) -> Processes:
     return Processes(rank, world, local_rank, torch.device(name), host_group)
 
 
-def _join(backend: str, told: Place | None) -> None:
-    """Form the group. Raises ValueError where the first process's port is taken or out of reach."""
+def _join(backend: str, told: Place | None, meeting: datetime.timedelta) -> None:
+    """Form the group. Raises ValueError where the first process's port is taken or out of reach, or NotMet."""
     if told is None:
         store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
         dist.init_process_group(backend, timeout=TIMEOUT, store=store, rank=0, world_size=1)
         return
+    store = _met(told, meeting)
+    # What is left to connect is a matter of milliseconds: as short a patience, and the long one afterwards.
+    dist.init_process_group(
+        backend, timeout=meeting, store=store, rank=told.rank, world_size=told.world
+    )
+    for patient in (store, dist.group.WORLD):
+        patient.set_timeout(TIMEOUT)  # type: ignore[union-attr]
+
+
+def _met(told: Place, meeting: datetime.timedelta) -> dist.Store:  # pyright: ignore[reportPrivateImportUsage]
+    """The store of the first process, or of torchrun, once all have left word there."""
+    hosts = told.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    where = f"port {told.port} of {told.address}, where the processes meet"
+    place = (told.address, told.port, told.world)
     try:
-        dist.init_process_group(backend, timeout=TIMEOUT, rank=told.rank, world_size=told.world)
+        store = dist.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
+            *place, is_master=hosts, timeout=meeting, wait_for_workers=False, multi_tenant=True
+        )
     except dist.DistError as error:
-        doing = "open" if told.rank == 0 else "reach"
         raise ValueError(
-            f"cannot {doing} port {told.port} of {told.address}, where the processes meet: "
-            f"{' '.join(str(error).split())[:200]}; if another run holds it, choose another: "
-            f"deepspeed --master_port {told.port % 65535 + 1} ... (torchrun --master-port)"
+            f"cannot {'open' if hosts else 'reach'} {where}: {' '.join(str(error).split())[:200]}; "
+            f"if another run holds it, choose another: deepspeed --master_port {told.port % 65535 + 1} "
+            "... (torchrun --master-port)"
         ) from error
+    words = [f"speed_engine/came/{rank}" for rank in range(told.world)]
+    try:
+        store.set(words[told.rank], "")
+        with contextlib.suppress(dist.DistStoreError):
+            store.wait(words, meeting)
+            return store
+        absent = [rank for rank, word in enumerate(words) if not store.check([word])]
+    except dist.DistNetworkError as error:
+        raise NotMet(f"the process that held {where}, has gone before all had come") from error
+    some = ", ".join(map(str, absent[:8])) + (", ..." if len(absent) > 8 else "")
+    raise NotMet(
+        f"of {told.world} processes these have not come to {where}, within "
+        f"{meeting.total_seconds():g} s: {some}; look for what they said"
+    )
 
 
 def lost_connection(error: BaseException) -> bool:
-    """Whether `error` is what gloo or NCCL say when another process has gone."""
-    if isinstance(error, dist.DistError):
+    """Whether `error` is what gloo or NCCL say when another process has gone, or NotMet."""
+    if isinstance(error, (dist.DistError, NotMet)):
         return True
     return isinstance(error, RuntimeError) and "gloo" in str(error)
 

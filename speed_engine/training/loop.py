@@ -74,11 +74,14 @@ def train(config: RunConfig, judge: preview.Judge | None = None) -> int:
     rank, world = (told.rank, told.world) if told else (0, 1)
     with Interrupt() as interrupt, Watch(interrupt, pulse, rank, world) as watch:
         try:
-            code = _train(config, start(config.engine.device), judge, watch)
+            processes = start(config.engine.device, config.train.meeting_seconds)
+            code = _train(config, processes, judge, watch)
         except BaseException as error:
-            if lost_connection(error) and watch.folder is not None:
-                who = heartbeat.missing(watch.folder, rank, world)
-                print(f"error (process {rank}): {who}; {kept(pulse)}", file=sys.stderr, flush=True)
+            if lost_connection(error):
+                words = f"{str(error).splitlines()[0]}; no step was made"
+                if watch.folder is not None:
+                    words = f"{heartbeat.missing(watch.folder, rank, world)}; {kept(pulse)}"
+                print(f"error (process {rank}): {words}", file=sys.stderr, flush=True)
                 stop(together=False)
                 return LOST
             watch.ended(str(error) or type(error).__name__)

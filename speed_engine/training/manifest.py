@@ -41,6 +41,7 @@ MAY_CHANGE = {
     "train.spike_history": "when to go back",
     "train.replay_every": "only looked at",
     "train.stall_seconds": "how long to wait for others",
+    "train.meeting_seconds": "how long to wait for others",
     "train.first_step_seconds": "how long to wait for others",
     "data": "another place or way to read; the fingerprint of what is there must be the same",
     "model.recompute": "the same activations, computed again",

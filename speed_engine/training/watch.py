@@ -8,7 +8,7 @@ which this thread reads. What it decides:
 - a request that the loop does not come to within `PATIENCE` seconds, and a second SIGINT, end it;
 - the loop stands still for `stall_seconds` (`first_step_seconds` until the first step is done, and while it saves,
   validates or draws): it says whom it waits for, and ends;
-- the launcher is gone: a request to stop, as if by signal.
+- the launcher is gone: a request to stop, as if by signal, which at the start ends at once, too.
 
 Ending is `os._exit` after one sentence: the main thread cannot be asked, and files are whole or absent anyway.
 """
@@ -125,6 +125,9 @@ class Watch:
         gone = [pid for pid, born in self.launchers.items() if _born(pid) != born]
         if gone and not self.interrupt.orphaned:
             self.interrupt.orphaned = True
+            if pulse.phase == "start":
+                words = f"the launcher, process {gone[0]}, was gone before the first step"
+                self._end(LOST, f"{words}; nothing is lost")
             _say(self.rank, f"the launcher, process {gone[0]}, is gone: a request to stop")
             self.asked = self.asked or now
         if self.impatient is not None and now - self.impatient > TICK:

@@ -3,13 +3,14 @@
 import os
 import shutil
 import signal
+import socket
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
+from tests.distributed.conftest import free_port
 from tests.distributed.warm import Warm
 
 TRAIN = Path(__file__).resolve().parents[2] / "speed_engine" / "train.py"
@@ -117,18 +118,37 @@ def test_a_signal_before_the_first_step_ends_at_once(launcher, training):
         assert codes == [128 + signal.SIGTERM] and "nothing is lost" in outputs[0], outputs
 
 
-def test_processes_whose_launcher_is_killed_save_and_end(launcher, training):
-    starter = "import subprocess, sys; subprocess.Popen(sys.argv[1:]).wait()"
-    words = [sys.executable, str(TRAIN), *launcher.arguments("run", *FOR_EVER)]
-    place = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-    process = subprocess.Popen(
-        [sys.executable, "-c", starter, *words],
-        env={**os.environ, **place, "MASTER_PORT": launcher.deepspeed(1)[-2]},
-        cwd=launcher.folder,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+STARTER = f"""
+import os, runpy, sys
+if os.fork():
+    os.wait()
+    os._exit(0)
+sys.path[0] = {str(TRAIN.parent)!r}
+runpy.run_path({str(TRAIN)!r}, run_name="__main__")
+"""
+
+
+@pytest.fixture
+def starter(launcher):
+    """start(world, port, *overrides): a launcher of the first process of a run; the output is of both."""
+    program = launcher.folder / "starter.py"
+    program.write_text(STARTER)
+
+    def start(world: int, port: str, *overrides: str) -> Warm:
+        words = [str(program), *launcher.arguments("run", *overrides)]
+        return Warm(launcher.nest, words, env=first_of(world, port), cwd=str(launcher.folder))
+
+    return start
+
+
+def first_of(world: int, port: str) -> dict[str, str]:
+    """The environment of the first process."""
+    place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(world), "OMP_NUM_THREADS": "1"}
+    return {**os.environ, **place, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+
+
+def test_processes_whose_launcher_is_killed_save_and_end(launcher, starter):
+    process = starter(1, free_port(), *FOR_EVER)
     until(lambda: num_lines(launcher) >= 3, [process])
     process.kill()
     output = process.communicate(timeout=40)[0]  # ends when the training has ended, too
@@ -136,9 +156,30 @@ def test_processes_whose_launcher_is_killed_save_and_end(launcher, training):
     assert len(saved_steps(launcher)) == 1
 
 
+def test_who_does_not_come_is_named_and_who_waits_ends_with_its_launcher(launcher, starter):
+    """Of three processes two are killed before they have met the first."""
+    words = [str(TRAIN), *launcher.arguments("run", *FOR_EVER, "train.meeting_seconds=2")]
+    place = first_of(3, free_port())
+    first, *others = (
+        Warm(launcher.nest, words, env=place | {"RANK": rank}, cwd=str(launcher.folder))
+        for rank in "012"
+    )
+    for other in others:
+        other.kill()
+    (code,), (output,) = ended([first])
+    assert code == LOST and "within 2 s: 1, 2;" in output and "Traceback" not in output, output
+
+    process = starter(2, port := free_port(), *FOR_EVER)
+    until(lambda: socket.socket().connect_ex(("127.0.0.1", int(port))) == 0, [process])
+    process.kill()
+    output = process.communicate(timeout=20)[0]
+    assert "was gone before the first step; nothing is lost" in output, output
+    assert not (launcher.folder / "run").exists()
+
+
 def test_folders_that_processes_do_not_share_are_noticed_at_the_start(launcher):
     pair = []
-    port = launcher.deepspeed(2)[-2]
+    port = free_port()
     for rank in (0, 1):
         node = launcher.folder / f"node{rank}"
         node.mkdir()
