@@ -78,11 +78,11 @@ def libraries_apart(rank: int) -> Iterator[LibraryLog]:
     log = LibraryLog(rank)
     handlers, shown = logging.Logger.callHandlers, warnings.showwarning
 
-    def call_handlers(logger: logging.Logger, record: logging.LogRecord) -> None:
-        if logger.name.partition(".")[0] in LIBRARIES:
+    def call_handlers(self: logging.Logger, record: logging.LogRecord) -> None:
+        if self.name.partition(".")[0] in LIBRARIES:
             log.write(FORM.format(record))
         else:
-            handlers(logger, record)
+            handlers(self, record)
 
     def show_warning(
         message: Warning | str, category: type[Warning], filename: str, lineno: int, *rest: Any

@@ -310,5 +310,5 @@ def _train_in(
         agreement.close()
         saver.finish(last=True)
         if code == DONE and step == steps:
-            journal.finished(step)
+            journal.finished(step, parts.facts)
     return code

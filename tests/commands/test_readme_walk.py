@@ -123,6 +123,8 @@ def test_latents(good, tmp_path, monkeypatch, vae, read_json):
         changed = {**changes, "engine.precision": "fp32"}
         answer = good(*smaller(words, 2, **(changed if words[3] == "train" else {})))
         assert "a remark of diffusers" not in answer.out + answer.err
+        if words[3] == "train":  # what it says comes next can be typed
+            assert "sample --run runs/xl2 --vae vae --out runs/xl2/samples" in answer.err
     index = read_json(tmp_path / "data" / "imagenet256" / "index.json")
     assert index["shape"] == [4, 8, 8] and index["flipped"]
     for made in ("data/imagenet256", "runs/xl2/samples"):
