@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from speed_engine.progress import wrapped
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -140,6 +142,7 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     from speed_engine.data.encode_set import team_of, told_by_first
+    from speed_engine.training.library_log import libraries_apart
 
     team = team_of(os.environ, **({} if args.patience is None else {"patience": args.patience}))
     with told_by_first(team):
@@ -149,7 +152,9 @@ def run(args: argparse.Namespace) -> int:
         if not team.first:
             return 0
         return _verify(args.verify) if action == "verify" else _reindex(args.reindex, told, console)
-    _encode(action, getattr(args, action), told, console, team)
+    with libraries_apart(team.rank) as log:
+        _encode(action, getattr(args, action), told, console, team)
+        log.into(args.out, lambda text: console.print(wrapped(text)))
     if args.verify is AFTERWARDS and team.first:
         return _verify(args.out)
     return 0

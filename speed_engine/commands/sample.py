@@ -103,9 +103,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Draw; started by torchrun, each process draws its share."""
     from speed_engine import distributed
+    from speed_engine.training.library_log import libraries_apart
 
-    with _processes(args.device) as processes:
+    with _processes(args.device) as processes, libraries_apart(processes.rank) as log:
         drawn = _draw(args, processes)
+        log.into(args.out)
         if processes.first:
             print(drawn)
         distributed.stop(together=True)

@@ -23,9 +23,8 @@ from speed_engine.errors import SaidElsewhere
 
 T = TypeVar("T")
 TIMEOUT = datetime.timedelta(minutes=30)  # the first step compiles kernels and may load large files
-MEETING = (
-    300.0  # seconds until all are there: between the first and the last lies a start of Python
-)
+# Seconds until all are there: between the first and the last lies a start of Python.
+MEETING = 300.0
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ with the rest; full weights are assembled only to be exported.
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -38,11 +37,6 @@ OVERLAPPED = {
     "reduce_bucket_size": 50_000_000,
     "allgather_bucket_size": 50_000_000,
 }
-
-
-# Of DeepSpeed's warnings, those that are always there and ask for nothing: that no GPU was found (ours says on which
-# device it runs), and that the optimizer is not one of its own (ours is tested under every stage).
-KNOWN = ("Setting accelerator to CPU", "You are using ZeRO with an untested optimizer")
 
 
 class Config(Section):
@@ -76,7 +70,6 @@ class DeepSpeedEngine:
         accumulation: int,
         backend: str,
     ) -> None:
-        logging.getLogger("DeepSpeed").addFilter(_tells_something)
         import deepspeed
         import deepspeed.ops
 
@@ -311,11 +304,6 @@ class _Collected:
 
     def preserves_storage_sharing(self) -> bool:
         return True
-
-
-def _tells_something(record: logging.LogRecord) -> bool:
-    """A filter of logging: False for a line that is KNOWN."""
-    return not any(known in record.getMessage() for known in KNOWN)
 
 
 @contextlib.contextmanager

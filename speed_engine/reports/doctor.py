@@ -1,4 +1,8 @@
-"""`python -m speed_engine doctor`: what is installed, which kernel will run where, and why."""
+"""`python -m speed_engine doctor`: what is installed, which kernel will run where, and why.
+
+What needs no torch is looked up and shown first: torch takes a second to import, and where it cannot be imported, the
+versions of what stands beside it are the first thing to know.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +16,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
+from speed_engine.progress import wrapped
 
 ATTENTION_HEAD = 72  # the head size of DiT-XL/2
 PACKAGES = ("torch", "triton", "deepspeed", "xformers", "webdataset", "diffusers", "safetensors")
@@ -23,11 +27,32 @@ OPTIONAL = {
     "tensorboard": "log.tensorboard=true",
     "wandb": "log.wandb=true",
     "scikit-learn": "the digits",
+    "transformers": "prompts: encode --text-encoder, sample --prompt",
+    "pyarrow": "encode --images of Hugging Face tables",
+    "s3fs": "data.path=s3://...",
 }
 
 
-def examine() -> dict[str, Any]:
-    """Everything the doctor knows, as one JSON-able mapping."""
+def installed() -> dict[str, Any]:
+    """What is here, without torch; JSON-able."""
+    return {
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in PACKAGES} | {"apex": _apex()},
+        "optional": {name: _version(name) for name in OPTIONAL},
+        "hub_cache": str(_hub_cache()),
+        "hub_cache_bytes": _size(_hub_cache()),
+        "disk_free_bytes": shutil.disk_usage(".").free,
+    }
+
+
+def seen_by_torch() -> dict[str, Any]:
+    """Devices, and which kernel runs on each; JSON-able. Raises ValueError where torch cannot be imported."""
+    try:
+        import torch
+    except (ImportError, OSError) as error:  # OSError: a library that it loads
+        raise ValueError(
+            f"torch {_version('torch')} cannot be imported: {error}; reinstall it"
+        ) from error
     from speed_kernels import build, contract
     from speed_kernels.attention.op import choose_attention
 
@@ -41,18 +66,12 @@ def examine() -> dict[str, Any]:
             for each in choices
         ]
     return {
-        "python": platform.python_version(),
-        "packages": {name: _version(name) for name in PACKAGES} | {"apex": _apex()},
-        "optional": {name: _version(name) for name in OPTIONAL},
         "nccl": _nccl(),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "cpu": {"isa": build.isa(), "threads": torch.get_num_threads()},
         "compiler": _compiler(),
         "kernel_cache": str(build.cache_folder()),
         "kernel_cache_bytes": _size(build.cache_folder()),
-        "hub_cache": str(_hub_cache()),
-        "hub_cache_bytes": _size(_hub_cache()),
-        "disk_free_bytes": shutil.disk_usage(".").free,
         "kernels": kernels,
     }
 
@@ -65,6 +84,8 @@ def _version(name: str) -> str:
 
 
 def _nccl() -> str:
+    import torch
+
     if not torch.distributed.is_nccl_available():
         return "not in this build of torch"
     from torch.cuda import nccl
@@ -107,26 +128,28 @@ def _compiler() -> str:
 
 
 def run(as_json: bool) -> int:
-    """Print the examination."""
-    facts = examine()
+    """Print the examination, each part as soon as it is known. Raises ValueError where torch cannot be imported."""
+    here = installed()
     if as_json:
-        print(json.dumps(facts, indent=1))
+        print(json.dumps(here | seen_by_torch(), indent=1))
         return 0
-    print(f"python       {facts['python']}")
-    for name, version in facts["packages"].items():
-        print(f"{name:12} {version}")
-    for name, version in facts["optional"].items():
+    print(f"python         {here['python']}")
+    for name, version in here["packages"].items():
+        print(f"{name:14} {version}")
+    for name, version in here["optional"].items():
         print(f"{name:14} {version:14} for {OPTIONAL[name]}")
-    print(f"NCCL         {facts['nccl']}")
-    print(f"GPUs         {', '.join(facts['gpus']) or 'none'}")
-    print(f"CPU          {facts['cpu']['isa']}, {facts['cpu']['threads']} threads")
-    print(f"compiler     {facts['compiler']}")
-    print(f"disk         {facts['disk_free_bytes'] / 2**30:.1f} GiB free here")
-    for name in ("kernel_cache", "hub_cache"):
-        print(f"{name:12} {facts[name]} ({facts[name + '_bytes'] / 2**20:.1f} MiB)")
+    print(f"disk           {here['disk_free_bytes'] / 2**30:.1f} GiB free here")
+    print(
+        f"hub_cache      {here['hub_cache']} ({here['hub_cache_bytes'] / 2**20:.1f} MiB)",
+        flush=True,
+    )
+    facts = seen_by_torch()
+    print(f"kernel_cache   {facts['kernel_cache']} ({facts['kernel_cache_bytes'] / 2**20:.1f} MiB)")
+    print(f"NCCL           {facts['nccl']}")
+    print(f"GPUs           {', '.join(facts['gpus']) or 'none'}")
+    print(f"CPU            {facts['cpu']['isa']}, {facts['cpu']['threads']} threads")
+    print(wrapped(f"compiler       {facts['compiler']}"))
     for kernel in facts["kernels"]:
-        print(
-            f"kernel       {kernel['op']} on {kernel['device']}: "
-            f"{kernel['backend']} ({kernel['reason']})"
-        )
+        where = f"{kernel['op']} on {kernel['device']}: {kernel['backend']}"
+        print(wrapped(f"kernel         {where} ({kernel['reason']})"))
     return 0

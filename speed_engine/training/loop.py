@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import logging
 import os
 import sys
 from pathlib import Path
@@ -49,6 +48,7 @@ from speed_engine.training.assembly import Parts
 from speed_engine.training.guard import Guard
 from speed_engine.training.heartbeat import Pulse
 from speed_engine.training.interrupt import REQUEUE, REQUEUED, Interrupt
+from speed_engine.training.library_log import LibraryLog, libraries_apart
 from speed_engine.training.reading import Reading
 from speed_engine.training.replay import Unrepeatable
 from speed_engine.training.resume import begin, load, resume
@@ -68,14 +68,17 @@ def train(config: RunConfig, judge: preview.Judge | None = None) -> int:
     for too long. 4: another process is gone or frozen. 5: a gradient computed again was another one.
     Raises ValueError (a user's mistake, in one sentence; CheckpointError, DataError are such).
     """
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     pulse = Pulse()
     told = place(os.environ)
     rank, world = (told.rank, told.world) if told else (0, 1)
-    with Interrupt() as interrupt, Watch(interrupt, pulse, rank, world) as watch:
+    with (
+        libraries_apart(rank) as log,
+        Interrupt() as interrupt,
+        Watch(interrupt, pulse, rank, world) as watch,
+    ):
         try:
             processes = start(config.engine.device, config.train.meeting_seconds)
-            code = _train(config, processes, judge, watch)
+            code = _train(config, processes, judge, watch, log)
         except BaseException as error:
             if lost_connection(error):
                 words = f"{str(error).splitlines()[0]}; no step was made"
@@ -93,7 +96,11 @@ def train(config: RunConfig, judge: preview.Judge | None = None) -> int:
 
 
 def _train(
-    config: RunConfig, processes: Processes, judge: preview.Judge | None, watch: Watch
+    config: RunConfig,
+    processes: Processes,
+    judge: preview.Judge | None,
+    watch: Watch,
+    log: LibraryLog,
 ) -> int:
     # ------------------------------------------------------------------ the parts
     host_memory = keep_freed_memory(processes.device)
@@ -103,7 +110,7 @@ def _train(
     grids = processes.attempt(lambda: preview.of(parts, run, blueprint, judge))
     held = processes.attempt(lambda: RunLock(run) if processes.first else None)
     try:
-        return _train_in(run, held, parts, blueprint, grids, host_memory, watch)
+        return _train_in(run, held, parts, blueprint, grids, host_memory, watch, log)
     finally:
         if held is not None:
             began = (run / "manifest.json").exists()
@@ -120,6 +127,7 @@ def _train_in(
     grids: preview.Preview | None,
     host_memory: str,
     watch: Watch,
+    log: LibraryLog,
 ) -> int:
     """Train in a run folder that is ours. held: the first process's lock of it."""
     config, processes, limits = parts.config, parts.processes, parts.config.train
@@ -153,7 +161,7 @@ def _train_in(
         return metrics.Journal(run, first_step, config, parts.choices, not processes.first)
 
     journal = processes.attempt(tell)
-    logging.getLogger(__name__).info("host memory: %s", host_memory)
+    log.into(run, journal.say)
     for remark in getattr(parts.source, "remarks", ()):
         journal.say(f"WARNING: {remark}")
     if config.train.resident:
@@ -305,5 +313,5 @@ def _train_in(
         agreement.close()
         saver.finish(last=True)
         if code == DONE and step == steps:
-            journal.finished(step)
+            journal.finished(step, parts.facts)
     return code

@@ -18,6 +18,7 @@ import torch
 from speed_kernels.contract import Choice
 
 from speed_engine.config import RunConfig
+from speed_engine.data import Facts
 from speed_engine.distributed import Processes
 from speed_engine.progress import progress
 from speed_engine.training.boards import open_boards
@@ -238,14 +239,17 @@ class Journal:
         if not self.silent:
             self.bar.at(step)
 
-    def finished(self, step: int) -> None:
+    def finished(self, step: int, facts: Facts) -> None:
         """The last words of a run that has made all its steps: where it is, and what comes next."""
         if self.silent:
             return
         run, command = shlex.quote(str(self.run)), "python -m speed_engine"
+        decoded = ""  # latents of pictures are drawn through their autoencoder
+        if facts.space.kind == "latents" and len(facts.shape) == 3:
+            decoded = f" --vae {shlex.quote(facts.space.vae or 'VAE')}"
         self.say(
             f"finished: step {step} is saved in {self.run}; next:\n"
-            f"  {command} sample --run {run} --out {shlex.quote(str(self.run / 'samples'))}\n"
+            f"  {command} sample --run {run}{decoded} --out {shlex.quote(str(self.run / 'samples'))}\n"
             f"  {command} plot --run {run}"
         )
 

@@ -5,13 +5,19 @@ import importlib.metadata
 import io
 import itertools
 import json
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
 from speed_kernels import contract
 from speed_kernels.build import isa
+
+ROOT = Path(__file__).resolve().parents[2]
 
 # ------------------------------------------------------------------------------------------------ plan
 
@@ -235,3 +241,18 @@ def test_doctor_knows_places_and_what_is_missing(good, tmp_path, monkeypatch):
         assert re.search(rf"^{name} .*{thing}", text, re.MULTILINE)
     for name in ("NCCL", "disk", "kernel_cache"):
         assert re.search(rf"^{name} ", text, re.MULTILINE)
+
+
+def test_doctor_tells_a_torch_that_cannot_be_imported(tmp_path):
+    """A library that is missing on this machine: the versions are told all the same, and one sentence."""
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text("raise OSError('libcudart.so.13: not found')")
+    path = f"{tmp_path}:{ROOT}:{ROOT / 'kernels'}"
+    line = [sys.executable, "-m", "speed_engine", "doctor"]
+    done = subprocess.run(
+        line, env={**os.environ, "PYTHONPATH": path}, cwd=tmp_path, capture_output=True, text=True
+    )
+    version = re.escape(importlib.metadata.version("torch"))
+    assert re.search(f"^torch +{version}$", done.stdout, re.MULTILINE)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "cannot be imported: libcudart.so.13" in done.stderr

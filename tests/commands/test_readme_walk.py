@@ -1,5 +1,6 @@
 """README's walk from a folder of pictures to weights, each command as it stands there, only smaller."""
 
+import logging
 import re
 import shlex
 from pathlib import Path
@@ -9,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+
+from speed_engine.data import autoencoder
 
 README = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
 SMALL = {
@@ -101,7 +104,14 @@ def vae(tmp_path: Path) -> Path:
 
 
 def test_latents(good, tmp_path, monkeypatch, vae, read_json):
+    """Also: what diffusers says is beside what the command makes, not on the terminal."""
     monkeypatch.chdir(tmp_path)
+
+    def loaded(*words: Any, real: Any = autoencoder._loaded) -> Any:
+        logging.getLogger("diffusers.models").warning("a remark of diffusers")
+        return real(*words)
+
+    monkeypatch.setattr(autoencoder, "_loaded", loaded)
     pictures(tmp_path / "ILSVRC" / "train", 64)
     # A random autoencoder's latents are of any size, and those of 64 pixels are 8 wide.
     changes = {"data.check_scale": "false", "data.expect.shape": "[4,8,8]"}
@@ -111,7 +121,12 @@ def test_latents(good, tmp_path, monkeypatch, vae, read_json):
         words = [str(vae) if word.startswith("stabilityai/") else word for word in words]
         words = ["64" if word == "256" else word for word in words]
         changed = {**changes, "engine.precision": "fp32"}
-        good(*smaller(words, 2, **(changed if words[3] == "train" else {})))
+        answer = good(*smaller(words, 2, **(changed if words[3] == "train" else {})))
+        assert "a remark of diffusers" not in answer.out + answer.err
+        if words[3] == "train":  # what it says comes next can be typed
+            assert "sample --run runs/xl2 --vae vae --out runs/xl2/samples" in answer.err
     index = read_json(tmp_path / "data" / "imagenet256" / "index.json")
     assert index["shape"] == [4, 8, 8] and index["flipped"]
+    for made in ("data/imagenet256", "runs/xl2/samples"):
+        assert "a remark of diffusers" in (tmp_path / made / "libraries.log").read_text()
     assert len(list((tmp_path / "runs" / "xl2" / "samples").rglob("*.png"))) >= 4

@@ -58,6 +58,26 @@ def test_importing_is_cheap() -> None:
     assert answer.stdout.strip() == "[]", answer.stdout + answer.stderr
 
 
+def test_commands_import_what_they_need() -> None:
+    """What only tells something waits for no library but torch, and for that one last."""
+    code = """
+import contextlib, io, sys
+from speed_engine.__main__ import main
+from speed_engine.reports import doctor
+heavy = {"torch", "deepspeed", "diffusers", "triton", "webdataset", "matplotlib", "sympy", "sklearn", "transformers"}
+doctor.installed()
+found = [("versions", heavy & set(sys.modules))]
+for words in (["doctor"], ["keys"], ["table"]):
+    sys.argv = ["speed_engine", *words]
+    with contextlib.redirect_stdout(io.StringIO()):
+        assert main() == 0, words
+    found.append((words[0], (heavy - {"torch"}) & set(sys.modules)))
+print([each for each in found if each[1]])
+"""
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert answer.stdout.strip() == "[]", answer.stdout + answer.stderr
+
+
 def test_the_top_level_is_fixed() -> None:
     tracked = subprocess.run(["git", "ls-files"], capture_output=True, text=True, cwd=ROOT)
     if tracked.returncode != 0:
