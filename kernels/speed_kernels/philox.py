@@ -31,6 +31,7 @@ STREAM_DROPOUT = 9  # of a network's activations; the layer's number is in the 2
 STREAM_MASK = 10  # of which tokens are left out
 STREAM_PICTURE = 11  # of drawn training pictures
 STREAM_CAPTION = 12  # which of a picture's captions is told, and whether none
+STREAM_IMAGE_NOISE = 13  # of pictures that a network is told
 
 MAX_SEED = 2**63 - 1
 

@@ -6,15 +6,19 @@ lets the condition drop it now and then, at an address; the network gets the ten
 training, in probing and in sampling alike.
 
 A file may also offer `made(config, name, facts: data.Facts) -> ConditionFacts`: its condition is in no data, but made
-from each sample once a configuration names it (`augment`, see `Augmenting`).
+from each sample once a configuration names it (`augment`, see `Augmenting`). A network's keywords for a condition are
+its name, or begin with it and `_` (`text`, `text_tokens`).
 """
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
+import numpy as np
 import torch
+from speed_kernels import philox
 from torch import Tensor
 
 from speed_engine.data import ConditionFacts
@@ -68,3 +72,39 @@ class Augmenting(Condition, Protocol):
         where nothing waits for the device.
         """
         ...
+
+
+@runtime_checkable
+class Mirroring(Condition, Protocol):
+    """A condition whose arrays have a left and a right, and are mirrored with their samples."""
+
+    def mirrored(self, arrays: Mapping[str, Tensor], flips_B: Tensor) -> Mapping[str, Tensor]:
+        """The stored arrays [B, ...] of samples of which some are mirrored (bool [B]), on the host, before `drop`.
+
+        Raises ValueError where those of the mirrored samples are not there.
+        """
+        ...
+
+
+@runtime_checkable
+class Noising(Condition, Protocol):
+    """A condition that training blurs by noise, so that the network bears with worse ones; validation does not."""
+
+    def noised(
+        self, told: Mapping[str, Tensor], seed: int, step: int, first_slot: int
+    ) -> dict[str, Tensor]:
+        """`drop`'s keywords, on the training device, with their noise.
+
+        A function of them and (seed, step, first_slot + place in the batch) alone.
+        """
+        ...
+
+
+def dropped(name: str, share: float, seed: int, step: int, slot_B: np.ndarray) -> Tensor:
+    """Which samples of the global slots a condition of this name is kept from, bool [B], on the host.
+
+    Two conditions of one set are dropped independently of each other.
+    """
+    block = zlib.crc32(name.encode()) & 0x7FFFFFFF
+    word_B = philox.first_words(seed, step, slot_B, philox.STREAM_CONDITION_DROP, block)
+    return torch.from_numpy(word_B < share * 2**32)

@@ -7,7 +7,6 @@ name -> float32 [B, K]; zeros mean "none", which the network has learned where `
 from __future__ import annotations
 
 import math
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Literal
@@ -15,9 +14,9 @@ from typing import Literal
 import numpy as np
 import torch
 from pydantic import Field
-from speed_kernels import philox
 from torch import Tensor
 
+from speed_engine.conditions import dropped
 from speed_engine.data import ConditionFacts
 from speed_engine.kinds import Section
 
@@ -45,8 +44,6 @@ class Vector:
     def __init__(self, name: str, facts: ConditionFacts, dropout: float) -> None:
         self.name, self.facts, self.dropout = name, facts, dropout
         (self.width,) = facts.arrays[name].shape
-        # Two vectors of one set are dropped independently of each other.
-        self.block = zlib.crc32(name.encode()) & 0x7FFFFFFF
 
     def drop(
         self, arrays: Mapping[str, Tensor], seed: int, step: int, first_slot: int
@@ -55,10 +52,8 @@ class Vector:
         if self.dropout == 0:
             return {self.name: vector_BK}
         slot_B = np.arange(first_slot, first_slot + len(vector_BK))
-        stream = philox.STREAM_CONDITION_DROP
-        word_B = philox.first_words(seed, step, slot_B, stream, self.block)
-        kept_B = torch.from_numpy(word_B >= self.dropout * 2**32)
-        return {self.name: vector_BK * kept_B[:, None]}
+        dropped_B = dropped(self.name, self.dropout, seed, step, slot_B)
+        return {self.name: vector_BK * ~dropped_B[:, None]}
 
     def null(self, batch: int, device: torch.device | str) -> dict[str, Tensor]:
         if not self.facts.null:

@@ -14,7 +14,7 @@ from typing import TypeAlias
 import numpy as np
 import torch
 
-from speed_engine.conditions import Augmenting, Condition
+from speed_engine.conditions import Augmenting, Condition, Mirroring, Noising
 from speed_engine.data import Batch, Source, order
 from speed_engine.data.copies import Copies, send
 from speed_engine.distributed import Processes
@@ -144,11 +144,15 @@ class Loader:
 
     def _read(self, at: Address) -> Batch:
         device = self.processes.device
-        stored, arrays = self.source.read(at.indices, at.flips)
+        stored, read = self.source.read(at.indices, at.flips)
+        arrays: Mapping[str, torch.Tensor] = read
         address = send(torch.tensor([at.step, at.first_slot], dtype=torch.int64), device)
         conditions: dict[str, torch.Tensor] = {}
         for condition in self.conditions.values():
+            if at.flips is not None and isinstance(condition, Mirroring):
+                arrays = condition.mirrored(arrays, torch.from_numpy(at.flips))
             conditions |= condition.drop(arrays, self.seed, at.step, at.first_slot)
+        conditions = {name: send(value, device) for name, value in conditions.items()}
         facts, normals = self.source.facts, None
         if facts.space.posterior:
             shape = (len(at.indices), *facts.shape)
@@ -158,7 +162,9 @@ class Loader:
             if isinstance(condition, Augmenting):
                 x0, told = condition.augment(x0, self.seed, at.step, at.first_slot)
                 conditions |= told
-        return Batch(x0, {name: send(value, device) for name, value in conditions.items()}, address)
+            if isinstance(condition, Noising):
+                conditions |= condition.noised(conditions, self.seed, at.step, at.first_slot)
+        return Batch(x0, conditions, address)
 
 
 def _next(ready: queue.Queue[Item], stopping: Callable[[], bool]) -> Item:

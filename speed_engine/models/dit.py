@@ -25,20 +25,21 @@ from torch import Tensor, nn
 
 from speed_engine.data import Facts
 from speed_engine.kinds import Section
-from speed_engine.models.parts import packing
-from speed_engine.models.parts.blocks import Block, FinalLayer, Recompute, Stream
+from speed_engine.models.parts import packing, picture
+from speed_engine.models.parts.blocks import AttentionKind, Block, FinalLayer, Recompute, Stream
 from speed_engine.models.parts.fp8 import convert, fp8_unavailable
 from speed_engine.models.parts.glue import OPS, Glue
-from speed_engine.models.parts.modulation import project_all
+from speed_engine.models.parts.modulation import in_one_piece, project_all
+from speed_engine.models.parts.picture import Pictures
 from speed_engine.models.parts.sizes import SIZES, Size
 from speed_engine.models.parts.start import initialised
 from speed_engine.models.parts.time import TimeEmbedder
 from speed_engine.models.parts.tokens import PatchProjection, image_of, position_embedding
 
-TAKES = ("label", "vector")
+TAKES = ("label", "vector", "image")
 KERNELS = OPS  # the ops of speed_kernels that `build` can use
 COMPUTE_KEYS = ("attention", "residual", "recompute", "products")
-EMBEDDERS = ("t_embedder", "y_embedder", "vector_embedder", "text_embedder")
+EMBEDDERS = ("t_embedder", "y_embedder", "vector_embedder", "text_embedder", "image_embedder")
 NUM_FREQUENCIES = 128  # a cosine and a sine of each: 256 numbers tell the network the time
 
 
@@ -57,16 +58,9 @@ class Config(Section):
     frequency_shift: Literal[0, 1] = Field(
         default=0, description="time frequencies: 0 as in the public checkpoints, 1 as in diffusers"
     )
-    attention: Literal[
-        "auto",
-        "sdpa",
-        "sdpa_cudnn",
-        "sdpa_flash",
-        "sdpa_efficient",
-        "flash3",
-        "flash4",
-        "xformers",
-    ] = Field(default="auto", description="implementation; auto measures which is fastest on a GPU")
+    attention: AttentionKind = Field(
+        default="auto", description="implementation; auto measures which is fastest on a GPU"
+    )
     residual: Literal["fp32", "compute"] = Field(
         default="fp32", description="dtype of the residual stream: fp32, or that of the products"
     )
@@ -131,7 +125,7 @@ class DiT(nn.Module):
         super().__init__()
         hidden_size, depth, num_heads, patch_size = config.resolved()
         head_dim, mlp_width = hidden_size // num_heads, int(hidden_size * config.mlp_ratio)
-        channels, self.sample_size, _ = facts.shape
+        self.sample_size = facts.shape[1]
         self.grid = self.sample_size // patch_size
         self.config, self.facts, self.num_outputs = config, facts, num_outputs
         self.same_anywhere = False
@@ -146,16 +140,20 @@ class DiT(nn.Module):
             dtype=dtype,
         )
         self.attention_choice = self.choose_attention(config.attention)
+        channels = picture.input_channels(facts)
         projection = PatchProjection(channels, hidden_size, patch_size, stride=patch_size)
         self.x_embedder = nn.Sequential(OrderedDict(proj=projection))
         self.t_embedder = TimeEmbedder(hidden_size, NUM_FREQUENCIES, config.frequency_shift)
-        self.y_embedder = self.vector_embedder = None
+        self.y_embedder = self.vector_embedder = self.image_embedder = None
         if (label := facts.conditions.get("label")) is not None:
             table = nn.Embedding(label.num_values + label.null, hidden_size)
             self.y_embedder = nn.Sequential(OrderedDict(embedding_table=table))
         if (vector := facts.conditions.get("vector")) is not None:
             (width,) = vector.arrays["vector"].shape
             self.vector_embedder = nn.Linear(width, hidden_size, bias=False)
+        if picture.NAME in facts.conditions:
+            frequencies = (NUM_FREQUENCIES, config.frequency_shift)
+            self.image_embedder = picture.Embedder(hidden_size, *frequencies)
         self.pos_embed = nn.Buffer(torch.empty(1, self.grid**2, hidden_size))
         sizes = (hidden_size, num_heads, mlp_width, self.attention_choice.backend)
         self.blocks = nn.ModuleList(Block(*sizes, glue, config.recompute) for _ in range(depth))
@@ -194,11 +192,7 @@ class DiT(nn.Module):
     def memory_order(self) -> list[nn.Parameter]:
         """All parameters, in the order in which an engine that keeps them in one buffer should lay
         them: the adaLN weights together, and their biases, so that they make one product."""
-        linears = self.projections()
-        first = [cast("nn.Parameter", linear.weight) for linear in linears]
-        first += [cast("nn.Parameter", linear.bias) for linear in linears]
-        known = {id(parameter) for parameter in first}
-        return first + [each for each in self.parameters() if id(each) not in known]
+        return in_one_piece(self.projections(), self)
 
     def forward(
         self,
@@ -207,16 +201,18 @@ class DiT(nn.Module):
         *,
         label: Tensor | None = None,
         vector: Tensor | None = None,
+        image: Tensor | None = None,
+        image_noise: Tensor | None = None,
         mask_at: Tensor | None = None,
     ) -> Tensor:
         """Noisy inputs [B, C, H, W] -> output [B, num_outputs, H, W].
 
         time_B: what the network is told of the noise, integer or fp32, of any range. label: int64
-        [B] in [0, num_values), or num_values for "none". vector: fp32 [B, K]. Each is given if and
-        only if `facts.conditions` has it. mask_at: int64 [3], the address of the tokens that go around
-        (`passes`); None: none does. Raises ValueError for inputs that do not fit the model.
+        [B] in [0, num_values), or num_values for "none". vector: fp32 [B, K]. image: fp32 [B, C', h, w], image_noise:
+        fp32 [B], the level of noise in it. Each is given if and only if `facts.conditions` has it. mask_at: int64 [3],
+        the address of the tokens that go around (`passes`); None: none does. Raises ValueError for what does not fit.
         """
-        stream, modulations = self.enter(x_BCHW, time_B, label, vector)
+        stream, modulations = self.enter(x_BCHW, time_B, label, vector, (image, image_noise))
         stream = self.through(stream, modulations, mask_at)
         return self.leave(stream, next(modulations))
 
@@ -249,6 +245,7 @@ class DiT(nn.Module):
         time_B: Tensor,
         label: Tensor | None,
         vector: Tensor | None,
+        image: Pictures,
         told_BD: Tensor | None = None,
     ) -> tuple[Stream, Iterator[Tensor]]:
         """The tokens, and what time and conditions tell each of `projections`, in order. Raises as `forward`.
@@ -259,7 +256,7 @@ class DiT(nn.Module):
             raise ValueError(f"this model takes samples of {wanted}, not {given}")
         if time_B.dtype in (torch.bfloat16, torch.float16):
             raise ValueError(f"time in {time_B.dtype} would merge steps; give it in float32")
-        self.refuse_missing(label=label, vector=vector)
+        self.refuse_missing(label=label, vector=vector, image=image[0])
         dtype = self.dtype
         c_BD = self.t_embedder(time_B, dtype)
         if self.y_embedder is not None:
@@ -267,10 +264,14 @@ class DiT(nn.Module):
         if self.vector_embedder is not None:
             assert vector is not None
             c_BD = c_BD + self.vector_embedder(vector.to(dtype))
+        x_BCHW = x_BCHW.to(dtype)
+        if self.image_embedder is not None:
+            x_BCHW, level_BD = self.image_embedder(x_BCHW, image)
+            c_BD = c_BD + level_BD
         if told_BD is not None:
             c_BD = c_BD + told_BD
         c_BD = F.silu(c_BD)
-        x_BTD = self.x_embedder(x_BCHW.to(dtype))
+        x_BTD = self.x_embedder(x_BCHW)
         if self.config.residual == "fp32":
             x_BTD = x_BTD.to(torch.promote_types(x_BTD.dtype, torch.float32))
         stream = Stream(x_BTD + self.pos_embed.to(x_BTD.dtype))
@@ -348,13 +349,14 @@ def macs_per_sample(config: Config, facts: Facts, num_outputs: int) -> int:
     """
     check(config, facts)
     hidden, depth, _, patch = config.resolved()
-    channels, size, _ = facts.shape
+    size, channels = facts.shape[1], picture.input_channels(facts)
     tokens, pixels = (size // patch) ** 2, patch**2 * channels
     branches = 4 * hidden + 2 * int(hidden * config.mlp_ratio) + 2 * tokens
     # Looking up a label multiplies nothing.
     vector = facts.conditions.get("vector")
     width = 0 if vector is None else vector.arrays["vector"].shape[0]
-    embedders = 2 * NUM_FREQUENCIES + hidden + width + tokens * pixels
+    times = 1 + (picture.NAME in facts.conditions)  # its level of noise is embedded as the time is
+    embedders = times * (2 * NUM_FREQUENCIES + hidden) + width + tokens * pixels
     last = 2 * hidden + tokens * patch**2 * num_outputs
     return hidden * (embedders + depth * (tokens * branches + 6 * hidden) + last)
 

@@ -26,7 +26,7 @@ from speed_engine.models.parts.blocks import Block, Recompute, Stream, modulatio
 from speed_engine.models.parts.glue import OPS, Glue, Product
 from speed_engine.models.parts.start import initialised
 
-TAKES = ("label", "vector", "text")
+TAKES = (*dit.TAKES, "text")
 KERNELS = OPS
 COMPUTE_KEYS = ("attention", "residual", "recompute")
 
@@ -135,6 +135,8 @@ class DiTText(dit.DiT):
         *,
         label: Tensor | None = None,
         vector: Tensor | None = None,
+        image: Tensor | None = None,
+        image_noise: Tensor | None = None,
         text: Tensor | None = None,
         text_tokens: Tensor | None = None,
         mask_at: Tensor | None = None,
@@ -149,7 +151,8 @@ class DiTText(dit.DiT):
             if text_tokens is None:
                 raise ValueError("this model needs text_tokens, the tokens of the captions")
             places = (text_tokens.to(self.dtype),)
-        stream, modulations = self.enter(x_BCHW, time_B, label, vector, told_BD)
+        pictures = (image, image_noise)
+        stream, modulations = self.enter(x_BCHW, time_B, label, vector, pictures, told_BD)
         stream = self.through(stream, modulations, mask_at, *places)
         return self.leave(stream, next(modulations))
 

@@ -168,10 +168,12 @@ class MDT(dit.DiT):
         *,
         label: Tensor | None = None,
         vector: Tensor | None = None,
+        image: Tensor | None = None,
+        image_noise: Tensor | None = None,
         mask_at: Tensor | None = None,
     ) -> Tensor:
         """As `dit.DiT.forward`. mask_at: int64 [3], the address of the mask in training (`passes`); None: no mask."""
-        stream, modulations = self.enter(x_BCHW, time_B, label, vector)
+        stream, modulations = self.enter(x_BCHW, time_B, label, vector, (image, image_noise))
         *each, final_BX, side_BX = modulations
         depth = len(self.blocks)
         first = depth - self.config.decoder_depth

@@ -25,8 +25,9 @@ from torch import Tensor, nn
 
 from speed_engine.data import Facts
 from speed_engine.kinds import Section
-from speed_engine.models.parts.blocks import Attention, run
-from speed_engine.models.parts.modulation import project_all
+from speed_engine.models.parts import picture
+from speed_engine.models.parts.blocks import Attention, AttentionKind, run
+from speed_engine.models.parts.modulation import in_one_piece, project_all
 from speed_engine.models.parts.start import initialised
 from speed_engine.models.parts.time import TimeEmbedder
 from speed_engine.models.parts.unet_blocks import (
@@ -60,7 +61,7 @@ SIZES = {
     # For 8x8 images on a laptop.
     "tiny": Size(32, (1, 2), 2, (4,), 4, 0, "shift", "conv", "all", 1.0, 1e-5, 0, 0.0),
 }
-TAKES = ("label", "vector", "augment")
+TAKES = ("label", "vector", "augment", "image")
 KERNELS = OPS  # the ops of speed_kernels that `build` can use
 COMPUTE_KEYS = ("attention", "recompute")
 
@@ -115,16 +116,9 @@ class Config(Section):
     dropout: float | None = Field(
         default=None, ge=0, lt=1, description="share of activations dropped, instead of the named"
     )
-    attention: Literal[
-        "auto",
-        "sdpa",
-        "sdpa_cudnn",
-        "sdpa_flash",
-        "sdpa_efficient",
-        "flash3",
-        "flash4",
-        "xformers",
-    ] = Field(default="auto", description="implementation; auto measures which is fastest on a GPU")
+    attention: AttentionKind = Field(
+        default="auto", description="implementation; auto measures which is fastest on a GPU"
+    )
     recompute: Literal["none", "full"] = Field(
         default="none", description="full: the backward pass computes whole blocks again"
     )
@@ -175,12 +169,15 @@ class UNet(nn.Module):
         self.stages = list(stages(size, facts))
         self.dropout = size.dropout
         self._place = (device, dtype)
-        channels, embedding = facts.shape[0], 4 * size.width
+        channels, embedding = picture.input_channels(facts), 4 * size.width
         self.conv_in = nn.Conv2d(channels, size.width, 3, padding=1)
         self.t_embedder = TimeEmbedder(embedding, size.width // 2, size.frequency_shift)
         self.y_embedder = None
         if (label := facts.conditions.get("label")) is not None:
             self.y_embedder = nn.Embedding(label.num_values + label.null, embedding)
+        self.image_embedder = None
+        if picture.NAME in facts.conditions:
+            self.image_embedder = picture.Embedder(embedding, size.width // 2, size.frequency_shift)
         for name, numbers in vector_widths(facts).items():
             self.add_module(f"{name}_embedder", nn.Linear(numbers, size.width, bias=False))
         self.blocks = nn.ModuleList(
@@ -269,11 +266,7 @@ class UNet(nn.Module):
     def memory_order(self) -> list[nn.Parameter]:
         """All parameters, in the order in which an engine that keeps them in one buffer should lay them: the weights of
         `projections` together, and their biases, so that they make one product."""
-        linears = self.projections()
-        first = [cast("nn.Parameter", linear.weight) for linear in linears]
-        first += [cast("nn.Parameter", linear.bias) for linear in linears]
-        known = {id(parameter) for parameter in first}
-        return first + [each for each in self.parameters() if id(each) not in known]
+        return in_one_piece(self.projections(), self)
 
     def passes(self, seed: int, address: Tensor) -> list[tuple[float, dict[str, Tensor]]]:
         """One pass, whose dropout is a function of (seed, step, global slot); see `speed_engine.models`."""
@@ -289,13 +282,16 @@ class UNet(nn.Module):
         label: Tensor | None = None,
         vector: Tensor | None = None,
         augment: Tensor | None = None,
+        image: Tensor | None = None,
+        image_noise: Tensor | None = None,
         drop_at: Tensor | None = None,
     ) -> Tensor:
         """Noisy inputs [B, C, H, W] -> output [B, num_outputs, H, W], in channels-last memory.
 
         time_B: what the network is told of the noise, integer or fp32, of any range. label: int64 [B] in
         [0, num_values), or num_values for "none". vector: fp32 [B, K]; augment: fp32 [B, 9], what was done to the
-        pictures. Each is given if and only if `facts.conditions` has it. drop_at: int64 [3], the address of dropout in
+        pictures. image: fp32 [B, C', h, w], image_noise: fp32 [B], the level of noise in it. Each is given if and only
+        if `facts.conditions` has it. drop_at: int64 [3], the address of dropout in
         training (`passes`); without it nothing is dropped. Raises ValueError for inputs that do not fit the model.
         """
         if tuple(x_BCHW.shape[1:]) != self.facts.shape:
@@ -304,7 +300,7 @@ class UNet(nn.Module):
         if time_B.dtype in (torch.bfloat16, torch.float16):
             raise ValueError(f"time in {time_B.dtype} would merge steps; give it in float32")
         rows = {"vector": vector, "augment": augment}
-        for name, value in (("label", label), *rows.items()):
+        for name, value in (("label", label), ("image", image), *rows.items()):
             if (value is None) == (name in self.facts.conditions):
                 told = "needs the condition" if value is None else "does not take the condition"
                 raise ValueError(f"this model {told} {name!r}")
@@ -318,9 +314,13 @@ class UNet(nn.Module):
         told_BD = self.t_embedder(time_B, dtype, further)
         if self.y_embedder is not None:
             told_BD = told_BD + self.y_embedder(label)
+        x = x_BCHW.to(dtype)
+        if self.image_embedder is not None:
+            x, level_BD = self.image_embedder(x, (image, image_noise))
+            told_BD = told_BD + level_BD
         projected = iter(project_all(F.silu(told_BD), self.projections(), self.same_anywhere))
 
-        x = self.conv_in(x_BCHW.to(dtype, memory_format=torch.channels_last))
+        x = self.conv_in(x.contiguous(memory_format=torch.channels_last))
         kept = [x]
         for stage, block in zip(self.stages, self.blocks, strict=True):
             if stage.num_kept:

@@ -47,8 +47,9 @@ def completed(
     null = nulls(conditions, batch, device)
     must = [name for name, each in conditions.items() if not each.facts.null]
     missing = [name for name in must if name not in given]
-    # A condition's keywords may have names of their own, which only its "none" tells.
-    unknown = [name for name in given if name not in null and name not in must]
+    # A condition may have several keywords, which begin with its name.
+    known = [*null, *(word for word in given for name in must if word.startswith(f"{name}_"))]
+    unknown = [name for name in given if name not in known and name not in must]
     if unknown and not conditions:
         raise ValueError(f"this model is unconditional; leave {unknown[0]} out")
     if unknown and not missing:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from torch import nn
 
 from speed_engine import kinds
-from speed_engine.conditions import Augmenting, Condition, label, text
+from speed_engine.conditions import Augmenting, Condition, Mirroring, Noising, image, label, text
 from speed_engine.data import ArrayFacts, ConditionFacts, Facts
 from speed_engine.data.space import Space
 from speed_engine.models import refuse_unknown_conditions
@@ -40,6 +41,7 @@ DATA: dict[str, tuple[ConditionFacts, str]] = {
         ),
         "a prompt",
     ),
+    "image": (image.described((2, 4, 4), Space.pixels(2)), "picture.npy"),
 }
 MODELS = kinds.names("model")
 # What is made from the samples is in no data, is never dropped, and cannot be asked for; see tests/unit/conditions.
@@ -65,6 +67,8 @@ def stored(kind: str, num: int) -> dict[str, torch.Tensor]:
     for name, array in DATA[kind][0].arrays.items():
         if name == "text_count":
             found[name] = torch.randint(1, 4, (num,), generator=generator)
+        elif array.dtype == "uint8":  # which sources give as int64
+            found[name] = torch.randint(256, (num, *array.shape), generator=generator)
         elif array.dtype == "int64":
             found[name] = torch.randint(
                 DATA[kind][0].num_values, (num, *array.shape), generator=generator
@@ -85,6 +89,7 @@ def test_what_is_dropped_is_none_and_addressed(kind: str) -> None:
     one, arrays = condition(kind, 0.5), stored(kind, 400)
     assert one.facts == replace(DATA[kind][0], null=True)
     told = one.drop(arrays, 1, 2, 0)
+    assert all(f"{name}_".startswith(f"{kind}_") for name in told)
     null = one.null(400, "cpu")
     kept = condition(kind, 0.0).drop(arrays, 1, 2, 0)
     assert told.keys() == null.keys() == kept.keys()
@@ -103,7 +108,11 @@ def test_what_is_dropped_is_none_and_addressed(kind: str) -> None:
 
 # A prompt is read by a CLIP; see tests/unit/conditions/test_text.py.
 @pytest.mark.parametrize("kind", [kind for kind in CONDITIONS if kind != "text"])
-def test_what_is_asked_for_is_what_training_tells(kind: str) -> None:
+def test_what_is_asked_for_is_what_training_tells(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    np.save("picture.npy", np.zeros((2, 4, 4), "u1"))
     one = condition(kind, 0.1)
     trained, asked = one.drop(stored(kind, 2), 0, 0, 0), one.asked([DATA[kind][1]] * 2)
     default, null = one.default(range(2)), one.null(2, "cpu")
@@ -139,6 +148,29 @@ def test_what_is_made_from_samples_is_addressed(kind: str) -> None:
         assert not torch.equal(one.augment(x0, 2, 2, 0)[1][name], told[name])
     with pytest.raises(ValueError):
         one.asked(["1"])
+
+
+@pytest.mark.parametrize("kind", CONDITIONS)
+def test_what_is_noised_is_addressed_and_keeps_none(kind: str) -> None:
+    section = kinds.config_of("conditions", {"kind": kind, "dropout": 0.5})
+    if "noise" not in type(section).model_fields:
+        assert not isinstance(condition(kind, 0.5), Noising)
+        return
+    section = section.model_copy(update={"noise": 0.9})
+    one = kinds.find("conditions", kind).build(section, kind, DATA[kind][0])
+    assert isinstance(one, Noising) and isinstance(one, Mirroring)
+    told, null = one.drop(stored(kind, 40), 1, 2, 0), one.null(40, "cpu")
+    blurred = one.noised(told, 1, 2, 0)
+    late = one.noised({name: each[10:] for name, each in told.items()}, 1, 2, 10)
+    assert blurred.keys() == told.keys()
+    for name, each in blurred.items():
+        assert torch.equal(each[10:], late[name])
+        is_null, was_null = (
+            (some[name] == null[name]).reshape(40, -1).all(1) for some in (blurred, told)
+        )
+        assert torch.equal(is_null, was_null) and 10 < int(was_null.sum()) < 30
+        for seed, step in ((1, 3), (2, 2)):
+            assert not torch.equal(one.noised(told, seed, step, 0)[name], each)
 
 
 def build(

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from speed_engine import kinds
-from speed_engine.conditions import label
+from speed_engine.conditions import image, label
 from speed_engine.data import ArrayFacts, ConditionFacts, Facts
 from speed_engine.data.space import Space
 from speed_engine.weights import file as weights_file
@@ -31,6 +31,9 @@ def condition(name: str, null: bool) -> ConditionFacts:
     """What a set could hold for a condition: classes, or else three numbers a sample."""
     if name == "label":
         return label.described(5, [str(number) for number in range(5)], null=null)
+    if name == "image":
+        small = image.described((2, 4, 4), Space.pixels(2), mirrored=True)
+        return replace(small, null=null, details={**small.details, "noise": 0.5})
     return ConditionFacts(name, {name: ArrayFacts((3,), "float32")}, null=null)
 
 

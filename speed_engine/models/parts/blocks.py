@@ -21,6 +21,10 @@ from torch.utils.checkpoint import checkpoint
 from speed_engine.models.parts.glue import Glue, Normed, Product
 
 Recompute = Literal["none", "selective", "full"]
+# The word of a configuration: an implementation of speed_kernels.attention, or the fastest that there is.
+AttentionKind = Literal[
+    "auto", "sdpa", "sdpa_cudnn", "sdpa_flash", "sdpa_efficient", "flash3", "flash4", "xformers"
+]
 
 
 class Stream(NamedTuple):

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import chain, pairwise
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -35,6 +35,14 @@ def adjacent(tensors: Sequence[Tensor]) -> bool:
             return False
         end += tensor.nbytes
     return True
+
+
+def in_one_piece(linears: Sequence[nn.Linear], network: nn.Module) -> list[nn.Parameter]:
+    """All parameters of the network: the layers' weights one behind the other, their biases, then the others."""
+    first = [cast("nn.Parameter", linear.weight) for linear in linears]
+    first += [cast("nn.Parameter", linear.bias) for linear in linears]
+    known = {id(parameter) for parameter in first}
+    return first + [each for each in network.parameters() if id(each) not in known]
 
 
 def _joined(tensors: Sequence[Tensor]) -> Tensor:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
 from speed_engine.data import Facts
+from speed_engine.models.parts import picture
 
 VECTORS = (
     "vector",
@@ -95,9 +96,11 @@ def num_groups(channels: int) -> int:
 
 def macs(size: Size, facts: Facts, num_outputs: int) -> int:
     """Multiply-adds of one sample's forward pass: convolutions, matrix products and attention."""
-    channels, height, width = facts.shape
+    channels, (height, width) = picture.input_channels(facts), facts.shape[1:]
     embedding = 4 * size.width
-    total = size.width * (sum(vector_widths(facts).values()) + embedding) + embedding**2
+    times = 1 + (picture.NAME in facts.conditions)  # its level of noise is embedded as the time is
+    total = times * (size.width * embedding + embedding**2)
+    total += size.width * sum(vector_widths(facts).values())
     head = size.multipliers[0] * num_outputs
     total += 9 * size.width * (channels + head) * height * width
     for stage in stages(size, facts):
