@@ -53,7 +53,7 @@ def _curves(
     title = (
         f"{study.name}, {setting}: {study.metric} against {LABELS[axis]}\n"
         f"blue: the method, grey: {study.reference}; thin: a seed, thick: mean of logs, "
-        "band: 1 s.d.; dashed: target"
+        "band: 1 s.d.; dashed: target; the first fall lies above"
     )
     top = _top([curves[setting, study.reference, seed] for seed in study.seeds])
     size = (3.4 * columns + 0.6, 2.7 * rows + 1.1)
@@ -73,12 +73,12 @@ def _curves(
                 panel.text(0.97, 0.9, words, transform=panel.transAxes, ha="right", fontsize=9)
             panel.set_title(name, fontsize=11, color=BLUE, loc="left")
             panel.set_yscale("log")
+            _plain(panel.yaxis)
             panel.grid(color=GRID, linewidth=0.6)
             panel.xaxis.set_major_locator(_ticks())
             panel.xaxis.set_major_formatter(_short())
             panel.tick_params(labelsize=9)
-            panel.tick_params(axis="y", which="minor", labelsize=8)
-        if top is not None:  # a method that explodes leaves the picture
+        if top is not None:  # what all methods begin with leaves the picture, and one that explodes
             panels[0, 0].set_ylim(top=top)
         figure.supxlabel(LABELS[axis], fontsize=11)
         figure.supylabel(study.metric, fontsize=11)
@@ -86,9 +86,13 @@ def _curves(
 
 
 def _top(base: list[dict[str, Any]]) -> float | None:
-    """The picture's upper edge: three times the baseline's worst value."""
-    known = [value for cell in base for value in cell["curve"]["values"] if value is not None]
-    return 3 * max(known) if known else None
+    """The picture's upper edge: half above the baseline's worst value after a quarter of its points.
+
+    What comes before is the fall that all methods share, beside which no difference at the end could be seen.
+    """
+    late = [cell["curve"]["values"][len(cell["curve"]["values"]) // 4 :] for cell in base]
+    known = [value for values in late for value in values if value is not None]
+    return 1.5 * max(known) if known else None
 
 
 def _one(panel: Any, own: list[dict[str, Any]], axis: str, colour: str) -> None:
@@ -202,6 +206,15 @@ def _short() -> Any:
     from matplotlib.ticker import EngFormatter
 
     return EngFormatter(sep="")
+
+
+def _plain(axis: Any) -> None:
+    """A log axis of few decades with numbers as they are said: 0.07, 0.1, 0.2."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _ratio_ticks(low: float, high: float) -> Any:

@@ -8,14 +8,13 @@ from __future__ import annotations
 import json
 import math
 import platform
-import subprocess
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from speed_engine.atomic_files import write_json, write_text
-from speed_engine.studies import pictures
+from speed_engine.studies import commits, pictures
 from speed_engine.studies.results import AXES, findings
 from speed_engine.studies.runs import StudyError, result_path
 from speed_engine.studies.study import TRAINING_METRICS, Cell, Study, check
@@ -69,7 +68,7 @@ def gather(study: Study, cells: Sequence[Cell], folder: Path) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "study": study.model_dump(mode="json"),
-        "commit": _commit(),
+        "commit": commits.current(),
         "versions": _versions(),
         "cells": results,
     }
@@ -125,7 +124,7 @@ def as_markdown(
     lines += [
         f"{len(study.methods)} methods, {len(study.seeds)} seeds, {len(study.settings)} settings, "
         f"{study.steps} steps a cell from `{study.preset}`; {'; '.join(devices)}; "
-        f"commit {stored['commit'] or 'unknown'}.",
+        f"{commits.told(cell.get('commit', stored['commit']) for cell in cells)}.",
         "",
     ]
     for setting, one in found["settings"].items():
@@ -216,17 +215,6 @@ def _interval(one: dict[str, Any]) -> str:
 
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
-
-
-def _commit() -> str | None:
-    """The commit of the code, with `+changes` where files differ from it; None outside a repository."""
-    root = Path(__file__).parents[2]
-    try:
-        words = ["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--dirty=+changes"]
-        done = subprocess.run(words, capture_output=True, text=True, timeout=20, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip()
 
 
 def _versions() -> dict[str, str]:

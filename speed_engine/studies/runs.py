@@ -28,6 +28,7 @@ import yaml
 
 from speed_engine.atomic_files import write_json, write_text
 from speed_engine.progress import progress
+from speed_engine.studies import commits
 from speed_engine.studies.study import Cell, Study
 from speed_engine.training import checkpoint, metrics_file, sealed
 from speed_engine.training.loop import DONE, NOT_FINITE
@@ -151,6 +152,7 @@ def result_of(cell: Cell, study: Study, run: Path, diverged: bool) -> dict[str, 
         "method": cell.method,
         "seed": cell.seed,
         "status": "diverged" if diverged else "finished",
+        "commit": commits.current(),
         "curve": curve,
         "config": manifest["config"],
         "data": manifest["data"]["fingerprint"],

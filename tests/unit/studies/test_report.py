@@ -154,3 +154,11 @@ def test_a_folder_without_a_report_is_refused(tmp_path):
     (tmp_path / "report.json").write_text('{"format": 9}')
     with pytest.raises(StudyError, match="is no report of this version"):
         report.read(tmp_path)
+
+
+def test_a_study_over_two_commits_says_how_many_cells_each_trained(stored):
+    first, *others = stored["cells"]
+    older = {**stored, "cells": [{**first, "commit": "0ld"}, *others]}
+    study = check(stored["study"])
+    page = report.as_markdown(study, older, report.findings(study, older["cells"]), [])
+    assert f"commits c0ffee ({len(others)} cells), 0ld (1 cells)." in page
