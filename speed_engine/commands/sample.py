@@ -62,6 +62,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="all",
         help="all, or a number (3: as the released DiT)",
     )
+    parser.add_argument(
+        "--guidance-power",
+        type=float,
+        default=0.0,
+        help="above 0: guidance grows from 1 at pure noise to its whole value (MDT: 4)",
+    )
+    parser.add_argument(
+        "--no-clip",
+        dest="clip",
+        action="store_false",
+        help="leave what pixels cannot be in the chain, as EDM's sampler does; latents are never clipped",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--label", help="only this class, by number or name (default: in turn)")
     parser.add_argument(
@@ -153,8 +165,9 @@ def _draw(args: argparse.Namespace, processes: Processes) -> str:
         steps=args.steps,
         shift=args.shift,
         guidance=args.guidance,
+        guidance_power=args.guidance_power,
         guidance_channels=args.guidance_channels,
-        clip_x0=network.facts.space.kind == "pixels",
+        clip_x0=args.clip and network.facts.space.kind == "pixels",
         seed=args.seed,
     )
     folder.sample_to_folder(

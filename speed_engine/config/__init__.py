@@ -135,6 +135,15 @@ class Sample(Section):
     sampler: str = Field(default="ddim", description="ddpm, ddim, dpmpp, heun, or a module")
     steps: int = Field(default=50, ge=1, description="noise levels that are visited")
     guidance: float = Field(default=1.0, ge=0, description="1 = off")
+    guidance_power: float = Field(
+        default=0.0,
+        ge=0,
+        description="above 0: guidance grows from 1 at pure noise to its whole value (MDT: 4)",
+    )
+    clip: bool = Field(
+        default=True,
+        description="clamp what the network says of pixels to what they can be; never of latents",
+    )
     seed: int = Field(default=0, ge=0, lt=2**63, description="of the samples' noise")
     weights: Literal["ema", "model"] = Field(
         default="ema", description="the averaged weights, or those of the last step"

@@ -27,7 +27,7 @@ from speed_engine.data import Facts
 from speed_engine.kinds import Section
 from speed_engine.models.parts import packing, picture
 from speed_engine.models.parts.blocks import AttentionKind, Block, FinalLayer, Recompute, Stream
-from speed_engine.models.parts.fp8 import convert, fp8_unavailable
+from speed_engine.models.parts.fp8 import with_products
 from speed_engine.models.parts.glue import OPS, Glue
 from speed_engine.models.parts.modulation import in_one_piece, project_all
 from speed_engine.models.parts.picture import Pictures
@@ -318,12 +318,7 @@ def build(
     """
     check(config, facts)
     settings = (config, facts, num_outputs, torch.device(device), dtype, Glue(backends))
-    model = initialised(lambda: DiT(*settings), seed, device)
-    if config.products != "native":
-        if why_not := fp8_unavailable(torch.device(device)):
-            raise ValueError(f"model.products={config.products}: {why_not}")
-        convert(model, "row" if config.products == "fp8_row" else "tensor")
-    return model
+    return with_products(initialised(lambda: DiT(*settings), seed, device), config.products)
 
 
 def check(config: Config, facts: Facts) -> None:

@@ -16,19 +16,20 @@ from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor, nn
 
 from speed_engine.data import Facts
 from speed_engine.models import dit
 from speed_engine.models.parts import packing
 from speed_engine.models.parts.blocks import Block, Recompute, Stream, modulation, run
+from speed_engine.models.parts.fp8 import with_products
 from speed_engine.models.parts.glue import OPS, Glue, Product
 from speed_engine.models.parts.start import initialised
 
 TAKES = (*dit.TAKES, "text")
 KERNELS = OPS
-COMPUTE_KEYS = ("attention", "residual", "recompute")
+COMPUTE_KEYS = dit.COMPUTE_KEYS
 
 
 class Config(dit.Config):
@@ -39,14 +40,6 @@ class Config(dit.Config):
         default=False,
         description="every block attends to the caption's tokens; false: the pooled vector alone",
     )
-
-    @model_validator(mode="after")
-    def _native(self) -> Config:
-        if self.products != "native":
-            raise ValueError(
-                f"model.products={self.products} is for model.kind=dit; leave it at native"
-            )
-        return self
 
 
 class CrossAttention(nn.Module):
@@ -171,7 +164,8 @@ def build(
     `cross_attention` on data that hold no tokens."""
     dit.check(config, facts)
     settings = (config, facts, num_outputs, torch.device(device), dtype, Glue(backends))
-    return initialised(lambda: DiTText(*settings), seed, device)
+    network = initialised(lambda: DiTText(*settings), seed, device)
+    return with_products(network, config.products)
 
 
 def _caption(config: Config, facts: Facts) -> tuple[int, int]:

@@ -105,12 +105,13 @@ def run(config: RunConfig, where: Cluster | None, on_gpus: bool = False) -> int:
         ]
         dropped = f"dropped at {getattr(config.conditions[name], 'dropout', 0):g}"
         print(f"condition       {name}: {', '.join(filter(None, [values, *arrays, dropped]))}")
-    if share := share_of_training(config):
+    once = macs / trained_macs  # validation and samples make one pass, over all tokens
+    if share := once * share_of_training(config):
         print(
             f"validation      {config.validation.samples} held-out samples every {config.validation.every} steps: "
             f"{share:.1%} of the training's FLOP"
         )
-    if share := grids_share(config):
+    if share := once * grids_share(config):
         print(
             f"samples         {config.sample.num} every {config.sample.every} steps: "
             f"{share:.1%} of the training's FLOP"

@@ -27,7 +27,7 @@ import math
 import os
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -62,13 +62,14 @@ def open_folder(out: Path, recipe: Mapping[str, Any]) -> list[int]:
     """Prepare `out` for `recipe["num"]` samples; return the numbers of those missing, ascending.
 
     A folder of the same recipe is continued. Everything in `recipe` must agree except the key
-    `versions`, which is for the reader. Raises ValueError for a folder of another recipe, or one
-    that holds images and no recipe.
+    `versions`, which is for the reader; what the folder does not say is at `Recipe`'s default.
+    Raises ValueError for a folder of another recipe, or one that holds images and no recipe.
     """
     images = sample_path(out, recipe, 0).parent
     wanted = json.loads(json.dumps(recipe))  # tuples become lists, as they will when read back
     if (out / "recipe.json").exists():
-        found = read_recipe(out)
+        defaults = {each.name: each.default for each in fields(Recipe)}
+        found = defaults | read_recipe(out)
         keys = [k for k in {**wanted, **found} if k != "versions"]
         differing = [k for k in keys if wanted.get(k) != found.get(k)]
         if differing:

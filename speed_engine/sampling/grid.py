@@ -35,11 +35,14 @@ class Levels:
     """S noise levels, ascending, as what a sampler and a network need of each; float64 [S].
 
     Of the variance-preserving process x / norm with norm^2 = alpha^2 + sigma^2: alpha_bar. The network sees
-    input_scale * x, is told `time`, and x0 = of_out * output + of_x * x, with x on that process.
+    input_scale * x, is told `time`, and x0 = of_out * output + of_x * x, with x on that process. place: of the level in
+    its schedule, from 0, the cleanest end, up to 1: t / T of a time step, the share of the coordinate's range in
+    continuous time.
     """
 
     alpha_bar: np.ndarray
     time: np.ndarray
+    place: np.ndarray
     input_scale: np.ndarray
     of_out: np.ndarray
     of_x: np.ndarray
@@ -79,16 +82,20 @@ def levels(
             f"{'Karras levels' if plain.continuous else 'numbered steps'}; leave it at 1"
         )
     if plain.curve is None:
-        chosen = _rows(plain, torch.from_numpy(_numbers(num, steps, spacing)))
+        numbers = _numbers(num, steps, spacing)
+        chosen, place = _rows(plain, torch.from_numpy(numbers)), numbers / plain.num_rows
     else:
         bottom, top = _ends(plain, objective_on, num, limit)
         chosen = _points(plain, _coordinates(plain, bottom, top, steps, spacing, shift))
+        cleanest, noisiest = _edges(plain).numpy()
+        place = (chosen.coordinate.numpy() - cleanest) / (noisiest - cleanest)
     objective = objective_on(chosen)
     norm = np.hypot(chosen.alpha.numpy(), chosen.sigma.numpy())
     of_out, of_x = (column.numpy() for column in objective.x0_columns(chosen))
     return Levels(
         alpha_bar=(chosen.alpha.numpy() / norm) ** 2,
         time=chosen.time.numpy(),
+        place=place.clip(0, 1),
         input_scale=norm * objective.input_scale.numpy(),
         of_out=of_out,
         of_x=of_x * norm,

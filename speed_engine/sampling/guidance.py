@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Literal
 
@@ -12,6 +13,18 @@ from speed_engine.conditions import Condition
 
 # (x [B, C, *space], time float32 [B], **conditions) -> [B, C or 2C, *space]; an nn.Module in eval mode
 Model = Callable[..., Tensor]
+
+
+def scale_at(place: float, guidance: float, power: float) -> float:
+    """The w of `guided` at a level, by the power cosine of MDT (Gao et al., arXiv 2303.14389).
+
+    It grows from 1, which is no guidance, at pure noise to `guidance` at the data, the later the higher the power:
+    1 + (guidance - 1) (1 - cos(pi (1 - place)^power)) / 2; at power 0 it is `guidance` everywhere. place: of the level
+    in the schedule, in [0, 1] (`grid.Levels`).
+    """
+    if power == 0:
+        return guidance
+    return 1 + (guidance - 1) * (1 - math.cos(math.pi * (1 - place) ** power)) / 2
 
 
 def guided(out_told: Tensor, out_null: Tensor, guidance: float, num_guided: int) -> Tensor:

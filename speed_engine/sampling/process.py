@@ -26,7 +26,7 @@ from torch import Tensor
 from speed_engine import kinds
 from speed_engine.conditions import Augmenting, Condition
 from speed_engine.sampling import Sampler, grid
-from speed_engine.sampling.guidance import Model, completed, evaluate, nulls
+from speed_engine.sampling.guidance import Model, completed, evaluate, nulls, scale_at
 from speed_engine.schedules import Schedule
 
 
@@ -69,13 +69,14 @@ class Recipe:
     """What the user chooses; together with the weights it decides every pixel.
 
     sampler: a file of this folder (dpm++ is dpmpp), or the dotted path of one outside. guidance: 1 =
-    off; w > 1 gives null + w * (told - null). guidance_channels: "all", or the number of leading
+    off; w > 1 gives null + w * (told - null). guidance_power: above 0 guidance grows from 1 at pure noise to
+    w at the data (`guidance.scale_at`; MDT's is 4). guidance_channels: "all", or the number of leading
     channels that are guided (3 reproduces the released DiT and GLIDE samplers, which leave the fourth
     latent channel unguided). spacing: which S levels (see `grid`); auto = linspace for ddpm (as in ADM and
     DiT, holds the first and the last step), Karras' levels for the others on EDM and VE, trailing
     elsewhere (starts at pure noise, arXiv 2305.08891, table 2); leading is the original DDIM's. shift:
     of rectified flow, above 1 takes more levels at high noise (Esser et al. 2024). clip_x0: clamp each
-    prediction of x0 to [-1, 1]; for pixels, not for latents.
+    prediction of x0 to [-1, 1]; for pixels, not for latents, and not as EDM's own sampler has it.
     """
 
     sampler: str = "ddpm"
@@ -83,6 +84,7 @@ class Recipe:
     spacing: grid.Spacing = "auto"
     shift: float = 1.0
     guidance: float = 1.0
+    guidance_power: float = 0.0
     guidance_channels: int | Literal["all"] = "all"
     clip_x0: bool = False
     seed: int = 0
@@ -102,6 +104,12 @@ class Recipe:
             raise ValueError(f"guidance must be a number from 0 up, not {self.guidance}")
         if self.guidance_channels != "all" and self.guidance == 1:
             raise ValueError("guidance_channels has no effect at guidance 1; leave it at 'all'")
+        if not (math.isfinite(self.guidance_power) and self.guidance_power >= 0):
+            raise ValueError(
+                f"guidance_power must be a number from 0 up, not {self.guidance_power}"
+            )
+        if self.guidance_power and self.guidance == 1:
+            raise ValueError("guidance_power has no effect at guidance 1; leave it at 0")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed must be from 0 to 2^63 - 1, not {self.seed}")
 
@@ -171,8 +179,9 @@ class _Network:
     def __call__(self, level: int, x: Tensor) -> tuple[Tensor, Tensor | None]:
         levels, channels = self.levels, self.process.shape[0]
         inputs = (x * float(levels.input_scale[level])).to(self.dtype)
-        guide = (self.recipe.guidance, self.recipe.guidance_channels, channels)
-        time = float(levels.time[level])
+        recipe, time = self.recipe, float(levels.time[level])
+        scale = scale_at(float(levels.place[level]), recipe.guidance, recipe.guidance_power)
+        guide = (scale, recipe.guidance_channels, channels)
         out = evaluate(self.model, inputs, time, self.told, self.null, *guide)
         learned = self.process.learned_variance
         if out.shape[1] != channels * (1 + learned):

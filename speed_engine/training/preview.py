@@ -58,7 +58,8 @@ class Preview:
             sampler=settings.sampler,
             steps=settings.steps,
             guidance=settings.guidance,
-            clip_x0=facts.space.kind == "pixels",
+            guidance_power=settings.guidance_power,
+            clip_x0=settings.clip and facts.space.kind == "pixels",
             seed=settings.seed,
         )
         self.told: dict[str, Tensor] = {}

@@ -82,9 +82,11 @@ def test_from_the_archive_to_pictures(train, good, tmp_path, preset, words):
     assert manifest["config"]["optim"]["ema_half_life"] == 2
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
     assert all(np.isfinite(line["loss"]) for line in lines)
-    recipe = ["--num", "2", "--sampler", "heun", "--steps", "3"]
-    recipe += ["--guidance", "1.5", "--label", "name7"]
+    recipe = ["--num", "2", "--sampler", "heun", "--steps", "3", "--no-clip"]
+    recipe += ["--guidance", "1.5", "--guidance-power", "4", "--label", "name7"]
     good("sample", "--run", tmp_path / "run", "--out", tmp_path / "drawn", *recipe)
+    told = json.loads((tmp_path / "drawn" / "recipe.json").read_text())
+    assert told["clip_x0"] is False and told["guidance_power"] == 4
     with np.load(tmp_path / "drawn" / "samples.npz") as arrays:
         assert arrays["arr_0"].shape == (2, 32, 32, 3)
         assert arrays["labels"].tolist() == [7, 7]

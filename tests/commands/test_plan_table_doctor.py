@@ -39,6 +39,20 @@ def test_plan_prints_a_configuration_that_reads_back(good, tmp_path):
     assert good("plan", "--config", again).out == first.out
 
 
+@pytest.mark.parametrize("model", ["dit", "mdt"])
+def test_plan_counts_one_pass_of_validation_and_samples(good, tmp_path, model):
+    """An MDT trains by two, one of them masked."""
+    words = [f"data.path={tmp_path / 'none'}", "train.global_batch=10", "log.every=5"]
+    words += [f"model={{kind: {model}, size: tiny/2}}", "validation={every: 5, samples: 50}"]
+    words += ["sample={every: 10, num: 5, steps: 20, guidance: 2}", "validation.rows=3"]
+    plan = good("plan", "--config", "digits_dit_tiny", *words).out
+    passes = 1 if model == "dit" else number(r"in training ([\d.]+) times", plan)
+    assert (passes > 1.3) == (model == "mdt")
+    for name, share in (("validation", 50 * 3 / (3 * 5 * 10)), ("samples", 200 / (3 * 10 * 10))):
+        found = number(rf"^{name} .* ([\d.]+)% of the training", plan)
+        assert found == pytest.approx(100 * share / passes, rel=0.01)
+
+
 def test_plan_counts_the_published_network(good):
     """DiT-XL/2 at 256: 675 M parameters and 119 G multiply-adds (Peebles & Xie 2023, table 1)."""
     answer = good("plan", "--config", "imagenet256_dit_xl2", "data.path=nowhere")

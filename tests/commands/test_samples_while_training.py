@@ -52,6 +52,19 @@ def test_grid_and_scores_are_those_of_the_commands(watched, samples, read_json):
     assert line["sample_frechet_distance"] == report["frechet"]["same_size"]["mean"]
 
 
+def test_a_grid_unclipped_with_guidance_that_grows(train, watched, good, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(watched, run)
+    shutil.rmtree(run / "checkpoints" / "step-00000020")
+    train(run, *GRIDS, "sample.clip=false", "sample.guidance_power=4")
+    assert (grid(run, 20) != grid(watched, 20)).any()
+    words = ["--num", "20", "--sampler", "ddim", "--steps", "5", "--guidance", "1.5"]
+    words += ["--no-clip", "--guidance-power", "4"]
+    good("sample", "--run", run, *words, "--out", tmp_path / "drawn")
+    with Image.open(tmp_path / "drawn" / "grid.png") as picture:
+        np.testing.assert_array_equal(grid(run, 20), np.asarray(picture))
+
+
 def test_grids_change_nothing_else(watched, run):
     kept = ("loss", "loss_by_t", "grad_norm", "lr")
     for mine, theirs in zip(lines_of(watched), lines_of(run), strict=True):

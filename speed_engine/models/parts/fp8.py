@@ -14,15 +14,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 import torch
 from speed_kernels.e4m3 import Scaled, Scaling, quantise
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+Network = TypeVar("Network", bound=nn.Module)
+
 UNIT = 16  # the hardware multiplies in pieces of this size
-BLOCK_PRODUCT = re.compile(r"blocks\.\d+\.(attn\.(qkv|proj)|mlp\.(fc1|fc2))")
+# The keys and values of captions are not among them: few rows, seldom a multiple of 16.
+BLOCK_PRODUCT = re.compile(r"blocks\.\d+\.(attn\.(qkv|proj)|cross\.(q|proj)|mlp\.(fc1|fc2))")
 
 
 def fp8_unavailable(device: torch.device) -> str | None:
@@ -212,7 +215,7 @@ class Fp8Linear(nn.Linear):
 
 
 def block_product(name: str) -> bool:
-    """Whether a DiT's layer of this name is one of the four large products of a block."""
+    """Whether a DiT's layer of this name is one of a block's products over the picture's tokens."""
     return BLOCK_PRODUCT.fullmatch(name) is not None
 
 
@@ -244,3 +247,14 @@ def convert(
         swapped.weight, swapped.bias = layer.weight, layer.bias
         module.set_submodule(name, swapped.train(layer.training))
     return len(chosen)
+
+
+def with_products(
+    network: Network, products: Literal["native", "fp8_tensor", "fp8_row"]
+) -> Network:
+    """The same network, its blocks' products as said. Raises ValueError where they cannot run, or sizes do not fit."""
+    if products != "native":
+        if why_not := fp8_unavailable(next(network.parameters()).device):
+            raise ValueError(f"model.products={products}: {why_not}")
+        convert(network, "row" if products == "fp8_row" else "tensor")
+    return network

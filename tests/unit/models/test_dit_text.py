@@ -15,6 +15,7 @@ from speed_engine.conditions import text
 from speed_engine.data import Facts
 from speed_engine.data.space import Space
 from speed_engine.models import dit, dit_text
+from speed_engine.models.parts.fp8 import Fp8Linear
 
 SMALL: dict[str, Any] = {"size": "tiny/2", "hidden_size": 16, "depth": 2, "num_heads": 2}
 LENGTH, WIDTH = 5, 12
@@ -104,12 +105,23 @@ def test_sizes() -> None:
     assert sizes[2] - sizes[1] == 28 * branch
 
 
+@pytest.mark.parametrize("products", ["fp8_tensor", "fp8_row"])
+def test_products_in_fp8(products: str) -> None:
+    """Six of a block: all but the caption's, of which there are 5 rows a sample."""
+    (x, time, told), model = inputs(), network(products=products)
+    swapped = {name for name, module in model.named_modules() if isinstance(module, Fp8Linear)}
+    parts = ("attn.qkv", "attn.proj", "cross.q", "cross.proj", "mlp.fc1", "mlp.fc2")
+    assert swapped == {f"blocks.{block}.{part}" for block in range(2) for part in parts}
+    out, wanted = model(x, time, **told), network()(x, time, **told)
+    assert 1e-4 < (out - wanted).norm() / wanted.norm() < 0.2
+    out.square().mean().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
 def test_what_does_not_fit_is_refused() -> None:
     config = dit_text.Config.model_validate({**SMALL, "cross_attention": True})
     with pytest.raises(ValueError, match=r"cross_attention=true needs the tokens"):
         dit_text.build(config, facts(tokens=False), 2, device="meta")
-    with pytest.raises(ValueError, match=r"products=fp8_row is for model.kind=dit"):
-        dit_text.Config.model_validate({**SMALL, "products": "fp8_row"})
 
 
 @torch.no_grad()

@@ -138,12 +138,31 @@ def test_contradictions_are_refused_before_any_work(facts, recipe, labels, words
         ({"guidance": -1.0}, "from 0 up"),
         ({"guidance": math.nan}, "from 0 up"),
         ({"guidance_channels": 3}, "no effect"),
+        ({"guidance_power": 4.0}, "no effect"),
+        ({"guidance": 2.0, "guidance_power": -1.0}, "from 0 up"),
         ({"seed": -1}, "seed"),
     ],
 )
 def test_impossible_recipes(recipe, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         Recipe(**recipe)
+
+
+@pytest.mark.parametrize("power", [0.0, 1.0, 4.0])
+@pytest.mark.parametrize(("steps", "spacing", "place"), [(1, "trailing", 0.5), (2, "leading", 0)])
+def test_guidance_can_grow_towards_the_data(steps, spacing, place, power: float) -> None:
+    """The last of the chain's levels decides, of a network that says 1, and 0 when it is told nothing."""
+
+    def network(x: Tensor, time: Tensor, label: Tensor) -> Tensor:
+        return (label != 3).to(x).view(-1, 1, 1, 1).expand_as(x)
+
+    facts = process("x0", alpha_bar=[0.9, 0.5], conditions=labelled(3))
+    how = {"sampler": "ddim", "steps": steps, "spacing": spacing}
+    recipe = Recipe(**how, guidance=3.0, guidance_power=power)
+    x = sample(network, facts, recipe, conditions_N={"label": torch.zeros(2, dtype=torch.int64)})
+    wanted = 1 + 2 * (1 - math.cos(math.pi * (1 - place) ** power)) / 2
+    assert 1 < wanted <= 3
+    torch.testing.assert_close(x, torch.full_like(x, wanted))
 
 
 def test_models_that_do_not_fit() -> None:

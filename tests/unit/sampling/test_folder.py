@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -117,6 +118,19 @@ def test_interrupted_sampling_resumes_without_duplicates(tmp_path) -> None:
     idle = Model(stop_after=0)
     draw(out, idle)  # a finished folder: nothing left to do
     assert idle.num == 0
+
+
+def test_a_folder_goes_on_that_knew_fewer_settings(tmp_path) -> None:
+    """What a version that wrote its recipe could not choose was as it is by default."""
+    out = draw(tmp_path)
+    told = json.loads((out / "recipe.json").read_text())
+    del told["guidance_power"]
+    (out / "recipe.json").write_text(json.dumps(told))
+    idle = Model(stop_after=0)
+    draw(out, idle)
+    assert idle.num == 0
+    with pytest.raises(ValueError, match=r"guidance_power=0\.0 \(now 4\.0\)"):
+        draw(out, recipe=replace(RECIPE, guidance=2.0, guidance_power=4.0))
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,7 @@ def test_rectified_flow_goes_from_one_down_in_even_parts(timesteps: str, cells: 
     levels = one.levels(Recipe("ddim", 50))
     t = np.arange(1, 51) / 50
     np.testing.assert_allclose(levels.time, 1000 * t, rtol=1e-14)
+    np.testing.assert_allclose(levels.place, t, rtol=1e-12)
     norm = np.hypot(1 - t, t)
     np.testing.assert_allclose(levels.alpha_bar, ((1 - t) / norm) ** 2, rtol=1e-12, atol=1e-30)
     np.testing.assert_allclose(levels.input_scale, norm, rtol=1e-12)
@@ -58,6 +59,8 @@ def test_edm_goes_from_sigma_max_to_sigma_min_as_karras(sampler: str, timesteps:
     sigma = (high + np.arange(18) / 17 * (low - high))[::-1] ** 7
     np.testing.assert_allclose(np.exp(4 * levels.time), sigma, rtol=1e-12)
     np.testing.assert_allclose(levels.alpha_bar, 1 / (1 + sigma**2), rtol=1e-12)
+    share = np.log(sigma / 0.002) / math.log(80 / 0.002)
+    np.testing.assert_allclose(levels.place, share, rtol=1e-9, atol=1e-9)
     total = np.sqrt(sigma**2 + 0.25)  # Karras et al., table 1
     np.testing.assert_allclose(levels.input_scale, np.sqrt(1 + sigma**2) / total, rtol=1e-11)
     np.testing.assert_allclose(levels.of_out, 0.5 * sigma / total, rtol=1e-11)
