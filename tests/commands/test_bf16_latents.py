@@ -43,4 +43,4 @@ def test_pixels_and_a_resume_that_rounds_are_refused(words, data, tmp_path: Path
     assert "train.latents=bf16 is for latents, and the data are pixels" in answer.err
     good(*words, run, "checkpoint.every=1")
     answer = command(*words, run, "train.latents=bf16")
-    assert answer.code == 2 and "train.latents: 'fp32' -> 'bf16'" in answer.err.replace('"', "'")
+    assert answer.code == 2 and "(config.train.latents: fp32 -> bf16)" in answer.err
