@@ -50,6 +50,11 @@ class Work:
         return self.tokens * self._shape.hidden_size * self._shape.depth
 
     @property
+    def numbers(self) -> int:
+        """Elements of the batch's latents."""
+        return self.batch * LATENT[0] * self.sample_size**2
+
+    @property
     def flop(self) -> float:
         """All matrix products and attention, forward and backward: six a multiply-add of the forward pass."""
         channels, size = LATENT[0], self.sample_size
@@ -96,6 +101,8 @@ class Work:
 class Traffic:
     """How one provider moves memory and keeps the host busy. Bytes by hand, launches from a profile of the parts.
 
+    sample: bytes an element of a latent, of noise and loss together (ours: x0 4 + x_t 2, and out 4 + x0 4 + gradient 4;
+    with `train.latents=bf16` x0 is 2).
     glue: bytes an element of the stream and block between the products, forward and backward. update: bytes a
     parameter and step (optimizer, EMA, cast, clip). kept: bytes an element and block kept for the backward pass, None
     where nobody counted. block: launches of a block, forward and backward. fixed: further launches of a step.
@@ -108,6 +115,7 @@ class Traffic:
     kept: float | None
     block: int
     fixed: int
+    sample: float = 18.0
     tensor: float = 0.0
     waits: int = 0
     tf32: bool = False
@@ -125,11 +133,12 @@ QUANTISED = 7 * (BY_ROWS + BY_COLUMNS) + 9 * (BY_ROWS + BY_COLUMNS) - 2 * (BY_RO
 QUANTISED_FUSED = 7 * (3 + 5) + 9 * (3 + 5) - 2 * (3 - 1)
 
 PROVIDERS = {
-    "reference": Traffic(360, 100, None, 71, 300, tensor=12.0, waits=20, tf32=True),
-    "eager": Traffic(298, 46, 52, 71, 120),
-    "compile": Traffic(150, 46, None, 33, 20),
+    "reference": Traffic(360, 100, None, 71, 300, 1735, tensor=12.0, waits=20, tf32=True),
+    "eager": Traffic(298, 46, 52, 71, 120, 1735),
+    "compile": Traffic(150, 46, None, 33, 20, 48),
     "ours-torch": Traffic(106, 42, 40, 30, 20),
     "ours-torch, bf16 stream": Traffic(86, 42, 36, 30, 20),
+    "ours-torch, bf16 stream and latents": Traffic(86, 42, 36, 30, 20, 14),
     "ours-torch, bf16 stream, graph": Traffic(86, 42, 36, 30, 20, graph=True),
     "ours-torch, bf16 stream, fp8 rows": Traffic(86 + QUANTISED, 42, 36, 196, 20, fp8=True),
     "the same, were quantising one kernel": Traffic(86 + QUANTISED_FUSED, 42, 36, 64, 20, fp8=True),
@@ -204,7 +213,8 @@ def predict(gpu: Gpu, case: str, work: Work, provider: str) -> Prediction:
         done += 3 * count * flop
     products += max(0.0, work.flop - work.attention_flop - done) / rate  # embedders, last layer
     attention = work.attention_flop / (rate * gpu.attention)
-    other = (traffic.glue * work.elements + traffic.update * work.parameters) / bandwidth
+    moved = traffic.glue * work.elements + traffic.update * work.parameters
+    other = (moved + traffic.sample * work.numbers) / bandwidth
     device = products + attention + other
     launches = traffic.block * dit.SIZES[work.size].depth + traffic.fixed
     host = (gpu.launch * launches + traffic.tensor * work.tensors) * 1e-6

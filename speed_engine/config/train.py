@@ -44,6 +44,11 @@ class Train(Section):
         description="hold all samples in the memory of the training device; auto: where they take a sixth of it "
         "at most",
     )
+    latents: Literal["fp32", "bf16"] = Field(
+        default="fp32",
+        description="dtype of a batch of latents on the device; bf16 rounds each number to 8 bits, and noise "
+        "and loss read 2 bytes less each",
+    )
     vb_scale: float = Field(
         default=1.0, ge=0, description="factor of the variational term (learned variance only)"
     )

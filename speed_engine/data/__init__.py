@@ -144,7 +144,8 @@ class Source(Protocol):
         """Stored values, already on the training device, to model space: float32 [B, C, *space].
 
         normals: float32 [B, C, *space], where `facts.space.posterior`; without them the posterior's
-        mean. Mostly `facts.space.to_model`.
+        mean. Mostly `facts.space.to_model`. One that takes a further `dtype`, as that does, can be
+        trained on with `train.latents=bf16`.
         """
         ...
 
@@ -153,6 +154,6 @@ class Source(Protocol):
 class Batch:
     """One micro-batch of one process, from the loader to the loss. All on the training device."""
 
-    x0: Tensor  # [B, C, *space] float32, model space
+    x0: Tensor  # [B, C, *space], model space; float32, or what `train.latents` says
     conditions: dict[str, Tensor]  # the model's keywords -> [B, ...], dropout applied
     address: Tensor  # int64 [2]: (step, first global slot)

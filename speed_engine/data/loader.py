@@ -5,11 +5,12 @@ Stateless: any step can be asked for, so a resume at step n is `Loader(...).batc
 
 from __future__ import annotations
 
+import inspect
 import queue
 import threading
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -46,7 +47,7 @@ class Loader:
     """Where batches come from and how they are split over processes and micro-batches.
 
     conditions: those that the network is told, by name. backend: of the op that draws the
-    posterior's normals.
+    posterior's normals. dtype: of x0; another than float32 for latents alone (`Space.to_model`).
     """
 
     source: Source
@@ -57,12 +58,31 @@ class Loader:
     flip: bool
     processes: Processes
     backend: str
+    dtype: torch.dtype = torch.float32
 
     def __post_init__(self) -> None:
+        self._check_dtype()
         if self.flip and not self.source.facts.flips:
             raise ValueError(
                 "train.flip=true, but the data hold no flipped latents; encode them again with "
                 "--flip, or set train.flip=false"
+            )
+
+    def _check_dtype(self) -> None:
+        if self.dtype == torch.float32:
+            return
+        if self.source.facts.space.kind == "pixels":
+            raise ValueError(
+                "train.latents=bf16 is for latents, and the data are pixels, which bf16 would move by up to a quarter "
+                "of a byte; set train.latents=fp32"
+            )
+        source: Any = self.source
+        while hasattr(source, "source"):  # a part of a set, or a set in memory
+            source = source.source
+        if "dtype" not in inspect.signature(source.decode).parameters:
+            raise ValueError(
+                f"train.latents=bf16, but {type(source).__name__}.decode takes no dtype; add the argument (see "
+                "speed_engine.data.Source), or set train.latents=fp32"
             )
 
     @property
@@ -157,7 +177,8 @@ class Loader:
         if facts.space.posterior:
             shape = (len(at.indices), *facts.shape)
             normals = order.posterior_normals(self.seed, address, shape, self.backend)
-        x0 = self.source.decode(send(stored, device), normals)
+        options = {} if self.dtype == torch.float32 else {"dtype": self.dtype}
+        x0 = self.source.decode(send(stored, device), normals, **options)
         for condition in self.conditions.values():
             if isinstance(condition, Augmenting):
                 x0, told = condition.augment(x0, self.seed, at.step, at.first_slot)

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -104,9 +104,9 @@ class Resident:
         told = {name: array[chosen] for name, array in arrays.items()}
         return x[send(row, self.device)], told
 
-    def decode(self, stored: Tensor, normals: Tensor | None = None) -> Tensor:
+    def decode(self, stored: Tensor, normals: Tensor | None = None, **dtype: Any) -> Tensor:
         """See `data.Source`."""
-        return self.source.decode(stored, normals)
+        return self.source.decode(stored, normals, **dtype)
 
     def _load(self) -> tuple[Tensor, dict[str, Tensor]]:
         x, arrays = None, {}

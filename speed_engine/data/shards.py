@@ -259,9 +259,11 @@ class Shards:
             told[name] = values if values.is_floating_point() else values.long()
         return told
 
-    def decode(self, stored: Tensor, normals: Tensor | None = None) -> Tensor:
-        """Stored values to model space: float32, on the same device (`Space.to_model`)."""
-        return self.facts.space.to_model(stored, normals)
+    def decode(
+        self, stored: Tensor, normals: Tensor | None = None, dtype: torch.dtype = torch.float32
+    ) -> Tensor:
+        """Stored values to model space, on the same device (`Space.to_model`)."""
+        return self.facts.space.to_model(stored, normals, dtype)
 
     def _fill(self, stored: Tensor, chosen: np.ndarray, offset: np.ndarray, size: int) -> None:
         """One read per sample into its row. What fails goes through the slow and careful path."""

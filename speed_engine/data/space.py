@@ -48,14 +48,23 @@ class Space:
         """Plain JSON."""
         return asdict(self) | {"scale": list(self.scale), "shift": list(self.shift)}
 
-    def to_model(self, stored: Tensor, normals: Tensor | None = None) -> Tensor:
-        """Stored values [B, C or 2C, *space] to model space [B, C, *space], float32, same device.
+    def to_model(
+        self,
+        stored: Tensor,
+        normals: Tensor | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> Tensor:
+        """Stored values [B, C or 2C, *space] to model space [B, C, *space] in `dtype`, same device.
 
-        With a posterior the value is mean + std * normals, or the mean without normals. Raises
-        ValueError for normals without a posterior.
+        With a posterior the value is mean + std * normals, or the mean without normals. dtype: another
+        than float32 is for latents; they are computed in float32 and rounded as they are written, so
+        that no float32 copy of the batch is made. Raises ValueError for normals without a posterior,
+        and for pixels in another dtype.
         """
         if normals is not None and not self.posterior:
             raise ValueError("normals are given, but no posterior is stored; draw no normals")
+        if dtype != torch.float32:
+            return self._rounded(stored, normals, dtype)
         if self.kind == "pixels":
             return stored.to(torch.float32).div_(127.5).sub_(1)
         values = stored.to(torch.float32, copy=True)
@@ -65,6 +74,24 @@ class Space:
         if any(self.shift):
             values.sub_(self._column(self.shift, values))
         return values.mul_(self._column(self.scale, values))
+
+    def _rounded(self, stored: Tensor, normals: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """stored * scale - shift * scale, one pass; a posterior's draw is one more."""
+        if self.kind == "pixels":
+            raise ValueError(
+                f"pixels in {dtype} would be moved by up to a quarter of a byte; take float32"
+            )
+        drawn = stored
+        if self.posterior:
+            mean, std = stored.chunk(2, 1)
+            drawn = mean if normals is None else torch.addcmul(mean, std, normals.float())
+        scale, shift = (
+            torch.tensor(each, dtype=torch.float64) for each in (self.scale, self.shift)
+        )
+        columns = torch.stack([scale, -shift * scale]).float().to(stored.device)
+        factor, offset = columns.view(2, -1, *[1] * (stored.dim() - 2))
+        out = torch.empty(drawn.shape, dtype=dtype, device=stored.device)
+        return torch.addcmul(offset, drawn, factor, out=out)
 
     def to_stored(self, x: Tensor) -> Tensor:
         """The inverse of `to_model` for a sample without a posterior: x / scale + shift."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -73,5 +74,5 @@ class Part:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         return self.source.read(self.whole(indices), flips)
 
-    def decode(self, stored: Tensor, normals: Tensor | None = None) -> Tensor:
-        return self.source.decode(stored, normals)
+    def decode(self, stored: Tensor, normals: Tensor | None = None, **dtype: Any) -> Tensor:
+        return self.source.decode(stored, normals, **dtype)

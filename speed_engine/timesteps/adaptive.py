@@ -155,7 +155,7 @@ class Sampler(Policy):
 
     def draw(self, x0: Tensor, word_B: Tensor) -> Tensor:
         with torch.no_grad():
-            mass_BT = (self.network(x0).exp() * 2**30).round().long()
+            mass_BT = (self.network(x0.float()).exp() * 2**30).round().long()
         # Integers, so that a draw never depends on the order of a sum.
         cdf_BT = mass_BT.cumsum(dim=1)
         point_B1 = (word_B[:, None] * cdf_BT[:, -1:]) >> 32
@@ -256,7 +256,7 @@ class Sampler(Policy):
         scale = (square - mean.square()).clamp_min(0).sqrt() + torch.finfo(torch.float32).tiny
         advantage_B = ((reward_B - mean) / scale).clamp(-10, 10).float()
         with torch.enable_grad():
-            log_BT = self.network(lesson.x0)
+            log_BT = self.network(lesson.x0.float())
             chosen_B = log_BT.gather(1, lesson.row_B[:, None]).squeeze(1)
             entropy_B = -(log_BT.exp() * log_BT).sum(dim=1)
             loss = -(advantage_B * chosen_B + self.config.entropy * entropy_B).mean()

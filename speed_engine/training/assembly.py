@@ -98,6 +98,7 @@ def build(
         config.train.flip,
         processes,
         backends["noise"],
+        torch.bfloat16 if config.train.latents == "bf16" else torch.float32,
     )
     table = build_table(config).to(processes.device)
     if config.train.exact_sums and table.changes:

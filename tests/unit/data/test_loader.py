@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from speed_engine.conditions import label
 from speed_engine.data import Batch, Source, order, resident
 from speed_engine.data.loader import SLOTS_AT_ONCE, Loader
 from speed_engine.data.shards import Shards
+from speed_engine.data.space import Space
 from speed_engine.data.storage.writer import SetWriter
 from speed_engine.distributed import Processes
 
@@ -113,3 +117,60 @@ def test_an_error_of_the_reading_thread_reaches_the_step(posterior: Shards):
 
     with pytest.raises(OSError, match="the disk is gone"):
         next(loader(Broken(posterior, True, CPU)).batches(0, 1))
+
+
+# ------------------------------------------------------------------ latents in bf16
+
+
+@pytest.mark.parametrize("scale, shift", [(0.18215, 0.0), ((0.5, 2.0), (0.25, -3.0))])
+@pytest.mark.parametrize("drawn", [True, False])
+@pytest.mark.parametrize("stored_dtype", [torch.float16, torch.float32])
+def test_latents_are_rounded_once_and_never_copied_in_float32(scale, shift, drawn, stored_dtype):
+    """To what float32 gives, but for its own last bits; the only float32 of the batch's size is a posterior's draw."""
+    columns = [each if isinstance(each, tuple) else (each,) * 2 for each in (scale, shift)]
+    space = Space("latents", *columns, posterior=drawn)
+    generator = torch.Generator().manual_seed(0)
+    stored = torch.randn(5, 2 + 2 * drawn, 3, 7, generator=generator).to(stored_dtype)
+    normals = torch.randn(5, 2, 3, 7, generator=generator) if drawn else None
+    made = []
+
+    class Written(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            inputs = {each.data_ptr() for each in args if isinstance(each, Tensor)}
+            if isinstance(out, Tensor) and out.data_ptr() not in inputs and out.numel() >= 210:
+                made.append(out.dtype)
+            return out
+
+    with Written():
+        found = space.to_model(stored, normals, torch.bfloat16)
+    assert made.count(torch.float32) == drawn and found.dtype == torch.bfloat16
+    wanted = space.to_model(stored, normals)
+    error = (found.double() - wanted.double()).abs()
+    size = max(abs(s) * (stored.abs().max() * 8 + abs(d)) for s, d in zip(*columns, strict=True))
+    assert (error <= 2.0**-8 * wanted.abs() + 2.0**-22 * size).all()
+    assert (found == wanted.bfloat16()).double().mean() > 0.98
+
+
+def test_a_batch_in_bf16_is_the_float32_one_rounded(posterior: Shards):
+    plain, rounded = loader(posterior), replace(loader(posterior), dtype=torch.bfloat16)
+    for wanted, found in zip(plain.batches(0, 2), rounded.batches(0, 2), strict=True):
+        assert torch.equal(found.x0, wanted.x0.bfloat16())  # a scale of one: no bit is in doubt
+        assert all(map(torch.equal, tensors(found)[1:], tensors(wanted)[1:]))
+
+
+def test_what_cannot_be_in_bf16_is_refused(posterior: Shards):
+    class Old:
+        facts = posterior.facts
+
+        def __len__(self) -> int:
+            return NUM
+
+        def decode(self, stored, normals=None):
+            raise AssertionError
+
+    with pytest.raises(ValueError, match=r"train\.latents=bf16, but Old\.decode takes no dtype"):
+        replace(loader(posterior), source=Old(), dtype=torch.bfloat16)
+    Old.facts = replace(posterior.facts, space=Space.pixels(2))
+    with pytest.raises(ValueError, match="for latents, and the data are pixels"):
+        replace(loader(posterior), source=Old(), dtype=torch.bfloat16)
