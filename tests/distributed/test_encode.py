@@ -1,6 +1,7 @@
 """`encode` by several processes as a launcher starts them: one is killed, others continue; mistakes are told once."""
 
 import io
+import os
 import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -10,9 +11,11 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
+from speed_engine.data import digits
 from speed_engine.data.encode import encode
 from speed_engine.data.encode_set import Team
 from speed_engine.data.storage.index import verify
+from tests.distributed.warm import Warm
 
 SLOW = """
 import time
@@ -99,3 +102,21 @@ def test_a_mistake_is_told_once(start, tmp_path, monkeypatch, words, reason):
     (code0, said0), (code1, said1) = ends(start(2, ["--local_rank=1", "encode", *words]))
     assert (code0, code1) == (2, 2) and reason in " ".join(said0.split()) and said1 == ""
     assert "Traceback" not in said0
+
+
+BUILD = """
+import sys
+from speed_engine.data import digits
+print(digits.build(digits.Config(path=sys.argv[1])).fingerprint)
+"""
+
+
+def test_two_processes_build_the_digits_at_once(nest, tmp_path):
+    script, folder = tmp_path / "build.py", tmp_path / "data" / "digits"
+    script.write_text(BUILD)
+    words = [str(script), str(folder)]
+    answers = ends([Warm(nest, words, env=dict(os.environ), cwd=str(tmp_path)) for _ in range(2)])
+    assert [code for code, _ in answers] == [0, 0], answers
+    built = digits.build(digits.Config(path=str(folder)))
+    assert {said.split()[-1] for _, said in answers} == {built.fingerprint}
+    assert [path.name for path in folder.parent.iterdir() if "partial" in path.name] == []

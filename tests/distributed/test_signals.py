@@ -1,5 +1,6 @@
 """A request to stop as a terminal or a scheduler makes it: to every process of the launcher's group at once."""
 
+import json
 import os
 import signal
 import subprocess
@@ -40,4 +41,5 @@ def test_a_signal_to_the_launchers_group_saves(launcher, name):
     output = process.communicate(timeout=60)[0]  # ends when the last process has
     assert "stopped on request" in output, output
     (folder,) = (run / "checkpoints").glob("step-*")
-    assert (folder / "manifest.json").is_file() and ".partial" not in folder.name
+    assert ".partial" not in folder.name
+    assert json.loads((folder / "manifest.json").read_text())["processes"] == world
