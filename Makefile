@@ -38,8 +38,8 @@ test: export OMP_NUM_THREADS ?= 1
 test: install
 	$(BIN)/python -m pytest tests -n 2 --dist loadfile --no-loadscope-reorder
 
-# Some fifty kills and two thousand damaged files, and two nodes that lose each other: half an hour on two cores. What is
-# found goes to FAULTS as JSON and as a page; started again, it goes on.
+# Some fifty kills and two thousand damaged files, two nodes that lose each other, methods that learn resumed elsewhere:
+# half an hour on two cores. What is found goes to FAULTS as JSON and as a page; started again, it goes on.
 FAULTS ?= runs/faults
 test-faults: export OMP_NUM_THREADS ?= 1
 test-faults: install

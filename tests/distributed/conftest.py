@@ -36,6 +36,30 @@ def start_ranks(
     return [Warm(nest, command, env=place | rank, cwd=str(cwd or Path.cwd())) for rank in ranks]
 
 
+COMMAND = f"""
+import sys, warnings
+sys.path[:1] = [{str(ROOT)!r}, {str(ROOT / "kernels")!r}]
+warnings.simplefilter("ignore")
+from speed_engine.__main__ import main
+"""
+
+
+@pytest.fixture
+def command_in(nest: Nest, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Warm]:
+    """command_in(environment, words, before=""): `python -m speed_engine WORDS` after these lines of Python; of any
+    launcher it is told this environment alone."""
+    launchers = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "SLURM_", "TORCHELASTIC_")
+    bare = {name: value for name, value in os.environ.items() if not name.startswith(launchers)}
+
+    def start(environment: dict[str, str], words: list[str], before: str = "") -> Warm:
+        program = tmp_path_factory.mktemp("program") / "command.py"
+        program.write_text(f"{COMMAND}{before}\nsys.exit(main())\n")
+        told = bare | {"OMP_NUM_THREADS": "1"} | environment
+        return Warm(nest, [str(program), *map(str, words)], env=told, cwd=str(Path.cwd()))
+
+    return start
+
+
 @pytest.fixture(scope="session")
 def nest() -> Iterator[Nest]:
     """Where processes come from that start fast."""

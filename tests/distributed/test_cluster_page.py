@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.distributed.conftest import free_port
+
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "speed_engine" / "guide" / "clusters.md").read_text(encoding="utf-8")
 (SBATCH,) = re.findall(r"```sbatch\n(.*?)```", PAGE, re.DOTALL)
@@ -29,14 +31,6 @@ exit $code
 SCONTROL = """#!/bin/bash
 if [ "$1" = show ]; then echo 127.0.0.1; echo node2; else echo "$@" > scontrol.txt; fi
 """
-
-
-def free_port() -> str:
-    import socket
-
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return str(free.getsockname()[1])
 
 
 @pytest.fixture

@@ -3,8 +3,6 @@
 import io
 import os
 import signal
-import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -13,41 +11,36 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
+from speed_engine.data import digits
 from speed_engine.data.encode import encode
 from speed_engine.data.encode_set import Team
 from speed_engine.data.storage.index import verify
+from tests.distributed.warm import Warm
 
 SLOW = """
-import sys, time
-from speed_engine.__main__ import main
+import time
 from speed_engine.data.storage.shard_writer import ShardWriter
 real = ShardWriter.write
 def slow(*args, **kwargs):
     time.sleep(0.15)
     return real(*args, **kwargs)
 ShardWriter.write = slow
-sys.exit(main())
 """
 TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
 SRUN = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS")
 
 
-def start(world, words, names=TORCHRUN, script=None):
-    """`python -m speed_engine encode WORDS` in `world` processes that are told their place, and of no network."""
-    program = ["-m", "speed_engine"] if script is None else ["-c", script]
-    command = [sys.executable, "-W", "ignore", *program, *map(str, words)]
-    launchers = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "SLURM_", "TORCHELASTIC_")
-    bare = {name: value for name, value in os.environ.items() if not name.startswith(launchers)}
-    return [
-        subprocess.Popen(
-            command,
-            env=bare | dict(zip(names, map(str, (rank, rank, world)), strict=True)),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(world)
-    ]
+@pytest.fixture
+def start(command_in):
+    """start(world, words, names, before): `encode` in processes that are told their place, and of no network."""
+
+    def ranks(world, words, names=TORCHRUN, before=""):
+        places = [
+            dict(zip(names, map(str, (rank, rank, world)), strict=True)) for rank in range(world)
+        ]
+        return [command_in(place, words, before) for place in places]
+
+    return ranks
 
 
 def ends(processes):
@@ -64,10 +57,10 @@ def images(tmp_path_factory):
     return folder
 
 
-def test_one_is_killed_and_another_number_continues(tmp_path, images):
+def test_one_is_killed_and_another_number_continues(start, tmp_path, images):
     words = ["encode", "--images", images, "--size", "8", "--shard-size", "4"]
     out, partial = tmp_path / "out", tmp_path / ".out.partial"
-    processes = start(2, [*words, "--out", out, "--patience", "4"], SRUN, script=SLOW)
+    processes = start(2, [*words, "--out", out, "--patience", "4"], SRUN, SLOW)
     while len(list(partial.glob("shard-*.json"))) < 4:
         assert all(process.poll() is None for process in processes)
         time.sleep(0.02)
@@ -104,9 +97,26 @@ def test_one_is_killed_and_another_number_continues(tmp_path, images):
         (["--sighs", "8"], "unrecognized arguments: --sighs 8"),
     ],
 )
-def test_a_mistake_is_told_once(tmp_path, monkeypatch, words, reason):
+def test_a_mistake_is_told_once(start, tmp_path, monkeypatch, words, reason):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
     (code0, said0), (code1, said1) = ends(start(2, ["--local_rank=1", "encode", *words]))
     assert (code0, code1) == (2, 2) and reason in " ".join(said0.split()) and said1 == ""
     assert "Traceback" not in said0
+
+
+BUILD = """
+import sys
+from speed_engine.data import digits
+print(digits.build(digits.Config(path=sys.argv[1])).fingerprint)
+"""
+
+
+def test_two_processes_build_the_digits_at_once(nest, tmp_path):
+    script, folder = tmp_path / "build.py", tmp_path / "data" / "digits"
+    script.write_text(BUILD)
+    words = [str(script), str(folder)]
+    answers = ends([Warm(nest, words, env=dict(os.environ), cwd=str(tmp_path)) for _ in range(2)])
+    assert [code for code, _ in answers] == [0, 0], answers
+    built = digits.build(digits.Config(path=str(folder)))
+    assert {said.split()[-1] for _, said in answers} == {built.fingerprint}
+    assert [path.name for path in folder.parent.iterdir() if "partial" in path.name] == []

@@ -1,4 +1,4 @@
-"""`train.exact_sums`: one, two and four processes train the same bits, a kill among them."""
+"""`train.exact_sums`: one, two and four processes train and are judged by the same bits, a kill among them."""
 
 import time
 from pathlib import Path
@@ -17,6 +17,9 @@ SETTINGS = (
     "checkpoint.every=4",
     "checkpoint.keep=9",
     "log.every=3",
+    "validation.every=3",
+    "validation.samples=130",  # three blocks: two processes share them, and one of four has none
+    "validation.rows=1",
 )
 
 
@@ -50,6 +53,12 @@ def test_one_two_and_four_processes_train_the_same_bits(launcher):
         assert expected.keys() == found.keys() and len(expected) > 50
         assert not [key for key, value in expected.items() if not torch.equal(value, found[key])]
     assert metrics(one) == metrics(other)
+    judged = [
+        [line[f"validation_{what}"] for what in ("loss", "loss_se", "v")] for line in metrics(other)
+    ]
+    assert (
+        len(judged) == 4 and judged[0] != judged[3]
+    )  # the first by two processes, the others by four
     plain = ("train.exact_sums=false", "train.steps=8")
     launcher.train("plain", *SETTINGS, *plain, world=2)
     expected, found = (

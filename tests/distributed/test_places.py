@@ -3,40 +3,26 @@
 import json
 import os
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests.distributed.conftest import free_port
+from tests.distributed.warm import Warm
+
 TRAIN = Path(__file__).resolve().parents[2] / "speed_engine" / "train.py"
 
 
-def environment(**more: str) -> dict[str, str]:
-    """This one's, without a word of any launcher."""
+def start(launcher, arguments: list[str], **more: str) -> Warm:
+    """`train.py` with this environment, but without a word of any launcher."""
     words = ("RANK", "WORLD_SIZE", "MASTER_", "LOCAL_", "SLURM_", "OMPI_", "PMI_")
     bare = {k: v for k, v in os.environ.items() if not k.startswith(words)}
-    return bare | {"OMP_NUM_THREADS": "1"} | more
-
-
-def start(arguments: list[str], **more: str) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, str(TRAIN), *arguments],
-        env=environment(**more),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    place = bare | {"OMP_NUM_THREADS": "1"} | more
+    return Warm(launcher.nest, [str(TRAIN), *arguments], env=place, cwd=str(Path.cwd()))
 
 
 def losses(run: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
-def free_port() -> str:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return str(free.getsockname()[1])
 
 
 SHORT = ("train.steps=2", "log.every=1", "model.depth=1", "engine=torch")
@@ -53,7 +39,7 @@ SHORT = ("train.steps=2", "log.every=1", "model.depth=1", "engine=torch")
     ids=lambda told: ",".join(told),
 )
 def test_a_half_told_place_trains_nothing(launcher, told):
-    process = start(launcher.arguments("run", *SHORT), **told)
+    process = start(launcher, launcher.arguments("run", *SHORT), **told)
     text = launcher.wait([process], expect=2)
     assert "error: " in text and "Traceback" not in text
     assert not (launcher.folder / "run").exists()
@@ -61,10 +47,13 @@ def test_a_half_told_place_trains_nothing(launcher, told):
 
 def test_srun_trains_as_one_process_does(launcher):
     """A shell with a job's number alone is one process; two tasks of srun share each batch."""
-    launcher.wait([start(launcher.arguments("one", *SHORT), SLURM_JOB_ID="7", SLURM_NTASKS="2")])
+    launcher.wait(
+        [start(launcher, launcher.arguments("one", *SHORT), SLURM_JOB_ID="7", SLURM_NTASKS="2")]
+    )
     meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "SLURM_NTASKS": "2"}
     tasks = [
         start(
+            launcher,
             launcher.arguments("two", *SHORT),
             SLURM_PROCID=str(rank),
             SLURM_LOCALID=str(rank),
@@ -85,7 +74,7 @@ def test_a_taken_port_is_named_with_the_cure(launcher):
         taken.listen()
         port = taken.getsockname()[1]
         place = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-        process = start(launcher.arguments("run", *SHORT), MASTER_PORT=str(port), **place)
+        process = start(launcher, launcher.arguments("run", *SHORT), MASTER_PORT=str(port), **place)
         text = launcher.wait([process], expect=2)
     assert f"cannot open port {port} of 127.0.0.1" in text
     assert "--master_port" in text
@@ -95,5 +84,5 @@ def test_a_taken_port_is_named_with_the_cure(launcher):
 def test_zero_three_trains_alone_without_a_launcher(launcher):
     """DeepSpeed looks for LOCAL_RANK in its first steps, long after its start."""
     words = [word for word in SHORT if word != "engine=torch"]
-    launcher.wait([start(launcher.arguments("run", *words, "engine.zero=3"))])
+    launcher.wait([start(launcher, launcher.arguments("run", *words, "engine.zero=3"))])
     assert len(losses(launcher.folder / "run")) == 2

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,35 +15,32 @@ from PIL import Image
 
 from speed_engine.__main__ import main
 from tests.distributed.conftest import free_port
+from tests.distributed.warm import Warm
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN = ROOT / "tests" / "golden" / "run_format_1" / "run"
 NUM = 24
+Start = Callable[[int, Path], list[Warm]]
 
 
-def words(out: Path, *more: str) -> list[str]:
-    command = [sys.executable, "-W", "ignore", "-m", "speed_engine", "sample", f"--run={RUN}"]
-    command += [f"--num={NUM}", "--sampler=ddim", "--steps=4", "--batch-size=2", f"--out={out}"]
-    return [*command, *more]
+def words(out: Path) -> list[str]:
+    command = ["sample", f"--run={RUN}", f"--num={NUM}", "--sampler=ddim", "--steps=4"]
+    return [*command, "--batch-size=2", f"--out={out}"]
 
 
-def start(world: int, out: Path, *more: str) -> list[subprocess.Popen]:
-    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": str(world)}
-    place |= {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    return [
-        subprocess.Popen(
-            words(out, *more),
-            env=place | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(world)
-    ]
+@pytest.fixture
+def start(command_in: Callable[..., Warm]) -> Start:
+    """start(world, out): the command in as many processes."""
+
+    def ranks(world: int, out: Path) -> list[Warm]:
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": str(world)}
+        each = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world)]
+        return [command_in(place | own, words(out)) for own in each]
+
+    return ranks
 
 
-def finish(running: list[subprocess.Popen]) -> list[tuple[int, str]]:
+def finish(running: list[Warm]) -> list[tuple[int, str]]:
     said = [each.communicate(timeout=200)[0] for each in running]
     return [(each.returncode, text) for each, text in zip(running, said, strict=True)]
 
@@ -54,7 +50,7 @@ def here(out: Path) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["speed_engine", *words(out)[5:]])
+        patch.setattr(sys, "argv", ["speed_engine", *words(out)])
         assert main() == 0
     torch.set_num_threads(threads)
 
@@ -72,7 +68,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_two_draw_what_one_draws_and_say_so_once(alone: Path, tmp_path: Path) -> None:
+def test_two_draw_what_one_draws_and_say_so_once(start: Start, alone: Path, tmp_path: Path) -> None:
     answers = finish(start(2, tmp_path / "out"))
     assert [code for code, _ in answers] == [0, 0], answers
     assert f"{NUM} samples in {tmp_path / 'out'}" in answers[0][1]
@@ -82,7 +78,7 @@ def test_two_draw_what_one_draws_and_say_so_once(alone: Path, tmp_path: Path) ->
         assert (tmp_path / "out" / name).read_bytes() == (alone / name).read_bytes(), name
 
 
-def test_killed_and_continued_by_another_number(alone: Path, tmp_path: Path) -> None:
+def test_killed_and_continued_by_another_number(start: Start, alone: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     running = start(2, out)
     limit = time.monotonic() + 120

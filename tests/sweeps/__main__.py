@@ -1,6 +1,6 @@
 """`make test-faults`: kills and damage by the dozen, minutes on two cores, written down as JSON and as a page.
 
-python -m tests.sweeps --out benchmarks/results --name HOST [--kills 6] [--only kills damage growth nodes]
+python -m tests.sweeps --out benchmarks/results --name HOST [--kills 6] [--only kills damage growth nodes methods]
 What a file of that name holds already, from the same commit and seed, is not done again.
 """
 
@@ -19,7 +19,7 @@ from benchmarks.harness.environment import conditions
 from speed_engine.atomic_files import write_json, write_text
 from tests.distributed.conftest import Launcher
 from tests.distributed.warm import Nest
-from tests.sweeps import damage, growth, kills, nodes
+from tests.sweeps import damage, growth, kills, methods, nodes
 from tests.sweeps.page import failures, page
 
 
@@ -100,7 +100,21 @@ def _growth(launcher: Launcher, asked: argparse.Namespace) -> dict[str, Any]:
     return {name: (lambda name=name: growth.sweep(launcher, name)) for name in growth.ENGINES}
 
 
-PARTS = {"kills": _kills, "damage": _damage, "growth": _growth, "nodes": _nodes}
+def _methods(launcher: Launcher, asked: argparse.Namespace) -> dict[str, Any]:
+    def of(kind: str) -> dict[str, Any]:
+        with kills.cleared(launcher.folder / kind) as folder:
+            return methods.sweep(Launcher(launcher.nest, folder, launcher.data), kind)
+
+    return {kind: (lambda kind=kind: of(kind)) for kind in methods.METHODS}
+
+
+PARTS = {
+    "kills": _kills,
+    "damage": _damage,
+    "growth": _growth,
+    "nodes": _nodes,
+    "methods": _methods,
+}
 
 if __name__ == "__main__":
     sys.exit(main())

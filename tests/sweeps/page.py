@@ -22,7 +22,8 @@ def failures(told: dict[str, Any]) -> list[str]:
             found.append(f"{name}: {counts['unnoticed']} changes passed unnoticed")
     if told.get("damage", {}).get("control") == 0:
         found.append("without checksums no change of the weights passed: the sweep proves nothing")
-    for name, result in [*told.get("growth", {}).items(), *told.get("nodes", {}).items()]:
+    parts = [told.get(part, {}) for part in ("growth", "nodes", "methods")]
+    for name, result in [item for part in parts for item in part.items()]:
         found += [f"{name}: {sentence}" for sentence in result["wrong"]]
     return found
 
@@ -46,6 +47,12 @@ saved, a fault; all end, and the same commands go on to the end of the run, whic
 itself ends whatever a launcher has left after the time that stands here.
 """
 
+METHODS = """
+Methods that learn their table: two processes to step 20, one to 40, two to 60, beside two that train all the way. What
+is counted must be the same; `adaptive` must be the same bits where as many processes go on. The weights' distance is in
+parts of the way that they have gone since step 20.
+"""
+
 
 def page(told: dict[str, Any]) -> str:
     """Markdown."""
@@ -57,7 +64,12 @@ def page(told: dict[str, Any]) -> str:
     ]
     lines += [f"- {sentence}" for sentence in failures(told)] or [HELD]
     lines += ["", *_table(("condition", "value"), list(told["conditions"].items()))]
-    return "\n".join(lines + _kills(told) + _damage(told) + _growth(told) + _nodes(told)) + "\n"
+    return (
+        "\n".join(
+            lines + _kills(told) + _damage(told) + _growth(told) + _nodes(told) + _methods(told)
+        )
+        + "\n"
+    )
 
 
 def _table(head: tuple[str, ...], rows: list[Any]) -> list[str]:
@@ -114,3 +126,14 @@ def _nodes(told: dict[str, Any]) -> list[str]:
     head = ("launcher and stage", "fault", "exit codes", "seconds until all ended")
     head = (*head, "went on from step", "different")
     return ["", "## Two nodes", NODES, *_table(head, rows)] if nodes else []
+
+
+def _methods(told: dict[str, Any]) -> list[str]:
+    keys = ("density_apart", "density_largest", "weights_apart")
+    rows = [
+        [kind, step, *(f"{apart[key]:.2g}" for key in keys)]
+        for kind, each in told.get("methods", {}).items()
+        for step, apart in each["steps"].items()
+    ]
+    head = ("method", "step", "density apart by", "of", "weights apart by")
+    return ["", "## Methods that learn, elsewhere", METHODS, *_table(head, rows)] if rows else []

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import tarfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -332,19 +330,6 @@ def test_digits_refuse_another_set(tmp_path: Path) -> None:
     write(tmp_path / "set")
     with pytest.raises(DataError, match="something else than the digits"):
         digits.build(digits.Config(path=str(tmp_path / "set")))
-
-
-def test_two_processes_build_the_digits_at_once(tmp_path: Path) -> None:
-    program = (
-        "import sys; from speed_engine.data import digits;"
-        "print(digits.build(digits.Config(path=sys.argv[1])).fingerprint)"
-    )
-    command = [sys.executable, "-W", "ignore", "-c", program, str(tmp_path / "digits")]
-    running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    answers = {process.communicate()[0].strip() for process in running}
-    assert [process.returncode for process in running] == [0, 0]
-    assert answers == {digits.build(digits.Config(path=str(tmp_path / "digits"))).fingerprint}
-    assert [path.name for path in tmp_path.iterdir() if "partial" in path.name] == []
 
 
 def test_index_is_plain_json(tmp_path: Path) -> None:
