@@ -14,5 +14,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from speed_engine.reports import paper
 
-    print(wrapped(paper.listed(), " " * 29) if args.row is None else paper.shown(args.row))
+    print(
+        wrapped(paper.listed(), " " * 29)
+        if args.row is None
+        else wrapped(paper.shown(args.row), " " * 11)
+    )
     return 0
