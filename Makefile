@@ -9,7 +9,7 @@ RUN    := runs/demo
 # a second busy process on the same cores slows small models down twentyfold.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: install demo test test-faults test-triton lint bench clean
+.PHONY: install demo test test-faults test-wheel test-triton lint bench clean
 .DELETE_ON_ERROR:
 
 install: $(VENV)/installed
@@ -44,6 +44,11 @@ FAULTS ?= runs/faults
 test-faults: export OMP_NUM_THREADS ?= 1
 test-faults: install
 	PYTHONPATH=".:kernels$${PYTHONPATH:+:$$PYTHONPATH}" $(BIN)/python -m tests.sweeps --out $(FAULTS)
+
+# The wheel, installed in a folder of its own: it trains from there, its C++ kernels compiled anew.
+test-wheel: export OMP_NUM_THREADS ?= 1
+test-wheel: install
+	$(BIN)/python -m pytest -q tests/sweeps/wheel.py
 
 # The code that another Triton makes of the GPU kernels, as `make test-triton VERSION=3.6.0`, that of torch 2.11: no GPU
 # is needed. It lies beside the environment, not in it, since torch brings its own.

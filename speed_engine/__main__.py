@@ -13,6 +13,7 @@ from typing import NoReturn
 from speed_engine import __version__
 from speed_engine.commands import parse
 from speed_engine.errors import BAD_INPUT, rank_told, told_in_one_sentence
+from speed_engine.progress import for_reader
 
 COMMANDS = {
     "doctor": "what is here, which kernel will run, and why",
@@ -44,7 +45,7 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         if rank_told() != "0":
             sys.exit(BAD_INPUT)
-        super().error(message)
+        super().error(for_reader(message, sys.stderr))
 
 
 def main() -> int:

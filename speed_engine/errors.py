@@ -6,6 +6,8 @@ import os
 import sys
 from collections.abc import Callable
 
+from speed_engine.progress import for_reader
+
 BAD_INPUT, INTERRUPTED = 2, 130  # exit codes
 # What libraries raise where a user can mend it, by name: to import them takes seconds.
 OF_LIBRARIES = {
@@ -59,7 +61,7 @@ def rank_told() -> str:
 def _say(text: str) -> int:
     rank = rank_told()
     who = "error" if rank == "0" else f"error (process {rank})"
-    print(f"{who}: {text}", file=sys.stderr, flush=True)
+    print(for_reader(f"{who}: {text}", sys.stderr), file=sys.stderr, flush=True)
     return BAD_INPUT
 
 

@@ -6,22 +6,30 @@ import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 
-WIDTH = 100  # columns of a terminal that nothing but `plan` exceeds
+WIDTH = 100  # columns of a terminal
+COPIED = (
+    "python -m ",
+    "deepspeed ",
+    "torchrun ",
+)  # how a line begins that is a command to be typed
 
 
 def wrapped(text: str, indent: str = "    ") -> str:
     """`text` in lines of at most WIDTH columns, broken between words; those after the first begin with `indent`.
 
-    A word that is longer (a path, a command's argument) stays whole, since it is there to be copied; so does `a = b`.
+    A word that is longer (a path, a command's argument) stays whole, since it is there to be copied; so do `a = b` and
+    a line that is a command.
     """
     return "\n".join(
-        textwrap.fill(
+        line
+        if line.lstrip().startswith(COPIED)
+        else textwrap.fill(
             line.replace(" = ", "\0=\0"),
             WIDTH,
             subsequent_indent=indent,
@@ -32,6 +40,11 @@ def wrapped(text: str, indent: str = "    ") -> str:
         )
         for line in text.split("\n")
     ).replace("\0=\0", " = ")
+
+
+def for_reader(text: str, stream: TextIO) -> str:
+    """`text` in lines that fit where a person reads along; whole in a file or a pipe, which programs search by line."""
+    return wrapped(text) if stream.isatty() else text
 
 
 @dataclass(frozen=True)

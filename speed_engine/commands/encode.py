@@ -218,13 +218,13 @@ def _reindex(folder: Path, told: dict[str, Any], console: Console) -> int:
 
     index = reindex(folder, **told)
     shape = " x ".join(map(str, index.shape))
-    console.print(
-        f"{folder}: {index.count} samples, {index.kind} {shape}, {index.num_classes} classes, "
-        f"fingerprint {index.fingerprint}"
-    )
+    held = f"{index.count} samples, {index.kind} {shape}, {index.num_classes} classes"
+    console.print(wrapped(f"{folder}: {held}, fingerprint {index.fingerprint}"))
     if index.shape[-1] in (1, 3) and index.shape[0] > index.shape[-1]:
         console.print(
-            f"note: {shape} is read as {index.shape[0]} channels; if the last number is the channels, write the "
-            "arrays with it first"
+            wrapped(
+                f"note: {shape} is read as {index.shape[0]} channels; if the last number is the channels, write the "
+                "arrays with it first"
+            )
         )
     return 0

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from speed_engine.commands import refuse_folder
+from speed_engine.progress import wrapped
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,6 +51,6 @@ def run(args: argparse.Namespace) -> int:
     args.out.parent.mkdir(parents=True, exist_ok=True)
     weights_file.save(args.out, found.model, notes={"source": args.source.name})
     for sentence in found.remarks:
-        print(f"note: {sentence}")
+        print(wrapped(f"note: {sentence}"))
     print(args.out)
     return 0

@@ -19,6 +19,8 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("--markdown writes the page of all rows; leave out the row")
     if args.markdown:
         print(paper.as_markdown())
+    elif args.row:
+        print(wrapped(paper.shown(args.row), " " * 11))
     else:
-        print(wrapped(paper.listed(), " " * 29) if args.row is None else paper.shown(args.row))
+        print(wrapped(paper.listed(), " " * 29))
     return 0

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from speed_engine.commands import run_arguments
 from speed_engine.commands.import_weights import foreign_arguments
+from speed_engine.progress import wrapped
 
 if TYPE_CHECKING:
     from speed_engine.data import Facts
@@ -121,7 +122,7 @@ def run(args: argparse.Namespace) -> int:
         drawn = _draw(args, processes)
         log.into(args.out)
         if processes.first:
-            print(drawn)
+            print(wrapped(drawn))
         distributed.stop(together=True)
     return 0
 
@@ -215,7 +216,7 @@ def _asked_for(
         network = trained.of_run(args.run, args.weights, args.trust)
     for remark in network.remarks:
         if processes.first:
-            print(f"note: {remark}")
+            print(wrapped(f"note: {remark}"))
     conditions = network.process.conditions
     asked: dict[str, list[str]] = {name: [request] for name, request in _asked(args)}
     prompts = [*args.prompt, *(prompts_of(args.prompts) if args.prompts else ())]
@@ -235,7 +236,7 @@ def _asked_for(
         told |= condition.asked([asked[name][i % len(asked[name])] for i in range(args.num)])
         for remark in getattr(condition, "remarks", ()):
             if processes.first:
-                print(f"note: {remark}")
+                print(wrapped(f"note: {remark}"))
     source = {**network.source, "prompts": prompts} if prompts else network.source
     return network, told, _saved_as(network.facts, args.vae, processes.device), source
 

@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
 
         if args.samples or args.reference:
             raise ValueError("--compare reads reports; leave out --samples and --reference")
-        print("\n".join(comparing.compare(args.compare)))
+        print(wrapped("\n".join(comparing.compare(args.compare))))
         return 0
     if args.prompts and not args.clip:
         raise ValueError("--prompts belongs to --clip, the CLIP that compares; give both")
@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
         prompts = None if args.prompts is None else prompts_of(args.prompts)
         both = {"batch_size": args.batch_size, "device": device_of(args.device)}
         out = None if args.reference else args.out
-        print(line(clip_score(args.samples, args.clip, prompts, out, **both)))
+        print(wrapped(line(clip_score(args.samples, args.clip, prompts, out, **both)), " " * 13))
         if not args.reference:
             return 0
     options = Options(
@@ -104,7 +104,7 @@ def run(args: argparse.Namespace) -> int:
         device=device_of(args.device),
     )
     report = score(args.samples, args.reference, args.out, options)
-    print("\n".join(lines.six(report)))
+    print(wrapped("\n".join(lines.six(report)), " " * 13))
     for sentence in report["remarks"]:
         print(wrapped(f"note: {sentence}"), file=sys.stderr)
     for sentence in report["warnings"]:

@@ -157,7 +157,9 @@ def encode(
                     console.print(wrapped(f"note: {remark}"))
                 if listing.captions and text_encoder is None:
                     told = counted(len(listing.captions), "caption")
-                    console.print(f"note: {told} (.txt) left out; --text-encoder CLIP stores them")
+                    console.print(
+                        wrapped(f"note: {told} (.txt) left out; --text-encoder CLIP stores them")
+                    )
             if vae is None:
                 source = images.source()
             else:
@@ -185,7 +187,8 @@ def _made(
     _, what, module = MADE[name]
     index = module.write(out, shard_size=module.SHARD_SIZE if shard_size is None else shard_size)
     if console is not None:
-        console.print(f"{index.count} {what} in {len(index.shards)} shards in {out}")
+        shards = counted(len(index.shards), "shard")
+        console.print(wrapped(f"{index.count} {what} in {shards} in {out}"))
     return index
 
 

@@ -179,13 +179,11 @@ def write_set(
                 source.class_names, source.scale, source.shift, source.vae, source.conditions
             )
     shards = counted(len(index.shards), "shard")
-    console.print(
-        f"{counted(index.count, 'sample')} in {shards} in {out} ({told.rate():.0f} {job.unit}/s)"
-    )
+    rate = f"{told.rate():.0f} {job.unit}/s"
+    console.print(wrapped(f"{counted(index.count, 'sample')} in {shards} in {out} ({rate})"))
     if writer.skipped:
-        console.print(
-            f"{counted(len(writer.skipped), 'file')} skipped, listed in {out}/skipped.json"
-        )
+        skipped = counted(len(writer.skipped), "file")
+        console.print(wrapped(f"{skipped} skipped, listed in {out}/skipped.json"))
     return index
 
 

@@ -21,6 +21,20 @@ MPI = (
     ("OMPI_COMM_WORLD_RANK", "PMI_RANK"),
     ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE"),
 )
+# What `accelerate launch` tells its own library, which nobody here reads: variable -> (the answers that
+# ask for nothing, in small letters; what to say instead).
+ACCELERATE = {
+    "ACCELERATE_MIXED_PRECISION": (("no",), "--mixed_precision no and engine.precision=bf16"),
+    "ACCELERATE_DYNAMO_BACKEND": (("no",), "--dynamo_backend no and engine.compile=block"),
+    "ACCELERATE_USE_CPU": (("false",), "no --cpu, and engine.device=cpu"),
+    "ACCELERATE_USE_DEEPSPEED": (("false",), "no --use_deepspeed, and engine.zero"),
+    "ACCELERATE_USE_FSDP": (("false",), "no --use_fsdp, and engine.zero=3"),
+    "ACCELERATE_USE_MEGATRON_LM": (("false",), "no --use_megatron_lm, and engine.zero"),
+    "ACCELERATE_USE_PARALLELISM_CONFIG": (
+        ("false",),
+        "no --use_parallelism_config, and engine.zero",
+    ),
+}
 CURE = (
     "start with torchrun or deepspeed's launcher, which set all of them, "
     "or unset them to run as one process"
@@ -43,8 +57,15 @@ class Place:
 def place(environment: Mapping[str, str], needed: Sequence[str] = NEEDED) -> Place | None:
     """The place that `environment` tells; None where it tells none: one process, alone.
 
-    needed: all of it, or WHICH. Raises ValueError where it tells a part only, or something impossible.
+    needed: all of it, or WHICH. Raises ValueError where it tells a part only, something impossible, or what would be
+    passed over.
     """
+    for name, (nothing, instead) in ACCELERATE.items():
+        if environment.get(name) and environment[name].lower() not in nothing:
+            raise ValueError(
+                f"accelerate launch asks for {name}={environment[name]}, which only accelerate itself reads; give it "
+                f"{instead}, or use torchrun"
+            )
     told = [name for name in needed if environment.get(name)]
     task = _slurm_task(environment) if "RANK" not in told else {}
     if not told and not task:

@@ -20,6 +20,7 @@ from speed_engine.data.space import Space
 from speed_engine.data.storage.index import INDEX
 from speed_engine.engines import with_precision
 from speed_engine.kinds import find
+from speed_engine.progress import wrapped
 from speed_engine.reports.plan_cost import (
     FORMULA,
     GIB,
@@ -83,7 +84,7 @@ def run(config: RunConfig, where: Cluster | None, on_gpus: bool = False) -> int:
     precision = _precision(config, on_gpus)
     print(f"data            {source}: {facts.space.kind} of {'x'.join(map(str, facts.shape))}")
     for remark in remarks:
-        print(f"WARNING         {remark}")
+        _tell(f"WARNING         {remark}")
     print(f"parameters      {parameters:,} ({parameters / 1e6:.4g} M), {trained:,} of them trained")
     print(f"forward pass    {macs / 1e9:.3g} GMAC = {2 * macs / 1e9:.3g} GFLOP a sample")
     if trained_macs != macs:
@@ -94,7 +95,7 @@ def run(config: RunConfig, where: Cluster | None, on_gpus: bool = False) -> int:
         f"training        {steps:,} steps of {batch}: {6.0 * trained_macs * batch * steps:.2e} FLOP"
     )
     if precision == "fp32" and _for_gpus(config, on_gpus):
-        print(FP32_ON_GPU)
+        _tell(FP32_ON_GPU)
     _print_need(config, facts, model, trained, precision, where)
     _print_time(config, trained, trained_macs, precision, where)
     print()
@@ -104,21 +105,21 @@ def run(config: RunConfig, where: Cluster | None, on_gpus: bool = False) -> int:
             f"{key} {each.dtype} {list(each.shape)}" for key, each in condition.facts.arrays.items()
         ]
         dropped = f"dropped at {getattr(config.conditions[name], 'dropout', 0):g}"
-        print(f"condition       {name}: {', '.join(filter(None, [values, *arrays, dropped]))}")
+        _tell(f"condition       {name}: {', '.join(filter(None, [values, *arrays, dropped]))}")
     once = macs / trained_macs  # validation and samples make one pass, over all tokens
     if share := once * share_of_training(config):
-        print(
+        _tell(
             f"validation      {config.validation.samples} held-out samples every {config.validation.every} steps: "
             f"{share:.1%} of the training's FLOP"
         )
     if share := once * grids_share(config):
-        print(
+        _tell(
             f"samples         {config.sample.num} every {config.sample.every} steps: "
             f"{share:.1%} of the training's FLOP"
         )
     _print_states(trained, precision)
     expected = float((table.density * table.weight).sum())
-    print(
+    _tell(
         f"time steps      {config.timesteps.kind} on {config.schedule.kind}, {table.num_rows} rows; "
         f"E[weight] = {expected:.4f}"
     )
@@ -128,6 +129,10 @@ def run(config: RunConfig, where: Cluster | None, on_gpus: bool = False) -> int:
     print()
     print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False).rstrip())
     return 0
+
+
+def _tell(line: str) -> None:
+    print(wrapped(line, " " * 16))
 
 
 def _data(config: RunConfig) -> tuple[Facts, str, Sequence[str]]:

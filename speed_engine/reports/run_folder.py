@@ -14,6 +14,7 @@ from torch import nn
 from speed_engine.conditions import Condition
 from speed_engine.config import RunConfig, build
 from speed_engine.data import Facts
+from speed_engine.progress import for_reader
 from speed_engine.step_table import StepTable
 from speed_engine.training import checkpoint
 from speed_engine.training.assembly import build_table, told
@@ -66,7 +67,9 @@ def open_run(folder: Path, trusted: Collection[str] = ()) -> Run:
     """
     if not folder.is_dir():
         raise checkpoint.CheckpointError(f"there is no run folder {folder}; check --run")
-    found = checkpoint.newest(folder, lambda text: print(f"WARNING: {text}", file=sys.stderr))
+    found = checkpoint.newest(
+        folder, lambda text: print(for_reader(f"WARNING: {text}", sys.stderr), file=sys.stderr)
+    )
     if found is None:
         raise checkpoint.CheckpointError(
             f"{folder} holds no checkpoint; train first, or check --run"

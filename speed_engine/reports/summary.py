@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from speed_engine.atomic_files import write_json
+from speed_engine.progress import wrapped
 from speed_engine.reports.run_folder import open_run
 from speed_engine.training import checkpoint, metrics_file
 
@@ -22,7 +23,7 @@ def run(folder: Path, started: float | None, trusted: Collection[str] = ()) -> i
     for name, value in facts.items():
         if isinstance(value, float):
             value = f"{value:.4g}"
-        print(f"{name:24} {value}")
+        print(wrapped(f"{name:24} {value}", " " * 25))
     return 0
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from speed_engine.progress import wrapped
 from speed_engine.schedules import Schedule
 from speed_engine.schedules.theory.increments import Areas, areas
 from speed_engine.step_table import StepTable
@@ -141,7 +142,10 @@ def _text(table: StepTable, num_lines: int = 21) -> str:
     """The summary and `num_lines` rows spread over the table; density relative to uniform."""
     head = summary(table)
     lines = [
-        f"{section:<10}" + " ".join(f"{key}={_short(value)}" for key, value in values.items())
+        wrapped(
+            f"{section:<10}" + " ".join(f"{key}={_short(value)}" for key, value in values.items()),
+            " " * 10,
+        )
         for section, values in head.items()
     ]
     lines += [

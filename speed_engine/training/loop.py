@@ -25,6 +25,7 @@ from speed_engine.distributed.launched import place
 from speed_engine.engines import optimizer
 from speed_engine.engines.host_memory import keep_freed_memory
 from speed_engine.errors import SaidElsewhere
+from speed_engine.progress import for_reader
 from speed_engine.training import (
     assembly,
     checkpoint,
@@ -135,7 +136,7 @@ def _train_in(
 
     def warn(text: str) -> None:
         with contextlib.suppress(OSError):  # of an output that is gone
-            print(f"WARNING: {text}", flush=True)
+            print(for_reader(f"WARNING: {text}", sys.stdout), flush=True)
 
     def look_after_folder() -> None:
         seconds = (limits.stall_seconds, limits.first_step_seconds)

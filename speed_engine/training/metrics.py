@@ -20,7 +20,7 @@ from speed_kernels.contract import Choice
 from speed_engine.config import RunConfig
 from speed_engine.data import Facts
 from speed_engine.distributed import Processes
-from speed_engine.progress import progress
+from speed_engine.progress import progress, wrapped
 from speed_engine.training.boards import open_boards
 from speed_engine.training.metrics_file import cut_off_after, finite, line_of
 from speed_engine.training.spikes import BINS, Bins
@@ -222,6 +222,7 @@ class Journal:
         """A line for the person who watches; lost where the output cannot take it."""
         if not self.silent:
             with contextlib.suppress(OSError):
+                text = wrapped(text) if self.console.is_terminal else text
                 self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def told_or_not(self, what: str, action: Callable[[], object]) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from speed_engine.__main__ import main
+from speed_engine.progress import wrapped
 
 
 @dataclass(frozen=True)
@@ -25,9 +26,19 @@ class Answer:
     err: str
 
 
-def speed_engine(*words: str | Path) -> Answer:
-    """`python -m speed_engine WORDS` in this process."""
-    out, err = io.StringIO(), io.StringIO()
+class Terminal(io.StringIO):
+    """Where somebody reads along."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def speed_engine(*words: str | Path, watched: bool = False) -> Answer:
+    """`python -m speed_engine WORDS` in this process. watched: what it says on standard error goes to a terminal.
+
+    Whatever the command, what people read of it fits: files for programs (JSON, CSV) may be wide.
+    """
+    out, err = io.StringIO(), Terminal() if watched else io.StringIO()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["speed_engine", *map(str, words)])
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -35,6 +46,9 @@ def speed_engine(*words: str | Path) -> Answer:
                 code = main()
             except SystemExit as end:  # argparse: --help, and what it refuses
                 code = int(end.code or 0)
+    read = [] if {"--json", "--csv"} & set(words) else out.getvalue().splitlines()
+    read += err.getvalue().splitlines() if watched else []
+    assert not [line for line in read if wrapped(line) != line], words
     return Answer(code, out.getvalue(), err.getvalue())
 
 

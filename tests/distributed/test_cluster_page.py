@@ -1,5 +1,6 @@
 """The recipes of guide/clusters.md, read as their launchers read them and run in an imitation of their clusters."""
 
+import json
 import os
 import re
 import shlex
@@ -128,6 +129,28 @@ def test_deepspeeds_launcher_reads_its_line_and_the_hostfile(tmp_path):
         assert arguments.user_args[:2] == ["--config", "imagenet256_dit_xl2"]
     found = runner.fetch_hostfile(str(tmp_path / "hostfile"))
     assert dict(found) == {"node1": 8, "node2": 8}
+
+
+@pytest.mark.parametrize("how", ["--no_ssh_check", "--no_ssh --node_rank 0"])
+def test_a_hostfile_on_one_machine(tmp_path, place, small, how):
+    """DeepSpeed's launcher itself, as far as it goes without ssh: both processes of the file train one run."""
+    assert how in PAGE
+    (tmp_path / "hostfile").write_text("localhost slots=2\n")
+    (line,) = [line for line in LINES if line.startswith("deepspeed --hostfile")]
+    where = f"{how} --master_addr 127.0.0.1 --master_port {free_port()}"
+    line = line.replace("--master_addr node1", where).replace("/shared/", "")
+    code = bash(" ".join([line, *small]), tmp_path, place | {"DS_ACCELERATOR": "cpu"})
+    run = tmp_path / "runs" / "xl2"
+    assert code == 0 and steps(run) == 2
+    assert json.loads((run / "manifest.json").read_text())["processes"] == 2
+
+
+def test_what_accelerate_asks_of_itself_is_refused(tmp_path, place, small):
+    """Its variables as its launcher sets them; what is understood is in tests/unit/distributed."""
+    asked = {"ACCELERATE_MIXED_PRECISION": "bf16", "ACCELERATE_DYNAMO_BACKEND": "NO"}
+    line = ["python speed_engine/train.py --config imagenet256_dit_s2 run_dir=run", *small]
+    assert bash(" ".join(line), tmp_path, place | asked) == 2
+    assert not (tmp_path / "run").exists()
 
 
 def test_every_line_is_one_that_a_shell_reads():

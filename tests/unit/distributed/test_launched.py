@@ -71,6 +71,28 @@ def test_what_cannot_be_is_refused(name, values):
             place(WHOLE | {name: value})
 
 
+@pytest.mark.parametrize(
+    ("name", "nothing", "something", "instead"),
+    [
+        ("ACCELERATE_MIXED_PRECISION", "no", "bf16", "engine.precision=bf16"),
+        ("ACCELERATE_DYNAMO_BACKEND", "NO", "INDUCTOR", "engine.compile"),
+        ("ACCELERATE_USE_CPU", "False", "True", "engine.device=cpu"),
+        ("ACCELERATE_USE_DEEPSPEED", "false", "true", "engine.zero"),
+        ("ACCELERATE_USE_FSDP", "false", "true", "engine.zero=3"),
+        ("ACCELERATE_USE_MEGATRON_LM", "false", "true", "engine.zero"),
+        ("ACCELERATE_USE_PARALLELISM_CONFIG", "false", "true", "engine.zero"),
+    ],
+)
+def test_accelerate_is_understood_or_refused(name, nothing, something, instead):
+    """With torchrun's variables beside it, which it sets for several GPUs, and alone, as for one process."""
+    for around in (WHOLE, {}):
+        assert place(around | {name: nothing}) == place(around)
+        with pytest.raises(ValueError, match=f"{name}={something}.*{instead}.*torchrun"):
+            place(around | {name: something})
+    with pytest.raises(ValueError, match="RANK"):  # several processes, of which it tells no places
+        place({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500", name: nothing})
+
+
 def test_srun_is_understood_or_refused():
     assert place(SLURM | MEETING) == Place(3, 4, 1, 4, "node1", 29500)
     assert place(SLURM | WHOLE) == place(WHOLE)  # torchrun under srun: the inner one counts
