@@ -47,13 +47,7 @@ def asked(
     if (place / INDEX).is_file():
         told = _of_set(place, conditions, name, condition)
     else:
-        encoder = None
-        if condition.space.kind == "latents":
-            if vae is None:
-                raise ValueError(
-                    f"the network is told latents of its pictures; give --vae, which encodes those in {place}"
-                )
-            encoder = Vae(vae, device)
+        encoder = _encoder(condition, vae, device)
         names, stored = low_resolution.read(place, condition, encoder)
         told = condition.told(stored)
     there = len(told[name])
@@ -76,6 +70,31 @@ def _told_pictures(conditions: Mapping[str, Condition]) -> tuple[str, Image]:
     raise ValueError(
         f"--low-resolution is for networks that are told a picture; this one is told {there}"
     )
+
+
+def _encoder(condition: Image, vae: str | None, device: torch.device | str) -> Vae | None:
+    """What makes of a picture what the network is told; None: its pixels are. Raises ValueError."""
+    space, channels = condition.space, condition.shape[0]
+    if (space.kind == "latents" and space.vae is None) or (
+        space.kind == "pixels" and channels not in (1, 3)
+    ):
+        raise ValueError(
+            f"the network is told arrays {list(condition.shape)} that were no pictures of --low-resolution; give an "
+            f"encoded set that holds them, or --condition {condition.name}=FILE.npy"
+        )
+    if space.kind == "pixels":
+        return None
+    if vae is None:
+        raise ValueError(
+            f"the network is told latents of its pictures; give --vae, which encodes them (the data's: {space.vae})"
+        )
+    encoder = Vae(vae, device)
+    if encoder.latent_channels != channels:
+        raise ValueError(
+            f"the VAE {vae!r} has latents of {encoder.latent_channels} channels, and the network is told {channels}; "
+            f"give the one that encoded the data, {space.vae}"
+        )
+    return encoder
 
 
 def _of_set(

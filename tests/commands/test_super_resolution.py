@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -146,7 +147,10 @@ def test_weights_alone_sharpen_and_know_their_noise(
 
 def test_a_u_net_is_told_the_picture(place: Path, good: Any, tmp_path: Path) -> None:
     small = ["model={kind: unet, size: tiny, width: 8, num_blocks: 1}", "train.steps=2"]
-    unet = train(good, place, "unet", *small)
+    looks = ["validation.every=2", "validation.samples=3", "sample.every=2", "sample.num=5"]
+    unet = train(good, place, "unet", *small, *looks, "sample.steps=2")
+    line = metrics_file.read(unet / "metrics.jsonl")[-1]
+    assert line["validation_loss"] > 0 and (unet / "grids" / "step-00000002.png").exists()
     assert (
         "condition       image: image uint8 [1, 4, 4], dropped at 0.2"
         in good(
@@ -208,3 +212,30 @@ def test_a_network_that_is_told_no_picture(
     answer = command(*words, "--low-resolution", place / "low")
     assert answer.code == 2 and "this one is told label" in answer.err
     good(*words, "--num", "2")
+
+
+def test_latents_are_sharpened_through_their_vae(
+    place: Path, good: Any, command: Any, tmp_path: Path
+) -> None:
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
+    torch.manual_seed(0)
+    two = {"down_block_types": ("DownEncoderBlock2D",) * 2}
+    two |= {"up_block_types": ("UpDecoderBlock2D",) * 2, "block_out_channels": (4, 4)}
+    one = {"in_channels": 1, "out_channels": 1, "norm_num_groups": 2, "sample_size": 8}
+    model: Any = AutoencoderKL(**two, **one)
+    model.save_pretrained(tmp_path / "vae")
+    through = ["--mode", "latents", "--vae", tmp_path / "vae", "--flip", "--scale", "auto"]
+    images = [*ENCODE, place / "pictures", *through, "--out", tmp_path / "set"]
+    answer = command(*images, "--low-resolution", "1")
+    assert answer.code == 2 and "--low-resolution 1 is no multiple of 2" in answer.err
+    good(*images, "--low-resolution", "4")
+    data = [f"data.path={tmp_path / 'set'}", f"run_dir={tmp_path / 'run'}", *TINY, *RUN, *TOLD]
+    good("train", "--config", "own_latents", *data, "train.steps=2")
+    words = ["sample", "--run", tmp_path / "run", *DRAW, "--low-resolution"]
+    answer = command(*words, place / "low", "--out", tmp_path / "none")
+    assert answer.code == 2 and "give --vae" in answer.err
+    words += [place / "low", "--vae", tmp_path / "vae", "--out", tmp_path / "drawn"]
+    good(*words, "--low-resolution-noise", "0.25")
+    assert pixels(tmp_path / "drawn").shape == (NUM, 8, 8, 1)
+    assert (tmp_path / "drawn" / "images" / "small 7.png").exists()
