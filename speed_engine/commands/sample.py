@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from speed_engine.commands import run_arguments
 from speed_engine.commands.import_weights import foreign_arguments
@@ -47,7 +47,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     foreign_arguments(parser)
     parser.add_argument("--out", type=Path, required=True, help="where the pictures go")
-    parser.add_argument("--num", type=int, default=64, help="how many samples")
+    parser.add_argument(
+        "--num", type=int, help="how many samples (default 64, or all pictures of --low-resolution)"
+    )
     parser.add_argument("--sampler", default="ddpm", help="ddpm, ddim, dpmpp, heun, or a module")
     parser.add_argument("--steps", type=int, default=250, help="noise levels that are visited")
     parser.add_argument(
@@ -98,6 +100,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--text-encoder",
         metavar="CLIP",
         help="folder or hub name of the CLIP that reads prompts (default: the one that the data name)",
+    )
+    parser.add_argument(
+        "--low-resolution",
+        type=Path,
+        metavar="DIR",
+        help="of a network that sharpens: a folder of pictures, whose names the samples get, or an encoded set",
+    )
+    parser.add_argument(
+        "--low-resolution-noise",
+        type=float,
+        default=0.0,
+        metavar="LEVEL",
+        help="noise that is put into them, and told (0 to the conditions.image.noise of training; default 0)",
     )
     parser.add_argument(
         "--vae", help="folder or hub name of the AutoencoderKL that decodes latents"
@@ -160,7 +175,7 @@ def _draw(args: argparse.Namespace, processes: Processes) -> str:
     started = time.monotonic()
     # Reads files and refuses; whatever it refuses is told once.
     asked = processes.attempt(lambda: _asked_for(args, processes))
-    network, told, (decode, stored), source = asked
+    network, (decode, stored) = asked.network, asked.saved_as
     recipe = process.Recipe(
         sampler=args.sampler,
         steps=args.steps,
@@ -176,9 +191,10 @@ def _draw(args: argparse.Namespace, processes: Processes) -> str:
         network.process,
         recipe,
         args.out,
-        num=args.num,
-        conditions_N=told or None,
-        source=source,
+        num=asked.num,
+        conditions_N=asked.told or None,
+        names=asked.names,
+        source=asked.source,
         decode=decode,
         stored=stored,
         batch_size=args.batch_size,
@@ -188,13 +204,21 @@ def _draw(args: argparse.Namespace, processes: Processes) -> str:
         show_progress=sys.stdout.isatty(),
     )
     by = f", {processes.world} processes" if processes.world > 1 else ""
-    return f"{args.num} samples in {args.out} ({time.monotonic() - started:.0f} s{by})"
+    return f"{asked.num} samples in {args.out} ({time.monotonic() - started:.0f} s{by})"
 
 
-def _asked_for(
-    args: argparse.Namespace, processes: Processes
-) -> tuple[Any, dict[str, Any], Any, dict[str, Any]]:
-    """(the network, what it is told of each sample, how samples are saved, where they come from)."""
+class _Asked(NamedTuple):
+    """The network, what it is told of each sample, how samples are saved, where they are from, what they are called."""
+
+    network: Any
+    num: int
+    told: dict[str, Any]
+    saved_as: Any
+    source: dict[str, Any]
+    names: list[str] | None
+
+
+def _asked_for(args: argparse.Namespace, processes: Processes) -> _Asked:
     from speed_engine.reports import trained
 
     if args.run is None:
@@ -224,21 +248,47 @@ def _asked_for(
         name = _read_by(conditions, args, processes)
         if prompts:
             asked[name] = prompts
-    told: dict[str, Any] = {}
+    given = _sharpened(conditions, args, processes.device)
+    num, told = (given.num, given.told) if given else (64 if args.num is None else args.num, {})
     for name in asked:
         if name not in conditions:
             there = ", ".join(conditions) or "nothing"
             raise ValueError(f"the network is not told {name}; it is told {there}")
     for name, condition in conditions.items():
-        if name not in asked:
-            told |= condition.default(range(args.num))
-            continue
-        told |= condition.asked([asked[name][i % len(asked[name])] for i in range(args.num)])
+        if name in asked:
+            told |= condition.asked([asked[name][i % len(asked[name])] for i in range(num)])
+        elif given is None:
+            told |= condition.default(range(num))
+        elif name not in told and not condition.facts.null:  # classes in turn would be wrong ones
+            raise ValueError(
+                f"this network must be told {name}, which {args.low_resolution} does not say; give --condition "
+                f"{name}=..., or an encoded set"
+            )
         for remark in getattr(condition, "remarks", ()):
             if processes.first:
                 print(wrapped(f"note: {remark}"))
     source = {**network.source, "prompts": prompts} if prompts else network.source
-    return network, told, _saved_as(network.facts, args.vae, processes.device), source
+    saved_as = _saved_as(network.facts, args.vae, processes.device)
+    return _Asked(network, num, told, saved_as, source, given.names if given else None)
+
+
+def _sharpened(conditions: Any, args: argparse.Namespace, device: Any) -> Any:
+    """What `--low-resolution` asks for; None where it is not there."""
+    if args.low_resolution is None:
+        if args.low_resolution_noise:
+            raise ValueError("--low-resolution-noise belongs to --low-resolution; leave it out")
+        return None
+    from speed_engine.sampling import low_resolution
+
+    return low_resolution.asked(
+        args.low_resolution.expanduser(),
+        conditions,
+        num=args.num,
+        level=args.low_resolution_noise,
+        seed=args.seed,
+        vae=args.vae,
+        device=device,
+    )
 
 
 def prompts_of(file: Path) -> list[str]:

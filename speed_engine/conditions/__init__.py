@@ -21,6 +21,7 @@ import torch
 from speed_kernels import philox
 from torch import Tensor
 
+from speed_engine import kinds
 from speed_engine.data import ConditionFacts
 
 
@@ -108,3 +109,12 @@ def dropped(name: str, share: float, seed: int, step: int, slot_B: np.ndarray) -
     block = zlib.crc32(name.encode()) & 0x7FFFFFFF
     word_B = philox.first_words(seed, step, slot_B, philox.STREAM_CONDITION_DROP, block)
     return torch.from_numpy(word_B < share * 2**32)
+
+
+def undropped(name: str, condition: Condition) -> Condition:
+    """The same condition, which the network is always told."""
+    facts = condition.facts
+    module = kinds.find("conditions", facts.kind)
+    known = module.Config.model_fields
+    config = module.Config(**({"dropout": 0} if "dropout" in known else {}))
+    return module.build(config, name, facts)

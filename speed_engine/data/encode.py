@@ -25,6 +25,7 @@ from rich.console import Console
 
 from speed_engine.conditions.clip import TextEncoder
 from speed_engine.data import DataError, digits, encode_captions, glyphs
+from speed_engine.data import low_resolution as low
 from speed_engine.data.autoencoder import Vae
 from speed_engine.data.encode_set import (
     ALONE,
@@ -40,7 +41,7 @@ from speed_engine.data.encode_set import (
 from speed_engine.data.encode_set import size as byte_size
 from speed_engine.data.storage import pictures, places, scaling
 from speed_engine.data.storage.folders import shown
-from speed_engine.data.storage.index import Index
+from speed_engine.data.storage.index import Index, StoredCondition
 from speed_engine.data.storage.pictures import Listing, Picture, PictureError
 from speed_engine.data.storage.scaling import Scale
 from speed_engine.data.storage.shard_writer import sample_bytes
@@ -76,6 +77,7 @@ def encode(
     captions: Path | None = None,
     text_encoder: str | None = None,
     pooled_only: bool = False,
+    low_resolution: int | None = None,
     console: Console | None = None,
     team: Team = ALONE,
 ) -> Index | None:
@@ -87,8 +89,9 @@ def encode(
     sub-folders are classes. vae, mean_only (store no standard deviation), flip (store the latent of
     the mirrored image too), scale, shift (default: those of the VAE), batch_size, precision, device
     (default: cuda where there is one): for latents. captions: COCO's JSON; text_encoder: the CLIP that encodes them,
-    or those of tars; pooled_only: without a vector a token (see `encode_captions`). team: the processes that share
-    the work. Raises DataError. A set that is there already is left alone.
+    or those of tars; pooled_only: without a vector a token (see `encode_captions`). low_resolution: pixels of a side
+    of a picture that lies beside each (see the module of that name). team: the processes that share the work. Raises
+    DataError. A set that is there already is left alone.
     """
     latents = mode == "latents"
     with told_by_first(team):
@@ -101,7 +104,7 @@ def encode(
                 raise DataError(
                     f"the {images} are {MADE[str(images)][0]}; leave out the other settings"
                 )
-            return _made(str(images), Path(out), shard_size, console, team)
+            return _made(str(images), Path(out), shard_size, low_resolution, console, team)
         if latents != (vae is not None):
             raise DataError("--vae NAME and --mode latents belong together; give both or neither")
         if text_encoder is None and (captions is not None or pooled_only):
@@ -123,6 +126,7 @@ def encode(
             raise DataError("--size and --batch-size must be at least 1, and --channels 1 or 3")
         if shard_size < 1:
             raise DataError("--shard-size must be at least 1")
+        low.check(low_resolution, size)
     posterior = latents and not mean_only
     folder = Path(images).expanduser()
     min_side = max(1, size // 4) if min_side is None else min_side
@@ -148,8 +152,9 @@ def encode(
             **({} if scale is None else {"scale": scale}),
             **({} if shift is None else {"shift": shift}),
             **encode_captions.plan(listing, text_encoder, pooled_only),
+            **low.plan(low_resolution),
         }
-        images = _Images(folder, listing, size, channels, min_side, strict, team)
+        images = _Images(folder, listing, size, channels, min_side, strict, low_resolution, team)
 
         def begin() -> Source:
             if console is not None and team.first:
@@ -179,13 +184,19 @@ def encode(
 
 
 def _made(
-    name: str, out: Path, shard_size: int | None, console: Console | None, team: Team
+    name: str,
+    out: Path,
+    shard_size: int | None,
+    low_resolution: int | None,
+    console: Console | None,
+    team: Team,
 ) -> Index | None:
     """Pictures that are on every machine; seconds of work, which are not shared."""
     if not team.first:
         return None
     _, what, module = MADE[name]
-    index = module.write(out, shard_size=module.SHARD_SIZE if shard_size is None else shard_size)
+    many = module.SHARD_SIZE if shard_size is None else shard_size
+    index = module.write(out, shard_size=many, low_resolution=low_resolution)
     if console is not None:
         shards = counted(len(index.shards), "shard")
         console.print(wrapped(f"{index.count} {what} in {shards} in {out}"))
@@ -221,6 +232,7 @@ class _Images:
     channels: int
     min_side: int
     strict: bool
+    low_resolution: int | None
     team: Team
 
     def source(
@@ -239,16 +251,23 @@ class _Images:
                 f"the VAE needs {encoder.channels} channels and a size divisible by "
                 f"{encoder.factor}, not {channels} and {size}; correct --channels or --size"
             )
-        arrays = [channels * size**2]
+        side = self.low_resolution
+        arrays = [channels * size**2] + ([] if side is None else [channels * side**2])
+        conditions: dict[str, StoredCondition] = {}
         given = sum(picture.num_bytes for picture in found)
         said = f"{len(found)} images -> {channels} x {size} x {size} pixels"
         if encoder:
             scale = encoder.scale if scale is None else scale
             shift = encoder.shift if shift is None and scale != "auto" else shift
             scaling.check(scale, shift, encoder.latent_channels)
-            side = size // encoder.factor
-            arrays = [2 * encoder.latent_channels * side**2 * (1 + posterior)] * (1 + flip)
-            said += f" -> latents {encoder.latent_channels} x {side} x {side}, scale {scale}"
+            inner = size // encoder.factor
+            arrays = [2 * encoder.latent_channels * inner**2 * (1 + posterior)] * (1 + flip)
+            said += f" -> latents {encoder.latent_channels} x {inner} x {inner}, scale {scale}"
+            if side is not None:
+                conditions[low.NAME], more = low.as_latents(encoder, side, flip)
+                arrays += more
+        if side is not None:
+            said += f"; beside them {channels} x {side} x {side} pixels{' as latents' if encoder else ''}"
         each = sample_bytes(*arrays, label=found[0].label is not None)
         said += f"; {byte_size(given)} read, about {byte_size(len(found) * each)} written"
         said += f"; {_classes(found, self.listing.class_names)}"
@@ -268,6 +287,7 @@ class _Images:
             shift,
             encoder.identity if encoder else None,
             self.listing.others,
+            conditions,
         )
 
     def pixels(self, numbers: range) -> Iterator[Sample | Fault]:
@@ -289,7 +309,8 @@ class _Images:
                 arrays = zip(some, pool.map(decode, some), strict=True)
                 for number, (picture, array) in enumerate(arrays, numbers.start + begin):
                     if isinstance(array, np.ndarray):
-                        yield Sample(number, array, picture.label)
+                        arrays = low.beside(array, self.low_resolution)
+                        yield Sample(number, array, picture.label, arrays=arrays)
                         continue
                     name = shown(picture.path)
                     if self.strict:
@@ -314,10 +335,10 @@ def _encoded(
                 continue
             batch.append(one)
             if len(batch) == batch_size:
-                yield from _latents(batch, latents_of, flip)
+                yield from _latents(batch, latents_of, flip, posterior)
                 batch = []
         if batch:
-            yield from _latents(batch, latents_of, flip)
+            yield from _latents(batch, latents_of, flip, posterior)
 
 
 @contextlib.contextmanager
@@ -342,14 +363,25 @@ def _computed(
 
 
 def _latents(
-    batch: list[Sample], latents_of: Callable[[np.ndarray], np.ndarray], flip: bool
+    batch: list[Sample],
+    latents_of: Callable[[np.ndarray], np.ndarray],
+    flip: bool,
+    posterior: bool,
 ) -> Iterator[Sample]:
-    pixels = np.stack([one.x for one in batch])
-    latents = latents_of(pixels)
-    mirrored = latents_of(np.ascontiguousarray(pixels[..., ::-1])) if flip else None
+    def both(pixels: np.ndarray) -> list[np.ndarray]:
+        turned = [np.ascontiguousarray(pixels[..., ::-1])] if flip else []
+        return [latents_of(each) for each in (pixels, *turned)]
+
+    latents, *mirrored = both(np.stack([one.x for one in batch]))
+    small: dict[str, np.ndarray] = {}
+    if low.NAME in batch[0].arrays:
+        found = both(np.stack([one.arrays[low.NAME] for one in batch]))
+        means = [each[:, : each.shape[1] // (1 + posterior)] for each in found]
+        small = dict(zip((low.NAME, f"{low.NAME}_mirrored"), means, strict=False))
     for i, one in enumerate(batch):
-        flipped = None if mirrored is None else mirrored[i]
-        yield Sample(one.item, latents[i], one.label, flipped)
+        flipped = mirrored[0][i] if mirrored else None
+        arrays = {name: each[i] for name, each in small.items()}
+        yield Sample(one.item, latents[i], one.label, flipped, arrays)
 
 
 def _classes(found: list[Picture], names: list[str], most: int = 10) -> str:

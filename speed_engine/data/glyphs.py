@@ -18,6 +18,7 @@ from speed_engine.kinds import Section
 from speed_engine.progress import progress
 
 from . import DataError, glyph_pictures
+from . import low_resolution as low
 from .shards import Shards
 from .storage.index import INDEX, Index
 from .storage.writer import PLAN, SetWriter
@@ -64,18 +65,22 @@ def write(
     count: int = COUNT,
     seed: int = 0,
     shard_size: int = SHARD_SIZE,
+    low_resolution: int | None = None,
     wait: bool = False,
 ) -> Index:
-    """Draw the glyphs into `folder`; nothing happens if they are there. wait: for another process that does so.
+    """Draw the glyphs into `folder`; nothing happens if they are there. low_resolution: of a picture beside each, see
+    the module of that name. wait: for another process that does so.
 
     Raises DataError without matplotlib, and where `folder` holds something else.
     """
+    low.check(low_resolution, glyph_pictures.SIDE)
     plan = {
         "images": "glyphs",
         "count": count,
         "seed": seed,
         "shard_size": shard_size,
         "atlas": glyph_pictures.atlas().sha256,
+        **low.plan(low_resolution),
     }
     with SetWriter(folder, plan, shard_size=shard_size, wait=wait) as writer:
         if writer.finished is not None:
@@ -84,6 +89,7 @@ def write(
             for first in range(writer.position, count, BATCH):
                 pixels, labels = glyph_pictures.draw(seed, first, min(BATCH, count - first))
                 for i in range(len(pixels)):
-                    writer.write(first + i + 1, pixels[i], int(labels[i]))
+                    arrays = low.beside(pixels[i], low_resolution)
+                    writer.write(first + i + 1, pixels[i], int(labels[i]), arrays=arrays)
                 bar.further(len(pixels))
         return writer.finish(class_names=list(glyph_pictures.CHARACTERS))

@@ -12,7 +12,7 @@ import torch
 import yaml
 from torch import nn
 
-from speed_engine.conditions import label, text
+from speed_engine.conditions import image, label, text
 from speed_engine.config import RunConfig
 from speed_engine.data import ConditionFacts, Facts, glyphs
 from speed_engine.data.glyph_pictures import CHARACTERS
@@ -139,6 +139,9 @@ def _data(config: RunConfig) -> tuple[Facts, str, Sequence[str]]:
     """(the data, where that comes from, remarks). Data that are not there yet are assumed, and said so."""
     path = getattr(config.data, "path", None)
     made = MADE.get(config.data.kind)
+    if made and (side := getattr(config.data, "low_resolution", None)):
+        small = image.described((made.shape[0], side, side), made.space)
+        made = made.with_conditions({**made.conditions, "image": small})
     if path is None or (Path(path) / INDEX if made else Path(path)).exists():
         source, _ = parted(config, build_source(config))
         return source.facts, str(path or config.data.kind), getattr(source, "remarks", ())
@@ -158,15 +161,22 @@ def assumed(config: RunConfig) -> Facts:
     space = replace(ASSUMED.space, scale=(0.18215,) * shape[0], shift=(0.0,) * shape[0])
     if expected.space == "pixels":
         space = Space.pixels(shape[0])
-    return Facts(shape, space, _assumed_conditions(config))
+    return Facts(shape, space, _assumed_conditions(config, shape, space))
 
 
-def _assumed_conditions(config: RunConfig) -> dict[str, ConditionFacts]:
-    """Classes, or five captions a picture (as COCO) of CLIP ViT-B/32 where the configuration is told of captions."""
-    if config.conditions.get("text") is None:
-        return ASSUMED.conditions
-    empty = {"text": np.zeros(512, "f2"), "text_tokens": np.zeros((77, 512), "f2")}
-    return {"text": text.described("openai/clip-vit-base-patch32", 5, empty, 512)}
+def _assumed_conditions(
+    config: RunConfig, shape: tuple[int, ...], space: Space
+) -> dict[str, ConditionFacts]:
+    """Classes, or five captions a picture (as COCO) of CLIP ViT-B/32 where the configuration is told of captions; and
+    pictures of a fourth of the samples' sides where it is told of those."""
+    found = ASSUMED.conditions
+    if config.conditions.get("text") is not None:
+        empty = {"text": np.zeros(512, "f2"), "text_tokens": np.zeros((77, 512), "f2")}
+        found = {"text": text.described("openai/clip-vit-base-patch32", 5, empty, 512)}
+    if config.conditions.get("image") is not None:
+        small = (shape[0], shape[1] // 4, shape[2] // 4)
+        found = {**found, "image": image.described(small, space)}
+    return found
 
 
 def _for_gpus(config: RunConfig, on_gpus: bool) -> bool:

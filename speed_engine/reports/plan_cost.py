@@ -20,6 +20,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 
+from speed_engine import kinds
 from speed_engine.data import Facts
 from speed_engine.training.metrics import peak_tflops
 
@@ -121,11 +122,11 @@ def kept_for_backward(model: nn.Module, facts: Facts, dtype: torch.dtype) -> int
             ).requires_grad_(each.requires_grad)
             for name, each in [*model.named_parameters(), *model.named_buffers()]
         }
-        told = {
-            key: torch.zeros(1, *array.shape, dtype=getattr(torch, array.dtype))
-            for condition in facts.conditions.values()
-            for key, array in condition.arrays.items()
-        }
+        told: dict[str, torch.Tensor] = {}
+        for name, each in facts.conditions.items():
+            module = kinds.find("conditions", each.kind)
+            dropout = {"dropout": 0.5} if "dropout" in module.Config.model_fields else {}
+            told |= module.build(module.Config(**dropout), name, each).null(1, "cpu")
         found: dict[int, torch.Tensor] = {}
         own = {id(each) for each in weights.values()}
 

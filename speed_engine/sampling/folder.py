@@ -1,7 +1,7 @@
 """A folder of samples: written piece by piece, resumable, and read back for scoring.
 
     recipe.json          what decided these samples; another recipe is refused
-    images/000000.png    one file a sample; apart from the grid, which no score must read
+    images/000000.png    one file a sample, of its number or its name; apart from the grid, which no score must read
     samples.npz          arr_0: uint8 NHWC (what the ADM evaluator reads), labels: int64 N
     grid.png             classes as rows; written last, so it marks a finished folder
 
@@ -87,23 +87,30 @@ def open_folder(out: Path, recipe: Mapping[str, Any]) -> list[int]:
     return [i for i in range(int(recipe["num"])) if not sample_path(out, recipe, i).exists()]
 
 
-def image_path(out: Path, number: int) -> Path:
-    """Where the picture of sample `number` lies."""
-    return out / "images" / f"{number:06d}.png"
+def image_path(out: Path, number: int | str) -> Path:
+    """Where the picture of a sample lies, by its number or its name."""
+    return out / "images" / f"{number if isinstance(number, str) else f'{number:06d}'}.png"
 
 
-def array_path(out: Path, number: int) -> Path:
-    """Where the array of sample `number` lies."""
-    return out / "arrays" / f"{number:06d}.npy"
+def array_path(out: Path, number: int | str) -> Path:
+    """Where the array of a sample lies, by its number or its name."""
+    return out / "arrays" / f"{number if isinstance(number, str) else f'{number:06d}'}.npy"
+
+
+def named(recipe: Mapping[str, Any], number: int) -> int | str:
+    """What sample `number` is called in a folder of this recipe: that number, or one of its names."""
+    names = recipe.get("names")
+    return names[number] if names else number
 
 
 def sample_path(out: Path, recipe: Mapping[str, Any], number: int) -> Path:
     """Where sample `number` lies in a folder of this recipe; first versions knew only pictures."""
-    return (array_path if recipe.get("saved_as") == "arrays" else image_path)(out, number)
+    path = array_path if recipe.get("saved_as") == "arrays" else image_path
+    return path(out, named(recipe, number))
 
 
 def save_images(
-    pixels_NHWC: np.ndarray, out: Path, numbers: Sequence[int], upscale: int = 1
+    pixels_NHWC: np.ndarray, out: Path, numbers: Sequence[int | str], upscale: int = 1
 ) -> None:
     """Write one PNG a sample (uint8 with 1 or 3 channels), each atomically.
 
@@ -116,7 +123,7 @@ def save_images(
             as_picture(enlarged).save(file, format="PNG")
 
 
-def save_arrays(arrays_N: np.ndarray, out: Path, numbers: Sequence[int]) -> None:
+def save_arrays(arrays_N: np.ndarray, out: Path, numbers: Sequence[int | str]) -> None:
     """Write one .npy a sample, each atomically."""
     for array, number in zip(arrays_N, numbers, strict=True):
         with atomic(array_path(out, number)) as partial, partial.open("wb") as file:
@@ -129,10 +136,11 @@ def close_folder(
     """Gather all PNGs into samples.npz and grid.png, one picture at a time. Raises ValueError naming a PNG that cannot
     be read or has another size.
     """
-    num = int(read_recipe(out)["num"])
+    recipe = read_recipe(out)
+    num = int(recipe["num"])
 
     def read(number: int) -> np.ndarray:
-        return _read_png(image_path(out, number))[::upscale, ::upscale]
+        return _read_png(sample_path(out, recipe, number))[::upscale, ::upscale]
 
     shape = read(0).shape
     # As numpy writes it, but without ever holding all pictures: 50,000 of 256x256 are ten gigabytes.
@@ -144,8 +152,8 @@ def close_folder(
                 pixels = read(number)
                 if pixels.shape != shape or pixels.dtype != np.uint8:
                     raise ValueError(
-                        f"{image_path(out, number)} is no picture of {shape} as the first one is; delete it and "
-                        "sample again"
+                        f"{sample_path(out, recipe, number)} is no picture of {shape} as the first one is; delete it "
+                        "and sample again"
                     )
                 file.write(pixels.tobytes())
         if labels_N is not None:
@@ -235,6 +243,7 @@ def sample_to_folder(
     *,
     num: int,
     conditions_N: Mapping[str, Tensor] | None = None,
+    names: Sequence[str] | None = None,
     source: Mapping[str, Any] | None = None,
     decode: Callable[[Tensor], Tensor] | None = None,
     stored: Callable[[Tensor], Tensor] | None = None,
@@ -247,12 +256,12 @@ def sample_to_folder(
 ) -> Path:
     """Draw `num` samples into `out` and return it; an interrupted folder is continued.
 
-    source: JSON-able facts on where the weights come from (checkpoint, step, EMA); kept in
-    recipe.json and part of what must agree when a folder is continued. decode: turns model space
-    into [-1, 1] pictures (`data.autoencoder.decoder`). stored: turns model space into what is saved as
-    arrays, of samples that are no pictures (default: nothing is done). upscale: enlarges the single
-    PNGs. processes: those that share the work, each of which must call this; with one batch_size they draw what one
-    process draws. Raises ValueError as `sample` does, and for a folder of another recipe.
+    names: what the samples' files are called, without endings; default: their numbers. source: JSON-able facts on where
+    the weights come from (checkpoint, step, EMA); kept in recipe.json and part of what must agree when a folder is
+    continued. decode: turns model space into [-1, 1] pictures (`data.autoencoder.decoder`). stored: turns model space
+    into what is saved as arrays, of samples that are no pictures (default: nothing is done). upscale: enlarges the
+    single PNGs. processes: those that share the work, each of which must call this; with one batch_size they draw what
+    one process draws. Raises ValueError as `sample` does, and for a folder of another recipe.
     """
     shape = process.shape
     arrays = decode is None and (stored is not None or len(shape) != 3)
@@ -270,7 +279,7 @@ def sample_to_folder(
     check(process, recipe, conditions_N)
     facts = _facts(process, recipe, num, conditions_N, source, dtype)
     facts |= {"saved_as": "arrays" if arrays else "pictures", "upscale": upscale}
-    facts |= {"decoded": decode is not None}
+    facts |= {"decoded": decode is not None, **({"names": list(names)} if names else {})}
     processes = processes or Processes(0, 1, 0, torch.device(device))
 
     def draw(numbers: Sequence[int], tell: Callable[[int], None]) -> None:
@@ -286,10 +295,11 @@ def sample_to_folder(
             dtype=dtype,
             progress=tell,
         )
+        called = [named(facts, number) for number in numbers]
         if arrays:
-            save_arrays((stored(x) if stored else x).cpu().numpy(), out, numbers)
+            save_arrays((stored(x) if stored else x).cpu().numpy(), out, called)
         else:
-            save_images(to_uint8(decode(x) if decode else x), out, numbers, upscale)
+            save_images(to_uint8(decode(x) if decode else x), out, called, upscale)
 
     def draw_all(batches: Sequence[Sequence[int]]) -> None:
         total = sum(map(len, batches)) * recipe.steps  # sampler steps times samples

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from speed_engine.atomic_files import atomic
+from speed_engine.conditions import Augmenting, undropped
+from speed_engine.conditions.image import Image
 from speed_engine.config import RunConfig
 from speed_engine.data import autoencoder
 from speed_engine.engines import Engine
@@ -62,9 +64,7 @@ class Preview:
             clip_x0=settings.clip and facts.space.kind == "pixels",
             seed=settings.seed,
         )
-        self.told: dict[str, Tensor] = {}
-        for condition in parts.conditions.values():
-            self.told |= condition.default(range(settings.num))
+        self.told = _requests(parts, settings.num)
         check(self.process, self.recipe, self.told)
         self.decode = _decoder(parts) if parts.processes.first else None
         self.warned = False
@@ -122,6 +122,24 @@ class Preview:
         with atomic(path) as partial, partial.open("wb") as file:
             picture.save(file, format="PNG")
         journal.picture("samples", np.asarray(picture), step)
+
+
+def _requests(parts: Parts, num: int) -> dict[str, Tensor]:
+    """What the network is told: its conditions' defaults; of one that sharpens, all that the data hold of the first
+    samples, the held-out ones where there are any."""
+    told: dict[str, Tensor] = {}
+    if not any(isinstance(each, Image) for each in parts.conditions.values()):
+        for condition in parts.conditions.values():
+            told |= condition.default(range(num))
+        return told
+    source = parts.held_out or parts.source
+    _, arrays = source.read([number % len(source) for number in range(num)])
+    for name, condition in parts.conditions.items():
+        if isinstance(condition, Augmenting):
+            told |= condition.default(range(num))
+        else:
+            told |= undropped(name, condition).drop(arrays, 0, 0, 0)
+    return told
 
 
 def of(parts: Parts, run: Path, blueprint: nn.Module, judge: Judge | None) -> Preview | None:

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from speed_engine import kinds
-from speed_engine.conditions import Augmenting, Condition
+from speed_engine.conditions import Augmenting, Condition, undropped
 from speed_engine.config import RunConfig
 from speed_engine.data import Batch, Source, order
 from speed_engine.data.split import SPLIT_SEED
@@ -156,7 +156,7 @@ def of(parts: Parts) -> Validation | None:
         copy.deepcopy(parts.model).eval().requires_grad_(False),
         table.to(processes.device),
         parts.held_out,
-        {name: _never_dropped(name, each) for name, each in parts.conditions.items()},
+        {name: undropped(name, each) for name, each in parts.conditions.items()},
         processes,
         config.validation.rows,
         getattr(config.engine, "precision", "fp32") != "fp32",
@@ -214,12 +214,3 @@ def share_of_training(config: RunConfig) -> float:
     if not settings.every:
         return 0.0
     return settings.samples * settings.rows / (3 * settings.every * config.train.global_batch)
-
-
-def _never_dropped(name: str, condition: Condition) -> Condition:
-    """The same condition, which the network is always told."""
-    facts = condition.facts
-    module = kinds.find("conditions", facts.kind)
-    known = module.Config.model_fields
-    config = module.Config(**({"dropout": 0} if "dropout" in known else {}))
-    return module.build(config, name, facts)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -73,20 +73,41 @@ def decode(
     """
     from PIL import Image, ImageOps
 
+    with _decoding(raw) as image:
+        width, height = image.size
+        if min(width, height) < min_side:
+            raise PictureError(
+                f"too small ({width} x {height}); the short side must have {min_side}"
+            )
+        alone = large is not None and width * height > LARGE_PIXELS
+        with large if alone else contextlib.nullcontext():  # type: ignore[union-attr]
+            flat = _eight_bits(ImageOps.exif_transpose(image), channels)
+            square = ImageOps.fit(flat, (size, size), method=Image.Resampling.BICUBIC)
+            del flat
+        return _array(square, channels)
+
+
+def decode_whole(raw: Raw, channels: int, size: tuple[int, int]) -> np.ndarray:
+    """As `decode`, but as large as it is, which must be `size`, (width, height): uint8 [channels, height, width]."""
+    from PIL import ImageOps
+
+    with _decoding(raw) as image:
+        turned = ImageOps.exif_transpose(image)
+        if turned.size != size:
+            width, height = turned.size
+            raise PictureError(f"has {width} x {height} pixels instead of {size[0]} x {size[1]}")
+        return _array(_eight_bits(turned, channels), channels)
+
+
+@contextlib.contextmanager
+def _decoding(raw: Raw) -> Iterator[Image.Image]:
+    """The picture, opened. Raises PictureError for one of too many pixels, and for whatever goes wrong within."""
     try:
         with _opened(raw) as image:
             width, height = image.size
             if width * height > MAX_PIXELS:
                 raise PictureError(f"{width} x {height} pixels are more than {MAX_PIXELS}")
-            if min(width, height) < min_side:
-                raise PictureError(
-                    f"too small ({width} x {height}); the short side must have {min_side}"
-                )
-            alone = large is not None and width * height > LARGE_PIXELS
-            with large if alone else contextlib.nullcontext():  # type: ignore[union-attr]
-                flat = _eight_bits(ImageOps.exif_transpose(image), channels)
-                square = ImageOps.fit(flat, (size, size), method=Image.Resampling.BICUBIC)
-                del flat
+            yield image
     except PictureError:
         raise
     except Exception as error:  # a decoder may raise anything on damaged or hostile bytes
@@ -98,7 +119,11 @@ def decode(
             or "no reason given"
         )
         raise PictureError(f"cannot be decoded: {reason} ({type(error).__name__})") from error
-    values = np.asarray(square, np.uint8).reshape(size, size, channels)
+
+
+def _array(image: Image.Image, channels: int) -> np.ndarray:
+    width, height = image.size
+    values = np.asarray(image, np.uint8).reshape(height, width, channels)
     return np.ascontiguousarray(values.transpose(2, 0, 1))
 
 

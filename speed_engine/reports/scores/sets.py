@@ -18,7 +18,7 @@ from PIL import Image
 
 from speed_engine.data import DataError, autoencoder, glyph_pictures, shards
 from speed_engine.data.storage import pictures, places
-from speed_engine.sampling.folder import image_path, read_recipe, to_uint8
+from speed_engine.sampling.folder import read_recipe, sample_path, to_uint8
 
 NAMES_OF_ARRAY = ("arr_0", "images", "x")
 FIRST_GLYPH, NUM_GLYPHS = (
@@ -148,12 +148,12 @@ def _samples(folder: Path) -> Pictures:
     if recipe.get("saved_as") == "arrays":
         raise ValueError(f"{folder} holds arrays and no pictures; give a folder of pictures")
     num = recipe["num"]
-    missing = [n for n in range(num) if not image_path(folder, n).exists()]
+    files = [sample_path(folder, recipe, n) for n in range(num)]
+    missing = [file for file in files if not file.exists()]
     if missing or not num:
         raise ValueError(
             f"{folder} lacks {len(missing)} of {num} samples; run `sample` again to finish this folder"
         )
-    files = [image_path(folder, n) for n in range(num)]
     archive = folder / "samples.npz"
     labels = None
     if archive.exists():
