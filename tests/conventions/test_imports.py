@@ -53,8 +53,12 @@ BELOW_TRAINING = [
 ANYTHING = ["speed_engine", "speed_kernels"]
 MAY_IMPORT = {
     "speed_kernels": ["speed_kernels"],
-    # One place turns refusals into a sentence, and two of them are the kernel library's.
-    "speed_engine.errors": ["speed_kernels.build", "speed_kernels.contract"],
+    # One place turns refusals into a sentence that fits the terminal, and two of them are the kernel library's.
+    "speed_engine.errors": [
+        "speed_kernels.build",
+        "speed_kernels.contract",
+        "speed_engine.progress",
+    ],
     "speed_engine.atomic_files": [],
     "speed_engine.kinds": [],
     "speed_engine.progress": [],
