@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
 
         if args.samples or args.reference:
             raise ValueError("--compare reads reports; leave out --samples and --reference")
-        print(wrapped("\n".join(comparing.compare(args.compare))))
+        print("\n".join(comparing.compare(args.compare)))
         return 0
     if args.prompts and not args.clip:
         raise ValueError("--prompts belongs to --clip, the CLIP that compares; give both")

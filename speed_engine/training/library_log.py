@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from speed_engine.progress import wrapped
+
 # First words of the names of their loggers.
 LIBRARIES = frozenset(
     ("DeepSpeed", "deepspeed", "diffusers", "huggingface_hub", "torch", "transformers", "triton")
@@ -38,11 +40,11 @@ class LibraryLog:
         self.held: list[str] = []
         self.told = False
         self.path: Path | None = None
-        self.say: Callable[[str], None] = print
+        self.say: Callable[[str], None] = _told
 
-    def into(self, folder: Path, say: Callable[[str], None] = print) -> None:
+    def into(self, folder: Path, say: Callable[[str], None] | None = None) -> None:
         """From now on to a file of `folder`, which exists; with the first line a person is told where it is."""
-        self.path, self.say = file_of(folder, self.rank), say
+        self.path, self.say = file_of(folder, self.rank), say or _told
         held, self.held = self.held, []
         for line in held:
             self.write(line)
@@ -106,6 +108,10 @@ def libraries_apart(rank: int) -> Iterator[LibraryLog]:
     finally:
         logging.Logger.callHandlers, warnings.showwarning = handlers, shown
         log.show()
+
+
+def _told(text: str) -> None:
+    print(wrapped(text))
 
 
 def _show(line: str) -> None:

@@ -25,6 +25,11 @@ class Answer:
     out: str
     err: str
 
+    @property
+    def said(self) -> str:
+        """All of both, however its lines were broken."""
+        return " ".join(f"{self.out} {self.err}".split())
+
 
 class Terminal(io.StringIO):
     """Where somebody reads along."""
@@ -36,7 +41,8 @@ class Terminal(io.StringIO):
 def speed_engine(*words: str | Path, watched: bool = False) -> Answer:
     """`python -m speed_engine WORDS` in this process. watched: what it says on standard error goes to a terminal.
 
-    Whatever the command, what people read of it fits: files for programs (JSON, CSV) may be wide.
+    Whatever the command, what people read of it fits. What programs read may be wide: JSON, CSV, tables of scores, and
+    the log of a training that goes to a file.
     """
     out, err = io.StringIO(), Terminal() if watched else io.StringIO()
     with pytest.MonkeyPatch.context() as patch:
@@ -46,7 +52,8 @@ def speed_engine(*words: str | Path, watched: bool = False) -> Answer:
                 code = main()
             except SystemExit as end:  # argparse: --help, and what it refuses
                 code = int(end.code or 0)
-    read = [] if {"--json", "--csv"} & set(words) else out.getvalue().splitlines()
+    wide = words[0] == "train" or {"--json", "--csv", "--compare"} & set(words)
+    read = [] if wide else out.getvalue().splitlines()
     read += err.getvalue().splitlines() if watched else []
     assert not [line for line in read if wrapped(line) != line], words
     return Answer(code, out.getvalue(), err.getvalue())

@@ -22,7 +22,7 @@ STUDY = {
         "optim": {"warmup_steps": 4, "ema_decay": 0.8},
     },
     "methods": {"uniform": {"timesteps": "uniform"}, "burst": {"optim": {"lr": 1e9}}},
-    "seeds": [0],  # unit/studies has cells side by side, and stand-ins for their processes
+    "seeds": [0, 1],
     "steps": 24,
     "cadence": 6,
     "metric": "mse",
@@ -65,24 +65,26 @@ def test_a_killed_study_continues_without_losing_or_redoing_a_cell(study, good):
     kept = first.with_suffix(".json").read_bytes(), first.with_suffix(".json").stat().st_mtime_ns
     log = first.with_suffix(".log").read_bytes()
     answer = good("compare", file, "--out", out, "--jobs", "2")
-    assert "1 of 2 cells had ended already" in answer.out
+    assert "1 of 4 cells had ended already" in answer.out
     assert kept == (
         first.with_suffix(".json").read_bytes(),
         first.with_suffix(".json").stat().st_mtime_ns,
     )
     assert first.with_suffix(".log").read_bytes() == log
-    assert "2/2" in answer.out and "left" in answer.out
+    assert "4/4" in answer.out and "left" in answer.out
     stored = json.loads((out / "report" / "report.json").read_text())
     status = {(c["method"], c["seed"]): c["status"] for c in stored["cells"]}
-    assert status == {("uniform", 0): "finished", ("burst", 0): "diverged"}
+    assert status == {
+        (m, s): e for m, e in (("uniform", "finished"), ("burst", "diverged")) for s in (0, 1)
+    }
     curve = stored["cells"][0]["curve"]
     assert curve["steps"] == [6, 12, 18, 24] and curve["images"][-1] == 24 * 16
     assert curve["seconds"] == sorted(curve["seconds"]) and curve["flops"][-1] > 0
     assert (second / "metrics.jsonl").exists() and (first / "checkpoints").is_dir()  # ordinary runs
     found = stored["findings"]["settings"]["base"]["methods"]["burst"]
-    assert found["images"]["needed"] == [None] and found["diverged"] == 1
+    assert found["images"]["needed"] == [None, None] and found["diverged"] == 2
     again = good("compare", file, "--out", out)  # all is there: only the report is made
-    assert "2 of 2 cells had ended already" in again.out
+    assert "4 of 4 cells had ended already" in again.out
 
 
 def test_a_folder_of_another_study_is_refused(study, tmp_path, command):

@@ -88,7 +88,7 @@ def test_reindex_says_how_arrays_are_read(good, tmp_path):
     content = io.BytesIO()
     np.save(content, np.zeros((16, 16, 3), np.uint8))
     tar(tmp_path / "set" / "0.tar", {"./0.npy": content.getvalue(), "./0.cls": b"4"})
-    said = good("encode", "--reindex", tmp_path / "set").err
+    said = good("encode", "--reindex", tmp_path / "set").said
     assert "1 samples, pixels 16 x 16 x 3, 5 classes" in said and "read as 16 channels" in said
 
 

@@ -85,7 +85,7 @@ def test_what_was_taken_of_a_label_table_is_said(good, command, weights, tmp_pat
         (["--num-classes", "11"], "11 classes without a null label", 11, False),
     ):
         answer = good(*words, *more)
-        assert said + taken in answer.out and "1 channels, taken as pixels" in answer.out
+        assert said + taken in answer.said and "1 channels, taken as pixels" in answer.said
         label = header_of(tmp_path / "m.safetensors")["facts"]["conditions"]["label"]
         assert (label["num_values"], label["null"]) == (values, null)
     answer = command(*words, "--num-classes", "9")
