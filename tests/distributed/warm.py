@@ -2,8 +2,8 @@
 
 Three fifths of a test of two short runs is the import of torch and DeepSpeed, the same every time. `Warm` is a
 `subprocess.Popen` in all that a test sees: a process of its own, child of this one, with its own arguments, folder,
-environment and output, its program run as `__main__`. Nothing of the project is imported beforehand. Tests of launchers
-and of SLURM start cold ones.
+environment and output, its program run as `__main__`; only its end is short. Nothing of the project is imported
+beforehand. Tests of launchers start cold ones.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import runpy
 import socket
 import subprocess
 import sys
+import traceback
 from typing import Any
 
 LIBRARIES = (
@@ -130,9 +131,30 @@ def _settle(words: dict[str, Any], output: int, tell: int) -> None:
     os.chdir(words["cwd"])
 
 
+def _run() -> int:
+    """Run the program of sys.argv. Returns its exit code, by Python's own rules."""
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    except SystemExit as end:
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+        return 1 if isinstance(end.code, str) else int(end.code or 0)
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+def _end_with(code: int) -> None:
+    """End at once: to take apart what was imported, in pages that were the nest's, costs a second or two."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(code)
+
+
 if __name__ == "__main__":
     for name in LIBRARIES:
         __import__(name)
     sys.argv = _serve(socket.socket(fileno=int(sys.argv[1])))
     sys.path[0] = os.path.dirname(sys.argv[0])
-    runpy.run_path(sys.argv[0], run_name="__main__")
+    _end_with(_run())

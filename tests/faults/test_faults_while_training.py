@@ -2,10 +2,13 @@
 
 import itertools
 import json
+import os
 import re
 import shutil
 import sys
+import time
 from collections import namedtuple
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -93,6 +96,36 @@ def test_no_room_for_a_line_of_metrics_ends_nothing(run, tmp_path, monkeypatch):
     assert code == 0
     assert output.count("WARNING: metrics.jsonl cannot be written") == 1
     assert "No space left" in output and steps(tmp_path / "run") == [4, 6]
+
+
+def test_a_clock_that_goes_backwards_changes_nothing(run, tmp_path, monkeypatch):
+    """By an hour at each look; and the newest checkpoint is that of the last step, whatever the dates of files say."""
+    assert run("train.steps=8")[0] == 0
+    (tmp_path / "run").rename(tmp_path / "one")
+    hours, real = itertools.count(1), time.time
+
+    class Backwards(datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return datetime.now(tz) - timedelta(hours=next(hours))
+
+    monkeypatch.setattr(metrics, "datetime", Backwards)
+    monkeypatch.setattr(time, "time", lambda: real() - 3600 * next(hours))
+    assert run("train.steps=6")[0] == 0
+    newest = tmp_path / "run" / "checkpoints" / "step-00000006"
+    for path in (*newest.rglob("*"), newest):
+        os.utime(path, (10**9, 10**9))
+    code, output = run("train.steps=8")
+    assert code == 0 and "is at step 6; going on" in output, output
+    one, other = (
+        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").open()]
+        for name in ("one", "run")
+    )
+    times = [line["time"] for line in other]
+    assert len(times) == 4 and times == sorted(times, reverse=True)
+    assert all(line["images_per_s"] > 0 for line in other)
+    for key in ("step", "loss", "grad_norm", "lr"):
+        assert [line[key] for line in one] == [line[key] for line in other]
 
 
 def test_a_board_that_fails_ends_nothing(run, tmp_path):

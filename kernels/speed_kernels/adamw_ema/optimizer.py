@@ -105,6 +105,11 @@ class AdamWEMA(torch.optim.Optimizer):
         self._skipped: Tensor | None = None
         self._scalars: Tensor | None = None
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """torch's own, without what keeps torch.compile out of it, which would import the compiler: two seconds."""
+        plain: Any = torch.optim.Optimizer.add_param_group
+        plain.__wrapped__(self, param_group)
+
     @torch.no_grad()
     def step(  # type: ignore[override]
         self, closure: Callable[[], Any] | None = None, *, grad_scale: Tensor | None = None
@@ -169,12 +174,12 @@ class AdamWEMA(torch.optim.Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop (or zero) the gradients of the parameters and of their copies."""
-        super().zero_grad(set_to_none)
-        for copy in self._copies.values():
-            if copy.grad is not None and set_to_none:
-                copy.grad = None
-            elif copy.grad is not None:
-                copy.grad.detach_().zero_()
+        params = [param for group in self.param_groups for param in group["params"]]
+        for held in (*params, *self._copies.values()):
+            if held.grad is not None and set_to_none:
+                held.grad = None
+            elif held.grad is not None:
+                held.grad.detach_().zero_()
 
     def _buckets(self, group: dict[str, Any], grads: list[Tensor | None]) -> list[Bucket]:
         """The group's parameters with gradients, by their step counter; state is made where it is missing."""
