@@ -60,8 +60,8 @@ def run_length(*tensors: Tensor) -> int:
 
 
 def settled(kernel: Any) -> None:
-    """Call it behind a launch: at every launch Triton compares a kernel's global constants with those that it was compiled
-    with, and ours never change. They are in the name under which the kernel is cached, which is fixed by now."""
+    """Call it behind a launch: at every launch Triton compares a kernel's global constants with those that it was
+    compiled with, and ours never change. They are part of the cached kernel's name, which is fixed by now."""
     if getattr(kernel, "used_global_vals", None):
         kernel.used_global_vals = {}
 
