@@ -5,6 +5,8 @@ Every op is a torch custom op for whoever traces, transforms or watches it; a pl
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -22,3 +24,12 @@ def direct(tensor: Tensor) -> bool:
         and torch._C._len_torch_dispatch_stack() == 0
         and not torch._C._are_functorch_transforms_active()
     )
+
+
+class DirectFunction(torch.autograd.Function):
+    """An autograd function for calls that `direct` has let through: it does not look for the transforms and the dead
+    wrappers again that torch's own `apply` looks for at every call."""
+
+    @classmethod
+    def apply(cls, *args: Any) -> Any:
+        return super(torch.autograd.Function, cls).apply(*args)  # pyright: ignore

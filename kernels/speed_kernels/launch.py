@@ -5,6 +5,8 @@ Imports no triton, so that it can be asked anywhere.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -55,6 +57,13 @@ def is_wide(num_elements: int, tile: int) -> bool:
 def run_length(*tensors: Tensor) -> int:
     """Consecutive elements per thread: a 128-bit access of the narrowest tensor."""
     return 16 // min(tensor.element_size() for tensor in tensors)
+
+
+def settled(kernel: Any) -> None:
+    """Call it behind a launch: at every launch Triton compares a kernel's global constants with those that it was
+    compiled with, and ours never change. They are part of the cached kernel's name, which is fixed by now."""
+    if getattr(kernel, "used_global_vals", None):
+        kernel.used_global_vals = {}
 
 
 def power_of_two(number: int) -> int:

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from speed_kernels import contract
-from speed_kernels.dispatch import direct
+from speed_kernels.dispatch import DirectFunction, direct
 
 
 def bias_gelu(x: Tensor, bias_D: Tensor | None, *, backend: str) -> Tensor:
@@ -45,7 +45,7 @@ def bias_gelu(x: Tensor, bias_D: Tensor | None, *, backend: str) -> Tensor:
     return bias_gelu_op(x, bias_D, backend)
 
 
-class _BiasGelu(torch.autograd.Function):
+class _BiasGelu(DirectFunction):
     """`bias_gelu_op` without torch's dispatcher."""
 
     @staticmethod

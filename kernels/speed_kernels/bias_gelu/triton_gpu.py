@@ -189,6 +189,7 @@ def bias_gelu(x: Tensor, bias_D: Tensor | None) -> Tensor:
             COLUMNS=columns,
             num_warps=NUM_WARPS,
         )
+        launch.settled(forward_kernel)
     return y
 
 
@@ -196,9 +197,9 @@ def bias_gelu_backward(d_y: Tensor, x: Tensor, bias_D: Tensor | None) -> tuple[T
     """See `speed_kernels.bias_gelu.reference`. One launch, and a small one if there is a bias."""
     d_y, x = d_y.contiguous(), x.contiguous()
     d_x = torch.empty_like(x)
-    d_bias_D = x.new_empty(0) if bias_D is None else x.new_zeros(x.shape[-1])
+    d_bias_D = x.new_empty(0 if bias_D is None else x.shape[-1])
     if x.numel() == 0:
-        return d_x, d_bias_D
+        return d_x, d_bias_D.zero_()
     num_columns = x.shape[-1]
     num_rows = x.numel() // num_columns
     rows, columns = tile_shape(BACKWARD_TILE, num_columns)
@@ -236,4 +237,5 @@ def bias_gelu_backward(d_y: Tensor, x: Tensor, bias_D: Tensor | None) -> tuple[T
                 COLUMNS=SUM_COLUMNS,
                 num_warps=NUM_WARPS,
             )
+        launch.settled(backward_kernel)
     return d_x, d_bias_D

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from speed_kernels import contract
-from speed_kernels.dispatch import direct
+from speed_kernels.dispatch import DirectFunction, direct
 
 MAX_LAYER = 2**24 - 1
 
@@ -48,7 +48,7 @@ def dropout(x_BCHW: Tensor, address_3: Tensor, *, layer: int, p: float, backend:
     return dropout_op(x_BCHW, address_3, layer, float(p), backend)
 
 
-class _Dropout(torch.autograd.Function):
+class _Dropout(DirectFunction):
     """`dropout_op` without torch's dispatcher."""
 
     @staticmethod

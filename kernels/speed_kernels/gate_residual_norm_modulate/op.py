@@ -33,7 +33,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from speed_kernels import contract
-from speed_kernels.dispatch import direct
+from speed_kernels.dispatch import DirectFunction, direct
 
 NAME = "gate_residual_norm_modulate"
 _STREAM = (torch.float32, torch.bfloat16)
@@ -249,7 +249,7 @@ def differentiate_normed(ctx: Any, d_y_BTD: Tensor, *_: Any) -> tuple[Tensor | N
 norm_modulate_op.register_autograd(differentiate_normed, setup_context=keep_normed)
 
 
-class Gated(torch.autograd.Function):
+class Gated(DirectFunction):
     """`gate_residual_norm_modulate_op` without torch's dispatcher."""
 
     @staticmethod
@@ -277,7 +277,7 @@ class Gated(torch.autograd.Function):
         return d_x_BTD, d_branch_BTD, d_gate_BD, d_bias_D, d_shift_BD, d_scale_BD, None, None
 
 
-class Normed(torch.autograd.Function):
+class Normed(DirectFunction):
     """`norm_modulate_op` without torch's dispatcher."""
 
     @staticmethod

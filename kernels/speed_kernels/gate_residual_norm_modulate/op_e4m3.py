@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from speed_kernels import contract
-from speed_kernels.dispatch import direct
+from speed_kernels.dispatch import DirectFunction, direct
 from speed_kernels.e4m3 import E4M3, Scaled
 from speed_kernels.gate_residual_norm_modulate import op
 
@@ -134,7 +134,7 @@ gate_residual_norm_modulate_e4m3_op.register_autograd(
 norm_modulate_e4m3_op.register_autograd(op.differentiate_normed, setup_context=_keep_normed)
 
 
-class _Gated(torch.autograd.Function):
+class _Gated(DirectFunction):
     """`gate_residual_norm_modulate_e4m3_op` without torch's dispatcher."""
 
     @staticmethod
@@ -153,7 +153,7 @@ class _Gated(torch.autograd.Function):
         return op.Gated.backward(ctx, *grads[:2])
 
 
-class _Normed(torch.autograd.Function):
+class _Normed(DirectFunction):
     """`norm_modulate_e4m3_op` without torch's dispatcher."""
 
     @staticmethod

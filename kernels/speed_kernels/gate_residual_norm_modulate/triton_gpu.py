@@ -159,6 +159,7 @@ def forward(
             num_warps=NUM_WARPS,
             enable_fp_fusion=True,
         )
+        launch.settled(forward_kernel)
     return sum_BTD, y_BTD, mean_BT, rstd_BT
 
 
@@ -259,4 +260,6 @@ def backward(
             num_warps=4,
             enable_fp_fusion=True,
         )
+        launch.settled(backward_kernel)
+        launch.settled(finish_kernel)
     return results

@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from speed_kernels import contract
-from speed_kernels.dispatch import direct
+from speed_kernels.dispatch import DirectFunction, direct
 
 
 def group_norm_silu(
@@ -64,7 +64,7 @@ def group_norm_silu(
     return y_BCHW
 
 
-class _GroupNormSilu(torch.autograd.Function):
+class _GroupNormSilu(DirectFunction):
     """`group_norm_silu_op` without torch's dispatcher."""
 
     @staticmethod

@@ -34,7 +34,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from speed_kernels import contract, table
-from speed_kernels.dispatch import direct
+from speed_kernels.dispatch import DirectFunction, direct
 
 
 def diffusion_loss(
@@ -93,7 +93,7 @@ def diffusion_loss(
     return total, losses_3B
 
 
-class _Loss(torch.autograd.Function):
+class _Loss(DirectFunction):
     """`loss_op` without torch's dispatcher."""
 
     @staticmethod
