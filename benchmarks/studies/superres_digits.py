@@ -11,6 +11,7 @@ JSON. Needs scikit-learn.
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ def enlarged(low_N1hw: np.ndarray, how: Image.Resampling) -> np.ndarray:
 def psnr(a: np.ndarray, b: np.ndarray) -> float | None:
     """In decibels, of the mean squared error over all pixels; None where there is no error."""
     error = float(np.mean((a.astype(float) - b) ** 2))
-    return None if error == 0 else 10 * np.log10(255**2 / error)
+    return None if error == 0 else 10 * math.log10(255**2 / error)
 
 
 class Judge:
