@@ -107,8 +107,8 @@ class AdamWEMA(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """torch's own, without what keeps torch.compile out of it, which would import the compiler: two seconds."""
-        plain: Any = torch.optim.Optimizer.add_param_group
-        plain.__wrapped__(self, param_group)
+        guarded: Any = torch.optim.Optimizer.add_param_group
+        getattr(guarded, "__wrapped__", guarded)(self, param_group)
 
     @torch.no_grad()
     def step(  # type: ignore[override]
