@@ -219,7 +219,7 @@ def compare(options: argparse.Namespace) -> int:
     key, values = parse_comparison(options.compare)
     if options.steps < 1 or options.block < 1:
         raise ValueError("--steps and --block must be at least 1")
-    own = [*options.set, f"train.steps={options.steps}"]
+    own = ["validation.every=0", *options.set, f"train.steps={options.steps}"]
     configs = [load(options.preset, [*own, f"{key}={value}"]) for value in values]
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     processes = start(configs[0].engine.device)

@@ -69,7 +69,7 @@ def compare(options: argparse.Namespace) -> int:
             f"--method {unknown[0]}: the study {study.name} has {', '.join(study.methods)}"
         )
     names = [plain, *(name for name in options.method or study.methods if name != plain)]
-    own = [*options.set, "engine.kind=torch", f"train.steps={options.steps}"]
+    own = ["validation.every=0", *options.set, "engine.kind=torch", f"train.steps={options.steps}"]
     base = load(options.preset, own).model_dump(mode="json")
     configs = {name: build(merge(base, study.methods[name])) for name in names}
     processes = start(configs[plain].engine.device)
