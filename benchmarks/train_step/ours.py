@@ -43,7 +43,7 @@ def overrides(kind: str, case: TrainCase, device: torch.device) -> list[str]:
         f"train.global_batch={case.batch}",
         "train.stratified=false",
         "train.flip=false",
-        "validation.every=0",
+        "validation.every=0",  # the batch is all the data there are
         f"optim.lr={LR}",
         f"optim.ema_decay={DECAY}",
         f"engine={kind}",
