@@ -108,6 +108,8 @@ def _compiler() -> str:
 
 def run(as_json: bool) -> int:
     """Print the examination."""
+    from speed_engine.reports.plan_cost import FP32_ON_GPU
+
     facts = examine()
     if as_json:
         print(json.dumps(facts, indent=1))
@@ -119,6 +121,7 @@ def run(as_json: bool) -> int:
         print(f"{name:14} {version:14} for {OPTIONAL[name]}")
     print(f"NCCL         {facts['nccl']}")
     print(f"GPUs         {', '.join(facts['gpus']) or 'none'}")
+    print(f"precision    {FP32_ON_GPU}")
     print(f"CPU          {facts['cpu']['isa']}, {facts['cpu']['threads']} threads")
     print(f"compiler     {facts['compiler']}")
     print(f"disk         {facts['disk_free_bytes'] / 2**30:.1f} GiB free here")
