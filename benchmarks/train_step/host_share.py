@@ -2,6 +2,7 @@
 
     python -m benchmarks.train_step.host_share --model XL/2 --out after.json
     python -m benchmarks.train_step.host_share --model XL/2 --before before.json --out host-share.json
+    python -m benchmarks.train_step.host_share --join s2.json xl2.json --out both.json
     python -m benchmarks.train_step.host_share --model XL/2 --profile          # where it goes, by function
 
 A stand-in for Triton's driver specialises, compiles and "loads" the kernels and notes their launches. Products and
@@ -82,7 +83,7 @@ class Launches(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
-        if not func.is_view and name not in ALLOCATE:
+        if func.namespace == "aten" and not func.is_view and name not in ALLOCATE:
             self.names[name] += 1
         return func(*args, **(kwargs or {}))
 
@@ -126,6 +127,8 @@ def measure(model: str, steps: int, profile: bool = False) -> dict[str, Any]:
         "launches": dict(sorted(launches.items())),
         "operations": dict(operations.names.most_common()),
         "steps": steps,
+        "load": os.getloadavg()[0],
+        "cores": os.cpu_count(),
         "conditions": conditions(processes.device),
     }
 
@@ -140,31 +143,33 @@ def _print_profile(step: Callable[[], Any], steps: int) -> None:
     pstats.Stats(watch).sort_stats("tottime").print_stats(45)
 
 
-def page(result: dict[str, Any]) -> str:
+def page(results: Sequence[dict[str, Any]]) -> str:
     """Markdown."""
     lines = [
-        f"# Host share of a training step, DiT-{result['model']}",
+        "# Host share of a training step",
         "",
-        f"Processor time of a step on a stand-in for the GPU's driver, the least of {result['steps']} steps.",
-        "Products and attention allocate and do not compute. In it: Python, autograd, torch's dispatch, allocation,",
-        "Triton's launcher. Not in it: the driver's time for a launch, the meter, the reading of data. One sample,",
-        "64 channels, the model's depth; no GPU.",
+        "Processor time of a step on a stand-in for the GPU's driver, the least and the median of many. Products and",
+        "attention allocate and do not compute. In it: Python, autograd, torch's dispatch, allocation, Triton's",
+        "launcher. Not in it: the driver's time for a launch, the meter, the reading of data. One sample, 64 channels,",
+        "the model's depth, engine torch in bf16 without a captured graph; no GPU. Made by",
+        "`python -m benchmarks.train_step.host_share`.",
         "",
-        "| | commit | ms a step | median |",
-        "| --- | --- | --- | --- |",
+        "| model | | commit | ms a step | median | steps | load of the machine |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for name, each in (("before", result.get("before")), ("after", result)):
-        if each:
-            commit = each["conditions"]["commit"][:7]
-            lines.append(f"| {name} | {commit} | {each['host_ms']:.2f} | {each['median_ms']:.2f} |")
-    lines += ["", f"{sum(result['launches'].values())} Triton launches a step:", ""]
-    lines += [f"- `{name}`: {count}" for name, count in result["launches"].items()]
-    lines += [
-        "",
-        f"{sum(result['operations'].values())} operations of torch that would launch, too:",
-        "",
-    ]
-    lines += [f"- `{name}`: {count}" for name, count in result["operations"].items()]
+    for result in results:
+        for name, each in (("before", result.get("before")), ("after", result)):
+            if each:
+                found = [f"{each['host_ms']:.2f}", f"{each['median_ms']:.2f}", str(each["steps"])]
+                found += [f"{each['load']:.0f} on {each['cores']} cores"]
+                commit = each["conditions"]["commit"][:7]
+                lines.append(f"| {result['model']} | {name} | {commit} | {' | '.join(found)} |")
+    for result in results:
+        launches, operations = sum(result["launches"].values()), sum(result["operations"].values())
+        lines += ["", f"DiT-{result['model']}: {launches} Triton launches a step", ""]
+        lines += [f"- `{name}`: {count}" for name, count in result["launches"].items()]
+        lines += ["", f"and {operations} operations of torch that would launch, too:", ""]
+        lines += [f"- `{name}`: {count}" for name, count in result["operations"].items()]
     return "\n".join(lines) + "\n"
 
 
@@ -176,14 +181,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--before", type=Path, help="what this command wrote at another commit")
     parser.add_argument("--out", type=Path, help="write here, and a page beside it")
     parser.add_argument("--profile", action="store_true", help="print where the time goes, too")
+    parser.add_argument(
+        "--join", type=Path, nargs="+", help="measure nothing: a page of these files"
+    )
     options = parser.parse_args(arguments)
-    result = measure(options.model, options.steps, options.profile)
+    if options.join:
+        results = [each for file in options.join for each in json.loads(file.read_text())]
+    else:
+        results = [measure(options.model, options.steps, options.profile)]
     if options.before:
-        result["before"] = json.loads(options.before.read_text())
-    print(page(result))
+        (results[0]["before"],) = json.loads(options.before.read_text())
+    print(page(results))
     if options.out:
-        write_json(options.out, result)
-        options.out.with_suffix(".md").write_text(page(result))
+        write_json(options.out, results)
+        options.out.with_suffix(".md").write_text(page(results))
     sys.stdout.flush()
     return 0
 

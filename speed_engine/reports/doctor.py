@@ -144,9 +144,12 @@ def run(as_json: bool) -> int:
         flush=True,
     )
     facts = seen_by_torch()
+    from speed_engine.reports.plan_cost import FP32_ON_GPU  # imports torch
+
     print(f"kernel_cache   {facts['kernel_cache']} ({facts['kernel_cache_bytes'] / 2**20:.1f} MiB)")
     print(f"NCCL           {facts['nccl']}")
     print(f"GPUs           {', '.join(facts['gpus']) or 'none'}")
+    print(wrapped(f"precision      {FP32_ON_GPU}", " " * 15))
     print(f"CPU            {facts['cpu']['isa']}, {facts['cpu']['threads']} threads")
     print(wrapped(f"compiler       {facts['compiler']}"))
     for kernel in facts["kernels"]:

@@ -23,6 +23,7 @@ from speed_engine.kinds import find
 from speed_engine.progress import wrapped
 from speed_engine.reports.plan_cost import (
     FORMULA,
+    FP32_ON_GPU,
     GIB,
     Cluster,
     kept_for_backward,
@@ -40,10 +41,6 @@ from speed_engine.training.assembly import (
 from speed_engine.training.preview import share_of_training as grids_share
 from speed_engine.training.validation import share_of_training
 
-FP32_ON_GPU = (
-    "WARNING         fp32 on a GPU, without TF32: by NVIDIA's sheet an H100 makes 67 TFLOP/s of products in float32, "
-    "989 in bf16; engine.precision=auto takes bf16"
-)
 # What the plan assumes while the data do not exist yet: latents of a 256x256 image, 1000 classes.
 ASSUMED = Facts(
     (4, 32, 32),
@@ -95,7 +92,7 @@ def run(config: RunConfig, where: Cluster | None, on_gpus: bool = False) -> int:
         f"training        {steps:,} steps of {batch}: {6.0 * trained_macs * batch * steps:.2e} FLOP"
     )
     if precision == "fp32" and _for_gpus(config, on_gpus):
-        _tell(FP32_ON_GPU)
+        _tell(f"WARNING         {FP32_ON_GPU}")
     _print_need(config, facts, model, trained, precision, where)
     _print_time(config, trained, trained_macs, precision, where)
     print()

@@ -135,3 +135,23 @@ print("equal")
 
 def test_a_replay_reads_what_the_capture_saw() -> None:
     assert printed(REPLAYS, TRITON_INTERPRET="1") == "equal"
+
+
+SETTLED = """
+import stand_in, torch
+stand_in.install()
+from speed_kernels.bias_gelu import triton_gpu as gelu
+x, bias = torch.zeros(4, 32), torch.zeros(32)
+for dtype in (torch.float32, torch.bfloat16):  # the second is compiled when nothing is compared any more
+    gelu.bias_gelu(x.to(dtype), bias.to(dtype))
+kernel = gelu.forward_kernel
+print(kernel.used_global_vals)
+print(len(stand_in.RECORD.loaded), len(stand_in.RECORD.launched))
+fresh = type(kernel)(kernel.fn)  # the same kernel with its constants still to be read
+assert fresh.cache_key == kernel.cache_key and fresh.used_global_vals
+"""
+
+
+def test_constants_are_compared_once_and_stay_in_the_name():
+    """Launches behind the first compare nothing; what is compiled later is cached under the same constants."""
+    assert printed(SETTLED).splitlines() == ["{}", "2 2"]
