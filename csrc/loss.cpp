@@ -109,29 +109,31 @@ extern "C" int64_t speed_loss(const void* out, int32_t out_dtype, const void* x0
   std::vector<double> squares(num_samples * num_chunks), bounds(num_samples * num_chunks, 0.0);
 
   at::parallel_for(0, num_samples * num_chunks, grain, [&](int64_t begin, int64_t end) {
-    alignas(64) float eps[kTile], x[kTile], f[kTile], v[kTile], term[kTile], slope[kTile];
+    Noise noise(key, step, address[1], num_elements, (end + num_chunks - 1) / num_chunks);
+    alignas(64) float x[kTile], f[kTile], v[kTile], term[kTile], slope[kTile];
     for (int64_t item = begin; item < end; ++item) {
       const int64_t b = item / num_chunks;
       const int64_t start = item % num_chunks * kChunk;
       const int64_t stop = std::min(start + kChunk, num_elements);
       const float* row = rows + row_B[b] * kColumns;
-      const double vb_weight = vb_scale * (weight_vb ? row[kW] : 1.0f);
-      Sample s;
+      Sample s{};
       s.c = row[kC];
       s.d = row[kD];
       s.mse_gradient = static_cast<float>(2.0 * grad_scale * row[kW] / num_elements);
-      s.range = row[kLogVarMax] - row[kLogVarMin];
-      s.log_var_min = row[kLogVarMin];
-      s.mean_gap = row[kMeanGap];
-      s.gap_precision = static_cast<float>(std::exp(-double{row[kLogVarMin]}) * row[kMeanGap] * row[kMeanGap]);
-      s.vb_gradient = static_cast<float>(grad_scale * vb_weight * kBitsPerNat / num_elements * 0.5 * s.range);
+      if (learned_variance) {
+        const double vb_weight = vb_scale * (weight_vb ? row[kW] : 1.0f);
+        s.range = row[kLogVarMax] - row[kLogVarMin];
+        s.log_var_min = row[kLogVarMin];
+        s.mean_gap = row[kMeanGap];
+        s.gap_precision = static_cast<float>(std::exp(-double{row[kLogVarMin]}) * row[kMeanGap] * row[kMeanGap]);
+        s.vb_gradient = static_cast<float>(grad_scale * vb_weight * kBitsPerNat / num_elements * 0.5 * s.range);
+      }
       double squares_sum = 0.0, bound_sum = 0.0;
       for (int64_t first = start; first < stop; first += kTile) {
         const int64_t n = std::min(kTile, stop - first);
         const int64_t at_f = b * channels * num_elements + first;
         const int64_t at_v = at_f + num_elements;
-        normals_tile(key, static_cast<uint32_t>(first / 4), static_cast<uint32_t>(address[1] + b), step, kStreamEps, n,
-                     eps);
+        float* eps = noise(b, first, n);
         load(x0, x0_dtype, b * num_elements + first, x, n);
         load(out, out_dtype, at_f, f, n);
         for (int64_t i = 0; i < n; ++i) {

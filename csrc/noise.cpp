@@ -25,7 +25,7 @@ extern "C" int64_t speed_noise(const void* x0, int32_t x0_dtype, void* x_t, int3
   const RowDraw draw(key, step, cdf, num_rows, num_slots, stride);
   const Chunks chunks(num_elements);
   at::parallel_for(0, num_samples * chunks.per_sample, chunks.grain, [&](int64_t begin, int64_t end) {
-    alignas(64) float eps[kTile];
+    Noise noise(key, step, address[1], num_elements, (end + chunks.per_sample - 1) / chunks.per_sample);
     alignas(64) float x[kTile];
     for (int64_t item = begin; item < end; ++item) {
       const int64_t sample = item / chunks.per_sample;
@@ -42,7 +42,7 @@ extern "C" int64_t speed_noise(const void* x0, int32_t x0_dtype, void* x_t, int3
       for (int64_t first = start; first < stop; first += kTile) {
         const int64_t n = std::min(kTile, stop - first);
         const int64_t offset = sample * num_elements + first;
-        normals_tile(key, static_cast<uint32_t>(first / 4), static_cast<uint32_t>(slot), step, kStreamEps, n, eps);
+        const float* eps = noise(sample, first, n);
         load(x0, x0_dtype, offset, x, n);
         for (int64_t i = 0; i < n; ++i) x[i] = a * x[i] + b * eps[i];
         store(x_t, x_t_dtype, offset, x, n);
@@ -59,16 +59,14 @@ extern "C" void speed_normals(float* out, const int64_t* address, int64_t num_sa
   const uint32_t step = static_cast<uint32_t>(address[0]);
   const Chunks chunks(num_elements);
   at::parallel_for(0, num_samples * chunks.per_sample, chunks.grain, [&](int64_t begin, int64_t end) {
-    alignas(64) float eps[kTile];
+    Noise noise(key, step, address[1], num_elements, (end + chunks.per_sample - 1) / chunks.per_sample);
     for (int64_t item = begin; item < end; ++item) {
       const int64_t sample = item / chunks.per_sample;
       const int64_t start = item % chunks.per_sample * kChunk;
-      const uint32_t slot = static_cast<uint32_t>(address[1] + sample);
       const int64_t stop = std::min(start + kChunk, num_elements);
       for (int64_t first = start; first < stop; first += kTile) {
         const int64_t n = std::min(kTile, stop - first);
-        normals_tile(key, static_cast<uint32_t>(first / 4), slot, step, kStreamEps, n, eps);
-        store(out, kFloat32, sample * num_elements + first, eps, n);
+        store(out, kFloat32, sample * num_elements + first, noise(sample, first, n), n);
       }
     }
   });

@@ -155,6 +155,25 @@ struct Pairs {
 // Which words of a block are kept beside each other: neighbours (0 1, 2 3), or every other (0 2, 1 3).
 enum Order { kNeighbours, kAlternate };
 
+// The words of `num_vectors` vectors of blocks; from one to the next each lane's block and slot grow by these steps.
+template <Order order>
+inline void words_of_lanes(Key key, lanes_t block, uint64_t block_step, lanes_t slot, uint64_t slot_step, uint32_t step,
+                           uint32_t stream, int64_t num_vectors, Pairs& out) {
+  for (int64_t i = 0; i < num_vectors; ++i) {
+    lanes_t c0 = block;
+    lanes_t c1 = slot;
+    lanes_t c2 = lanes_t{} + uint64_t{step};
+    lanes_t c3 = lanes_t{} + uint64_t{stream};
+    philox(c0, c1, c2, c3, key);
+    if constexpr (order == kAlternate) std::swap(c1, c2);
+    out.first[i] = (c0 & 0xffffffffu) | (c1 << 32);
+    out.second[i] = (c2 & 0xffffffffu) | (c3 << 32);
+    block += block_step;
+    slot += slot_step;
+  }
+  static_assert(std::endian::native == std::endian::little);
+}
+
 // The words of `num_blocks` blocks from `first_block` on, rounded up to whole vectors; returns that number of blocks.
 template <Order order>
 inline int64_t words_of_blocks(Key key, uint32_t first_block, uint32_t slot, uint32_t step, uint32_t stream,
@@ -162,18 +181,7 @@ inline int64_t words_of_blocks(Key key, uint32_t first_block, uint32_t slot, uin
   lanes_t block = lanes_t{} + uint64_t{first_block};
   for (int64_t lane = 0; lane < kLanes; ++lane) block[lane] += static_cast<uint64_t>(lane);
   const int64_t num_vectors = (num_blocks + kLanes - 1) / kLanes;
-  for (int64_t i = 0; i < num_vectors; ++i) {
-    lanes_t c0 = block;
-    lanes_t c1 = lanes_t{} + uint64_t{slot};
-    lanes_t c2 = lanes_t{} + uint64_t{step};
-    lanes_t c3 = lanes_t{} + uint64_t{stream};
-    philox(c0, c1, c2, c3, key);
-    if constexpr (order == kAlternate) std::swap(c1, c2);
-    out.first[i] = (c0 & 0xffffffffu) | (c1 << 32);
-    out.second[i] = (c2 & 0xffffffffu) | (c3 << 32);
-    block += uint64_t{kLanes};
-  }
-  static_assert(std::endian::native == std::endian::little);
+  words_of_lanes<order>(key, block, kLanes, lanes_t{} + uint64_t{slot}, 0, step, stream, num_vectors, out);
   return num_vectors * kLanes;
 }
 
@@ -183,16 +191,21 @@ inline void words_tile(Key key, uint32_t first_block, uint32_t slot, uint32_t st
   words_of_blocks<order>(key, first_block, slot, step, stream, kTileBlocks, out);
 }
 
-// The normals of the same blocks.
+// The normals of `num_blocks` blocks of words in alternate order.
+inline void normals_of_words(const Pairs& pairs, int64_t num_blocks, float* __restrict__ out) {
+  const word_t* radius = reinterpret_cast<const word_t*>(pairs.first);
+  const word_t* angle = reinterpret_cast<const word_t*>(pairs.second);
+  for (int64_t i = 0; i < 2 * num_blocks; ++i) {
+    box_muller(radius[i], angle[i], out[2 * i], out[2 * i + 1]);
+  }
+}
+
+// The normals of the same blocks as `words_of_blocks`.
 inline void normals_of_blocks(Key key, uint32_t first_block, uint32_t slot, uint32_t step, uint32_t stream,
                               int64_t num_blocks, float* __restrict__ out) {
   Pairs pairs;
   const int64_t made = words_of_blocks<kAlternate>(key, first_block, slot, step, stream, num_blocks, pairs);
-  const word_t* radius = reinterpret_cast<const word_t*>(pairs.first);
-  const word_t* angle = reinterpret_cast<const word_t*>(pairs.second);
-  for (int64_t i = 0; i < 2 * made; ++i) {
-    box_muller(radius[i], angle[i], out[2 * i], out[2 * i + 1]);
-  }
+  normals_of_words(pairs, made, out);
 }
 
 // The first `n` normals of a tile (of kTile) from `first_block` on. The whole tile, by far the most frequent case, is
@@ -205,6 +218,51 @@ inline void normals_tile(Key key, uint32_t first_block, uint32_t slot, uint32_t 
     normals_of_blocks(key, first_block, slot, step, stream, (n + 3) / 4, out);
   }
 }
+
+// The noise of samples that one thread handles in a row, a tile at a time. Samples that fill less than half a vector with
+// blocks share vectors, and a tile: each alone would leave most lanes idle. The numbers are the same.
+class Noise {
+ public:
+  // first_slot: of sample 0. end: the thread's last sample + 1.
+  Noise(Key key, uint32_t step, int64_t first_slot, int64_t num_elements, int64_t end)
+      : key_(key), step_(step), first_slot_(first_slot), end_(end) {
+    const int64_t blocks = static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>((num_elements + 3) / 4)));
+    if (num_elements > 0 && 2 * blocks <= kLanes) blocks_ = blocks;
+  }
+
+  // The normals of elements first .. first + n - 1 of a sample; what is written over them is the caller's.
+  float* operator()(int64_t sample, int64_t first, int64_t n) {
+    if (blocks_ == 0) {
+      normals_tile(key_, static_cast<uint32_t>(first / 4), slot(sample), step_, kStreamEps, n, tile_);
+      return tile_;
+    }
+    if (sample >= made_) {
+      from_ = sample;
+      made_ = std::min(sample + kTileBlocks / blocks_, end_);
+      lanes_t block{}, slots = lanes_t{} + uint64_t{slot(sample)};
+      for (int64_t lane = 0; lane < kLanes; ++lane) {
+        block[lane] = static_cast<uint64_t>(lane % blocks_);
+        slots[lane] += static_cast<uint64_t>(lane / blocks_);
+      }
+      const int64_t num_vectors = ((made_ - from_) * blocks_ + kLanes - 1) / kLanes;
+      Pairs pairs;
+      words_of_lanes<kAlternate>(key_, block, 0, slots, static_cast<uint64_t>(kLanes / blocks_), step_, kStreamEps,
+                                 num_vectors, pairs);
+      normals_of_words(pairs, num_vectors * kLanes, tile_);
+    }
+    return tile_ + (sample - from_) * blocks_ * 4;
+  }
+
+ private:
+  uint32_t slot(int64_t sample) const { return static_cast<uint32_t>(first_slot_ + sample); }
+
+  alignas(64) float tile_[kTile];
+  Key key_;
+  uint32_t step_;
+  int64_t first_slot_, end_;
+  int64_t blocks_ = 0;          // of a sample that shares, a power of two; 0: none does
+  int64_t from_ = 0, made_ = 0;  // samples whose noise the tile holds
+};
 
 // The row that a sample trains on.
 struct RowDraw {

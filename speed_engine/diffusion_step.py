@@ -127,6 +127,8 @@ def evaluator(
 
 def address(step: int, first_slot: int, device: torch.device) -> Tensor:
     """int64 [2]: (step, first global slot), made on the device without a copy or a wait."""
+    if device.type == "cpu":
+        return torch.tensor((step, first_slot))
     address_2 = torch.empty(2, dtype=torch.int64, device=device)
     address_2[0].fill_(step)  # fill_ takes the number as a kernel's argument
     address_2[1].fill_(first_slot)
@@ -187,16 +189,17 @@ def diffusion_loss(
         if table.session is None:
             table.start(num_slots)
         table.refresh(step, distributed.all_reduce if spread else None)
+    address_2 = address(step, first_slot, x0.device)
     made = losses(
         table,
         model,
-        Batch(x0, dict(conditions or {}), address(step, first_slot, x0.device)),
+        Batch(x0, dict(conditions or {}), address_2),
         seed=seed,
         num_slots=num_slots,
         stratified=stratified,
         backends={"noise": backend, "loss": backend},
     )
-    table.observe(address(step, first_slot, x0.device), made.row_B, made.each_3B)
+    table.observe(address_2, made.row_B, made.each_3B)
     return made.total
 
 

@@ -13,6 +13,7 @@ nothing for others.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -70,12 +71,12 @@ class StepTable:
         """Where the kernels read the table."""
         return self.rows_T8.device
 
-    @property
+    @functools.cached_property  # as `policy`: asked at every step
     def changes(self) -> bool:
         """Whether the method rewrites the table while training runs."""
         return any(part.online is not None for part in self.method.factors)
 
-    @property
+    @functools.cached_property
     def policy(self) -> Policy | None:
         """The part that draws rows by looking at the samples, if the method has one."""
         online = (part.online for part in self.method.factors)

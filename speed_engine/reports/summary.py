@@ -21,6 +21,8 @@ def run(folder: Path, started: float | None, trusted: Collection[str] = ()) -> i
     facts = gather(folder, started, trusted)
     write_json(folder / "summary.json", facts)
     for name, value in facts.items():
+        if value is None:  # not told: no classes, no score
+            continue
         if isinstance(value, float):
             value = f"{value:.4g}"
         print(wrapped(f"{name:24} {value}", " " * 25))

@@ -198,3 +198,14 @@ def test_wrong_arguments_are_refused(message: str, change: Change) -> None:
     change(arguments)
     with pytest.raises(ValueError, match=message):
         diffusion_loss(**arguments, backend="cpp")
+
+
+def test_an_upstream_of_one_is_seen_each_time() -> None:
+    """On a CPU a gradient times 1 is not multiplied; another upstream, on the same graph, is."""
+    out, *rest = tensors("cpu")
+    total, _ = diffusion_loss(out, *rest, seed=5, learned_variance=True, backend="cpp")
+    one, two, again = (
+        torch.autograd.grad(total, out, torch.tensor(each), retain_graph=True)[0]
+        for each in (1.0, 2.0, 1.0)
+    )
+    assert torch.equal(one, again) and torch.equal(two, 2 * one) and one.abs().sum() > 0

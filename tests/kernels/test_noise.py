@@ -313,3 +313,14 @@ def test_addresses_of_64_bits_and_tiles_in_turn() -> None:
     )  # fmt: skip
     for got, expected in zip((x_t, row_B, time_B), run("triton", "cpu", x0), strict=True):
         assert torch.equal(got, expected)
+
+
+@pytest.mark.skipif(INTERPRETING, reason="what is checked does not depend on the kernel")
+@pytest.mark.parametrize("num_elements", [1, 2, 4, 5, 8, 9, 16, 17, 31])
+def test_samples_of_a_few_elements_have_the_numbers_of_large_ones(num_elements):
+    """They share vectors in C++; a sample's noise depends on its address alone, bit by bit."""
+    address_2 = torch.tensor([7, 2**31 - 100])
+    few, many = (cpp_cpu.normals(address_2, (300, n), 11) for n in (num_elements, 600))
+    assert torch.equal(few, many[:, :num_elements])
+    later = address_2 + torch.tensor([0, 131])
+    assert torch.equal(cpp_cpu.normals(later, (20, num_elements), 11), few[131:151])

@@ -87,17 +87,17 @@ def diffusion_loss(
         ticket,
     )
     if direct(out):
-        results: Any = _Loss.apply(*args)
+        results: Any = _Loss.apply(out, args)
         return results
     total, losses_3B, _ = loss_op(*args)
     return total, losses_3B
 
 
 class _Loss(DirectFunction):
-    """`loss_op` without torch's dispatcher."""
+    """`loss_op` without torch's dispatcher, which looks at every argument: all but `out` come as one."""
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:  # pyright: ignore
+    def forward(ctx: Any, out: Tensor, inputs: tuple[Any, ...]) -> tuple[Tensor, Tensor]:  # pyright: ignore
         *arguments, backend, unit_upstream, ticket = inputs
         out, x0, row_B, rows_T8, address_2, seed, learned_variance, *_ = arguments
         _check(out, x0, row_B, rows_T8, address_2, seed, learned_variance, ticket, backend)
@@ -112,7 +112,10 @@ class _Loss(DirectFunction):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:  # pyright: ignore
-        return _backward(ctx, upstream)
+        seen = upstream if upstream is not None and upstream.device.type == "cpu" else None
+        if seen is not None and not ctx.unit_upstream and float(seen) == 1:
+            return ctx.saved_tensors[0], None  # looked at without waiting: it spares a pass
+        return _backward(ctx, upstream)[:2]
 
 
 @torch.library.custom_op("speed_kernels::loss", mutates_args=())
