@@ -18,6 +18,7 @@ from speed_engine.data.loader import Loader
 from speed_engine.data.shards import Shards
 from speed_engine.data.space import Space
 from speed_engine.distributed import Processes
+from speed_engine.sampling.guidance import completed
 
 CPU = torch.device("cpu")
 
@@ -167,3 +168,14 @@ def test_folders_of_pictures_that_do_not_fit(tmp_path: Path) -> None:
     Image.new("RGB", (4, 4)).save(tmp_path / "low" / "p0.bmp")
     with pytest.raises(DataError, match="two pictures of the name p0"):
         low_resolution.read(tmp_path / "low", one, None)
+
+
+def test_a_network_that_never_learned_none_is_told_both_keywords(tmp_path: Path) -> None:
+    encode(pictures(tmp_path / "p"), tmp_path / "set", size=8, low_resolution=4)
+    one = {"image": condition(Shards(tmp_path / "set"))}
+    told = {"image": torch.zeros(2, 3, 4, 4), "image_noise": torch.zeros(2)}
+    assert completed(one, told, 2, CPU) == told
+    with pytest.raises(ValueError, match="is not told imagery"):
+        completed(one, {**told, "imagery": torch.zeros(2)}, 2, CPU)
+    with pytest.raises(ValueError, match="no null image"):
+        completed(one, {}, 2, CPU)
