@@ -372,8 +372,7 @@ def assemble(
         )
     objective: Objective = home(objective_config).build(objective_config, schedule)
     gain, eps_gain = objective.gain(schedule), schedule.alpha / schedule.sigma
-    weights = [part.own_weight(gain, eps_gain) for part in method.factors]
-    weight = torch.stack(weights).prod(dim=0)
+    weight = torch.stack([part.own_weight(gain, eps_gain) for part in method.factors]).prod(dim=0)
     if timesteps_config.normalise:
         weight = weight / (method.density * weight).sum()
     table = StepTable(
