@@ -43,7 +43,7 @@ every_case = pytest.mark.parametrize(
 
 @pytest.fixture(autouse=True)
 def e4m3_as_the_hardware_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton's interpreter (3.6 to 3.9) rounds halves up and loses what it carries into the exponent."""
+    """Triton's interpreter (as of 3.9) rounds halves up and loses what it carries into the exponent."""
     if not INTERPRETING:
         return
     from triton import language  # pyright: ignore[reportMissingImports]
