@@ -47,6 +47,8 @@ def small(launcher) -> list[str]:
         "train.steps": 2,
         "train.global_batch": 4,
         "log.every": 1,
+        "validation.every": 2,
+        "validation.samples": 64,
     }
     return [f"{key}={value}" for key, value in settings.items()]
 
