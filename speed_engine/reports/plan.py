@@ -79,7 +79,7 @@ def run(config: RunConfig, where: Cluster | None, on_gpus: bool = False) -> int:
     table = build_table(config)
     batch, steps = config.train.global_batch, config.train.steps
     precision = _precision(config, on_gpus)
-    print(f"data            {source}: {facts.space.kind} of {'x'.join(map(str, facts.shape))}")
+    _tell(f"data            {source}: {facts.space.kind} of {'x'.join(map(str, facts.shape))}")
     for remark in remarks:
         _tell(f"WARNING         {remark}")
     print(f"parameters      {parameters:,} ({parameters / 1e6:.4g} M), {trained:,} of them trained")

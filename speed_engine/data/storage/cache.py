@@ -199,7 +199,10 @@ class CachedSet:
         coming = 0
         for path in self.cache.glob("*/*.tar.partial"):
             if self._is_being_fetched(path):
-                coming += path.stat().st_size
+                with contextlib.suppress(
+                    FileNotFoundError
+                ):  # it is there whole by now, or has failed
+                    coming += path.stat().st_size
             else:
                 path.unlink(missing_ok=True)
         total = sum(size for _, size, _ in here) + coming
