@@ -97,7 +97,7 @@ def test_one_process_saves_while_its_storage_hangs_and_then_loses_its_folder(lau
     (launcher.folder / "hang-0").touch()
     time.sleep(1.0)
     one.send_signal(signal.SIGHUP)
-    codes, outputs = ended([one], within=20)
+    codes, outputs = ended([one], within=30)
     assert codes == [STOPPED] and "stopped on request" in outputs[0], outputs
     assert len(saved_steps(launcher)) == 1
 
@@ -113,7 +113,7 @@ def test_a_signal_before_the_first_step_ends_at_once(launcher, training):
     (one,) = launcher.start(1, launcher.arguments("run", *SLOW))
     until((launcher.folder / "run").exists, [one])
     one.send_signal(signal.SIGTERM)
-    codes, outputs = ended([one], within=20)
+    codes, outputs = ended([one], within=30)
     if "stopped on request" not in outputs[0]:  # it had come to its first step by then
         assert codes == [128 + signal.SIGTERM] and "nothing is lost" in outputs[0], outputs
 
