@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import signal
 import runpy
 import socket
 import subprocess
@@ -108,6 +109,7 @@ def _serve(line: socket.socket) -> list[str]:
             if os.fork():
                 os._exit(0)
             line.close()
+            signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it would be ignored for ever
             _settle(words, descriptors[0], tell)
             os.close(told)
             return words["arguments"]
