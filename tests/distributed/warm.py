@@ -11,8 +11,8 @@ from __future__ import annotations
 import ctypes
 import json
 import os
-import signal
 import runpy
+import signal
 import socket
 import subprocess
 import sys
