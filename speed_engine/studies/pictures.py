@@ -52,11 +52,11 @@ def _curves(
     rows = math.ceil(len(names) / columns)
     title = (
         f"{study.name}, {setting}: {study.metric} against {LABELS[axis]}\n"
-        f"blue: the method, grey: {study.reference}; thin: a seed, thick: mean of logs, "
+        f"blue: the method, grey: {study.reference}; thin: a seed, thick: mean of logs,\n"
         "band: 1 s.d.; dashed: target; the first fall lies above"
     )
     top = _top([curves[setting, study.reference, seed] for seed in study.seeds])
-    size = (3.4 * columns + 0.6, 2.7 * rows + 1.1)
+    size = (3.4 * columns + 0.6, 2.7 * rows + 1.3)
     with _figure(size, title, path) as figure:
         panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
         for panel in panels.flat[len(names) :]:
