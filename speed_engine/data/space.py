@@ -5,6 +5,7 @@ x = (stored - shift) * scale        by channel; pixels: x in [-1, 1]
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -85,11 +86,11 @@ class Space:
         if self.posterior:
             mean, std = stored.chunk(2, 1)
             drawn = mean if normals is None else torch.addcmul(mean, std, normals.float())
-        scale, shift = (
-            torch.tensor(each, dtype=torch.float64) for each in (self.scale, self.shift)
+        moved = tuple(-a * b for a, b in zip(self.shift, self.scale, strict=True))
+        factor, offset = (
+            _on_device(each, torch.float32, stored.device).view(-1, *[1] * (stored.dim() - 2))
+            for each in (self.scale, moved)
         )
-        columns = torch.stack([scale, -shift * scale]).float().to(stored.device)
-        factor, offset = columns.view(2, -1, *[1] * (stored.dim() - 2))
         out = torch.empty(drawn.shape, dtype=dtype, device=stored.device)
         return torch.addcmul(offset, drawn, factor, out=out)
 
@@ -102,5 +103,11 @@ class Space:
         """A number a channel, shaped to meet [B, C, *space]; one float where all are equal."""
         if len(set(numbers)) == 1:
             return numbers[0]
-        column = torch.tensor(numbers, dtype=like.dtype, device=like.device)
-        return column.view(-1, *[1] * (like.dim() - 2))
+        return _on_device(numbers, like.dtype, like.device).view(-1, *[1] * (like.dim() - 2))
+
+
+@functools.lru_cache(maxsize=16)
+def _on_device(numbers: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Copied there once, not with every batch. Not to be written to."""
+    with torch.inference_mode(False):
+        return torch.tensor(numbers, dtype=dtype, device=device)

@@ -199,9 +199,8 @@ class CachedSet:
         coming = 0
         for path in self.cache.glob("*/*.tar.partial"):
             if self._is_being_fetched(path):
-                with contextlib.suppress(
-                    FileNotFoundError
-                ):  # it is there whole by now, or has failed
+                # By now it may be there whole, or have failed.
+                with contextlib.suppress(FileNotFoundError):
                     coming += path.stat().st_size
             else:
                 path.unlink(missing_ok=True)
