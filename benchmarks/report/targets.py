@@ -69,6 +69,8 @@ TARGETS = (
     Target("train_step", "cpu", "XL2", "ratio_vs_reference", 2.7, 3.5, False, "ours-torch", AMX),
     Target("train_step", "cpu", ".", "ratio_vs_reference", 1.05, 1.15, False, "ours-torch", NO_AMX),
     Target("train_step", "cpu", ".", "ratio_vs_ours_torch", 0.87, 0.95, False, "ours-deepspeed"),
+    Target("train_step_unet", "cpu", ".", "ratio_vs_eager_bf16", 1.2, None),
+    Target("train_step_unet", "cpu", ".", "ratio_vs_eager", 1.2, None),
 )
 
 
