@@ -39,6 +39,7 @@ from speed_engine.training.assembly import (
     told,
 )
 from speed_engine.training.preview import share_of_training as grids_share
+from speed_engine.training.save_time import checkpoint_bytes
 from speed_engine.training.validation import share_of_training
 
 # What the plan assumes while the data do not exist yet: latents of a 256x256 image, 1000 classes.
@@ -224,8 +225,7 @@ def _print_need(
         f"fits?           {need / GIB:.1f} GiB a process, {states / GIB:.1f} of them states (estimate): "
         f"{_fits(need, where)}"
     )
-    # In float32: the state's weights, two moments and EMAs, and both files of weights beside it.
-    kept, saved = config.checkpoint.keep, 4 * trained * (3 + len(config.optim.emas()) + 2)
+    kept, saved = config.checkpoint.keep, checkpoint_bytes(trained, len(config.optim.emas()))
     print(
         f"disk            {saved / GIB:.2f} GiB a checkpoint with moments and EMA, {kept} kept: "
         f"{kept * saved / GIB:.2f} GiB"

@@ -33,6 +33,7 @@ from speed_engine.training import (
     metrics,
     preview,
     rollback,
+    save_time,
     sealed,
     validation,
 )
@@ -165,6 +166,11 @@ def _train_in(
     log.into(run, journal.say)
     for remark in getattr(parts.source, "remarks", ()):
         journal.say(f"WARNING: {remark}")
+    if processes.first:
+        trained = sum(each.numel() for each in blueprint.parameters() if each.requires_grad)
+        size = save_time.checkpoint_bytes(trained, len(config.optim.emas()))
+        if slow := save_time.at_start(run, size):
+            journal.say(f"WARNING: {slow}")
     if config.train.resident:
         journal.say(parts.feed)
     macs = assembly.macs_per_sample(config, parts.facts, training=True)

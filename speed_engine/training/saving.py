@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from speed_engine.distributed import Processes
 from speed_engine.engines import Engine
 from speed_engine.errors import SaidElsewhere
 from speed_engine.step_table import StepTable
-from speed_engine.training import checkpoint
+from speed_engine.training import checkpoint, save_time
 from speed_engine.training.heartbeat import Pulse
 from speed_engine.training.metrics import Meter
 from speed_engine.training.run_lock import RunLock
@@ -62,6 +63,7 @@ class Saver:
         self.writers = processes.on_another_channel() if settings.asynchronous else processes
         self.thread: threading.Thread | None = None
         self.failure: Exception | None = None
+        self.said_slow = False
 
     def __enter__(self) -> Saver:
         return self
@@ -134,8 +136,13 @@ class Saver:
     def _commit(self, step: int, write: Callable[[Path], None], size: int, lost: bool) -> None:
         """lost: on the first process, that somebody had removed the run folder."""
         writers, keep, pin = self.writers, self.settings.keep, self.settings.pin_every
+        began = time.monotonic()
         checkpoint.commit(self.run, step, writers, write, self.manifest, keep, pin, size)
         self.pulse.saved = step
+        slow = save_time.too_long(time.monotonic() - began, f"step {step} did")
+        if slow and writers.first and not self.said_slow:
+            self.said_slow = True
+            self.warn(slow)
         failure = checkpoint.CheckpointError(
             f"{self.run} was removed while the run used it; step {step} is saved there again, and the "
             "same command goes on from it"

@@ -17,7 +17,7 @@ import torch
 from speed_engine import train
 from speed_engine.data import digits
 from speed_engine.engines.torch import TorchEngine
-from speed_engine.training import checkpoint, metrics, saving
+from speed_engine.training import checkpoint, metrics, save_time, saving
 
 SHARD = "shard-00000.safetensors"
 SMALL = {
@@ -277,3 +277,41 @@ def test_settings_that_change_last_bits_at_most_are_told(run, tmp_path):
 def test_a_refused_run_leaves_nothing(run, tmp_path):
     code, _ = run("checkpoint.resume=must", f"run_dir={tmp_path / 'a' / 'b'}")
     assert code == 2 and not (tmp_path / "a").exists()
+
+
+def test_a_save_that_outlasts_a_launcher_is_told_at_the_start_and_when_it_happens(
+    run, tmp_path, monkeypatch
+):
+    """Storage that needs a second for each fsync, and a launcher that has no patience for it."""
+    sync, clock = save_time.sync, time.monotonic
+    late = []
+
+    def slow(path: Path) -> None:
+        sync(path)
+        late.append(path)
+
+    for module in (save_time, checkpoint):
+        monkeypatch.setattr(module, "sync", slow)
+    for module in (save_time, saving):
+        monkeypatch.setattr(module.time, "monotonic", lambda: clock() + 1000 * len(late))
+    monkeypatch.setattr(save_time, "WORTH_A_PROBE", 0)
+    monkeypatch.setattr(save_time, "PROBE", 2**10)
+    code, output = run("checkpoint.every=3")
+    told = re.findall(
+        r"WARNING: a checkpoint takes about (\d+) s \((.*?)\), and", " ".join(output.split())
+    )
+    assert code == 0 and len(told) == 2, output
+    took = {"start" if "measured there" in why else why: int(seconds) for seconds, why in told}
+    files = (tmp_path / "run" / "checkpoints").glob("step-*3/**/*.safetensors")
+    written = sum(path.stat().st_size for path in files)
+    assert took["start"] == pytest.approx(written * 1000 / 2**10, rel=0.05)
+    assert took["step 3 did"] >= 1000
+
+
+def test_fast_storage_is_not_probed_for_small_checkpoints_and_not_told_of(run, monkeypatch):
+    monkeypatch.setattr(save_time, "rate", lambda folder: pytest.fail("probed"))
+    code, output = run()
+    assert code == 0 and "a checkpoint takes" not in output
+    monkeypatch.setattr(save_time, "rate", lambda folder: 2e9)
+    assert save_time.at_start(Path(), 10**10) is None
+    assert "50 s" in save_time.at_start(Path(), 10**11)
