@@ -23,6 +23,7 @@ from types import ModuleType
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, create_model
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
 # Section -> the package whose files are its kinds.
 SECTIONS = {
@@ -132,11 +133,17 @@ def find(section: str, kind: str, trusted: Collection[str] | None = None) -> Mod
     return module
 
 
-def config_of(section: str, value: Any, trusted: Collection[str] | None = None) -> Any:
+def config_of(
+    section: str,
+    value: Any,
+    trusted: Collection[str] | None = None,
+    place: str | int | None = None,
+) -> Any:
     """One section checked against the `Config` of its kind, an instance of `Section`.
 
-    value: a mapping with a `kind`, or the bare kind; a checked section is given back. trusted: see `find`. Raises
-    ConfigError for the kind, pydantic's ValidationError (a ValueError, too) for what lies below it.
+    value: a mapping with a `kind`, or the bare kind; a checked section is given back. trusted: see `find`. place: the
+    name or number of this one among several, for the errors. Raises ConfigError for the kind, pydantic's
+    ValidationError (a ValueError, too) for what lies below it.
     """
     if isinstance(value, BaseModel):
         return value
@@ -145,7 +152,10 @@ def config_of(section: str, value: Any, trusted: Collection[str] | None = None) 
     if not isinstance(value, dict) or not isinstance(value.get("kind"), str):
         raise ConfigError(f"{section}.kind is missing; choose one of: {', '.join(names(section))}")
     config = config_class(section, value["kind"], trusted)
-    return config.model_validate(value, context={"trusted": trusted})
+    try:
+        return config.model_validate(value, context={"trusted": trusted})
+    except ValidationError as error:
+        raise error if place is None else _under(place, error) from error
 
 
 def asked(section: str, value: Any) -> Any:
@@ -164,6 +174,22 @@ def asked(section: str, value: Any) -> Any:
                 said = item["msg"].removeprefix("Value error, ")
                 told.append(f"{key}: {said} (given: {reprlib.repr(item['input'])})")
         raise ConfigError("; ".join(told)) from error
+
+
+def _under(place: str | int, error: ValidationError) -> ValidationError:
+    """The same mistakes, of a section that lies at `place` in another: pydantic knows only its own fields."""
+    found = [
+        InitErrorDetails(
+            type=PydanticCustomError("value_error", "{said}", {"said": item["msg"]})
+            if item["type"] == "value_error"
+            else item["type"],
+            loc=(place, *item["loc"]),
+            input=item["input"],
+            ctx=item.get("ctx", {}),
+        )
+        for item in error.errors()
+    ]
+    return ValidationError.from_exception_data(error.title, found)
 
 
 def config_class(

@@ -21,7 +21,7 @@ BELONGS = {
     "images": {
         *("out", "size", "mode", "channels", "shard_size", "min_side", "strict", "labels", "vae"),
         *("mean_only", "flip", "scale", "shift", "batch_size", "precision", "device"),
-        *("captions", "text_encoder", "pooled_only", "low_resolution"),
+        *("captions", "text_encoder", "pooled_only", "texts_only", "low_resolution"),
     },
     "arrays": {"out", "shard_size", "scale", "shift", "posterior", "vae"},
     "latents": {"out", "shard_size", "scale", "shift", "vae"},
@@ -105,6 +105,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--pooled-only",
         action="store_true",
         help="captions: store one vector each, not one a token (77 times as much, for model.cross_attention)",
+    )
+    add(
+        "--texts-only",
+        action="store_true",
+        help="captions: store no vectors; training then runs the CLIP on what it reads (conditions.text.encoder)",
     )
     add(
         "--low-resolution",

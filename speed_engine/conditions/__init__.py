@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping, Sequence
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -101,6 +101,17 @@ class Noising(Condition, Protocol):
         ...
 
 
+@runtime_checkable
+class Encoding(Condition, Protocol):
+    """A condition whose keywords a network of its own makes of what is stored, where the data hold no more."""
+
+    network: Any
+
+    def load(self, device: torch.device | str) -> None:
+        """Load the network, where it is needed, before the first `drop`. Raises ValueError where it cannot be."""
+        ...
+
+
 def dropped(name: str, share: float, seed: int, step: int, slot_B: np.ndarray) -> Tensor:
     """Which samples of the global slots a condition of this name is kept from, bool [B], on the host.
 
@@ -117,4 +128,7 @@ def undropped(name: str, condition: Condition) -> Condition:
     module = kinds.find("conditions", facts.kind)
     known = module.Config.model_fields
     config = module.Config(**({"dropout": 0} if "dropout" in known else {}))
-    return module.build(config, name, facts)
+    built: Condition = module.build(config, name, facts)
+    if isinstance(condition, Encoding) and isinstance(built, Encoding):
+        built.network = condition.network
+    return built

@@ -232,6 +232,7 @@ class RunConfig(Section):
                 "conditions",
                 {"kind": name, **each} if isinstance(each, dict) else each,
                 trusted_by(info),
+                name,
             )
             for name, each in value.items()
         }
@@ -307,12 +308,16 @@ def _keys_at(
 ) -> list[str]:
     """The keys that the section at `location` knows."""
     model: Any = RunConfig
+    value: Any = tree
+    section = location[0] if location else ""
     for part in location:
-        if part in KINDS:
-            value = tree.get(part)
-            default = DEFAULTS.get(part, "")
-            kind = value if isinstance(value, str) else (value or {}).get("kind", default)
-            model = config_class(str(part), kind, trusted)
+        value = value[part] if isinstance(value, list) else (value or {}).get(part)
+        if isinstance(value, list) or part == "conditions":
+            continue  # of several, each of a kind of its own
+        own = part if section == "conditions" else DEFAULTS.get(part)  # where no kind is named
+        kind = value.get("kind", own) if isinstance(value, dict) else value or own
+        if section in SECTIONS and isinstance(kind, str):
+            model = config_class(section, kind, trusted)
         elif part == "optim":
             model = importlib.import_module("speed_engine.engines.optimizer").Config
         else:

@@ -77,6 +77,7 @@ def encode(
     captions: Path | None = None,
     text_encoder: str | None = None,
     pooled_only: bool = False,
+    texts_only: bool = False,
     low_resolution: int | None = None,
     console: Console | None = None,
     team: Team = ALONE,
@@ -89,9 +90,9 @@ def encode(
     sub-folders are classes. vae, mean_only (store no standard deviation), flip (store the latent of
     the mirrored image too), scale, shift (default: those of the VAE), batch_size, precision, device
     (default: cuda where there is one): for latents. captions: COCO's JSON; text_encoder: the CLIP that encodes them,
-    or those of tars; pooled_only: without a vector a token (see `encode_captions`). low_resolution: pixels of a side
-    of a picture that lies beside each (see the module of that name). team: the processes that share the work. Raises
-    DataError. A set that is there already is left alone.
+    or those of tars; pooled_only: without a vector a token; texts_only: without any vector (see `encode_captions`).
+    low_resolution: pixels of a side of a picture that lies beside each (see the module of that name). team: the
+    processes that share the work. Raises DataError. A set that is there already is left alone.
     """
     latents = mode == "latents"
     with told_by_first(team):
@@ -107,9 +108,9 @@ def encode(
             return _made(str(images), Path(out), shard_size, low_resolution, console, team)
         if latents != (vae is not None):
             raise DataError("--vae NAME and --mode latents belong together; give both or neither")
-        if text_encoder is None and (captions is not None or pooled_only):
+        if text_encoder is None and (captions is not None or pooled_only or texts_only):
             raise DataError(
-                "--captions and --pooled-only need --text-encoder, the folder or hub name of the CLIP that encodes them"
+                "--captions, --pooled-only and --texts-only need --text-encoder, the folder or hub name of their CLIP"
             )
         if not latents and (flip or mean_only or precision != "fp32"):
             raise DataError(
@@ -151,7 +152,7 @@ def encode(
             **({} if precision == "fp32" else {"precision": precision}),
             **({} if scale is None else {"scale": scale}),
             **({} if shift is None else {"shift": shift}),
-            **encode_captions.plan(listing, text_encoder, pooled_only),
+            **encode_captions.plan(listing, text_encoder, pooled_only, texts_only),
             **low.plan(low_resolution),
         }
         images = _Images(folder, listing, size, channels, min_side, strict, low_resolution, team)
@@ -174,9 +175,8 @@ def encode(
             if text_encoder is None:
                 return source
             reader = TextEncoder(text_encoder, _device(device, team))
-            return encode_captions.told(
-                source, listing, reader, tokens=not pooled_only, cores=team.cores()
-            )
+            tokens, cores = not pooled_only, team.cores()
+            return encode_captions.told(source, listing, reader, tokens, not texts_only, cores)
 
         return Job(plan, len(listing.pictures), shard_size, begin, posterior)
 

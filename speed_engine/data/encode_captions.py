@@ -1,4 +1,5 @@
 """`encode --captions`: what is said of each picture, encoded by a frozen CLIP, beside it; see `conditions.text`.
+With `--texts-only` the captions alone lie there, and training encodes those that it reads.
 
 Captions are COCO's JSON (`captions_*.json`: `images` with `id` and `file_name`, `annotations` with `image_id` and
 `caption`), or the .txt beside the images of WebDataset tars. All captions of a picture are kept; pictures without one
@@ -101,33 +102,38 @@ def _names(path: str) -> Iterator[str]:
     return ("/".join(parts[first:]) for first in range(len(parts)))
 
 
-def plan(listing: Listing, text_encoder: str | None, pooled_only: bool) -> dict[str, Any]:
+def plan(
+    listing: Listing, text_encoder: str | None, pooled_only: bool, texts_only: bool
+) -> dict[str, Any]:
     """What decides the captions of a set, for `Job.plan`."""
     if text_encoder is None:
         return {}
     each = [listing.captions[picture.path] for picture in listing.pictures]
     digest = hashlib.sha256(json.dumps([list(its) for its in each]).encode()).hexdigest()
-    return {"captions": digest, "text_encoder": text_encoder, "pooled_only": pooled_only}
+    found = {"captions": digest, "text_encoder": text_encoder, "pooled_only": pooled_only}
+    return found | ({"texts_only": True} if texts_only else {})
 
 
 def told(
-    source: Source, listing: Listing, encoder: TextEncoder, *, tokens: bool, cores: int
+    source: Source, listing: Listing, encoder: TextEncoder, tokens: bool, vectors: bool, cores: int
 ) -> Source:
-    """The source with its pictures' captions. tokens: store one vector a token, too. cores: of this process."""
+    """The source with its pictures' captions. tokens: one vector a token, too. vectors: store them, not the captions
+    alone. cores: of this process."""
     said = [list(listing.captions[picture.path]) for picture in listing.pictures]
     texts = ["\n".join(each).encode() for each in said]
     most, width = max(map(len, said)), max(map(len, texts))
     keys = [NAME, f"{NAME}_tokens"] if tokens else [NAME]
     one = encoder.encode([""])
     empty = dict(zip(keys, (one.pooled[0], one.tokens[0]), strict=False))
-    facts = text.described(encoder.identity, most, empty, width)
+    facts = text.described(encoder.identity, most, empty, width, stored=vectors)
+    keys = keys if vectors else []
 
     def arrays(sample: Sample, encoded: Callable[[str], Sequence[np.ndarray]]) -> Sample:
         captions = said[sample.item]
         made = {key: np.zeros(facts.arrays[key].shape, "f2") for key in keys}
         for row, caption in enumerate(captions):
-            for key, vectors in zip(keys, encoded(caption), strict=False):
-                made[key][row] = vectors
+            for key, vector in zip(keys, encoded(caption) if keys else (), strict=False):
+                made[key][row] = vector
         written = np.zeros(width, np.uint8)
         written[: len(texts[sample.item])] = np.frombuffer(texts[sample.item], np.uint8)
         made[f"{NAME}_count"] = np.array(len(captions), np.int32)
@@ -139,7 +145,9 @@ def told(
 
         def finished(some: Sequence[Sample | Fault]) -> Iterator[Sample | Fault]:
             samples = [each for each in some if isinstance(each, Sample)]
-            wanted = dict.fromkeys(caption for each in samples for caption in said[each.item])
+            wanted = dict.fromkeys(
+                caption for each in samples if keys for caption in said[each.item]
+            )
             if len(known) > KNOWN:
                 known.clear()
             new = [caption for caption in wanted if caption not in known]

@@ -5,6 +5,7 @@ Stateless: any step can be asked for, so a resume at step n is `Loader(...).batc
 
 from __future__ import annotations
 
+import functools
 import inspect
 import queue
 import threading
@@ -15,7 +16,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 
-from speed_engine.conditions import Augmenting, Condition, Mirroring, Noising
+from speed_engine.conditions import Augmenting, Condition, Encoding, Mirroring, Noising
 from speed_engine.data import Batch, Source, order
 from speed_engine.data.copies import Copies, send
 from speed_engine.distributed import Processes
@@ -67,6 +68,10 @@ class Loader:
                 "train.flip=true, but the data hold no flipped latents; encode them again with "
                 "--flip, or set train.flip=false"
             )
+        for condition in self.conditions.values():
+            if isinstance(condition, Encoding):
+                device = self.processes.device
+                self.processes.attempt(functools.partial(condition.load, device))
 
     def _check_dtype(self) -> None:
         if self.dtype == torch.float32:

@@ -82,9 +82,11 @@ class Method:
         return self.parts or (self,)
 
 
-def parse(value: Any, trusted: Collection[str] | None = None) -> MethodConfig:
+def parse(
+    value: Any, trusted: Collection[str] | None = None, place: int | None = None
+) -> MethodConfig:
     """The configuration of a kind given by name or as a mapping with a `kind` (see `config_of`)."""
-    config = config_of("timesteps", value, trusted)
+    config = config_of("timesteps", value, trusted, place)
     assert isinstance(config, MethodConfig)
     return config
 

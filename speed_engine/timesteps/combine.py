@@ -33,7 +33,7 @@ class Config(MethodConfig):
             raise ValueError(
                 "timesteps.parts must list the methods to combine, such as [speed, p2]"
             )
-        parts = tuple(parse(part, trusted_by(info)) for part in value)
+        parts = tuple(parse(part, trusted_by(info), number) for number, part in enumerate(value))
         for part in parts:
             if isinstance(part, Config):
                 raise ValueError(

@@ -44,6 +44,7 @@ MAY_CHANGE = {
     "train.meeting_seconds": "how long to wait for others",
     "train.first_step_seconds": "how long to wait for others",
     "data": "another place or way to read; the fingerprint of what is there must be the same",
+    "conditions.text.encoder": "another place of the CLIP whose empty caption the data tell",
     "model.recompute": "the same activations, computed again",
     "engine.kind": "deepspeed and torch keep the same state; the same formulas, to rounding",
     "engine.zero": "the same state in other pieces; the same sums of gradients in another order, to rounding",
@@ -186,6 +187,11 @@ def comparable(manifest: dict[str, Any]) -> dict[str, Any]:
     for section in ("train", "model", "engine"):
         kept = {k: v for k, v in config[section].items() if f"{section}.{k}" not in MAY_CHANGE}
         config[section] = kept
+    config["conditions"] = {
+        name: {k: v for k, v in each.items() if f"conditions.{each['kind']}.{k}" not in MAY_CHANGE}
+        for name, each in config["conditions"].items()
+        if each is not None
+    }
     config["data"] = manifest["data"]["fingerprint"]
     engine = manifest["config"]["engine"]
     if config["engine"].pop("json_file", None) and manifest["deepspeed_json"]:

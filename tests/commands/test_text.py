@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import sys
 import tarfile
 import types
@@ -186,6 +187,67 @@ def test_a_continued_run_has_the_same_numbers(run: Path) -> None:
         tensors = [load_file(path) for path in (one, other)]
         assert tensors[0].keys() == tensors[1].keys()
         assert all(torch.equal(each, tensors[1][name]) for name, each in tensors[0].items()), one
+
+
+def test_captions_encoded_while_training_are_the_same_numbers(
+    place: Path, run: Path, good: Any, read_json: Any, tmp_path: Path
+) -> None:
+    """Weights of four steps, one after a resume with the CLIP in another place, and validation, which reads, too."""
+    words = ["--captions", place / "captions.json", "--text-encoder", place / "clip"]
+    good("encode", *ENCODE, place / "pictures", "--out", tmp_path / "set", *words, "--texts-only")
+    index = index_file.load(tmp_path / "set")
+    assert sorted(index.conditions["text"].arrays) == ["text_count", "text_utf8"]
+    sizes = [
+        sum(f.stat().st_size for f in w.glob("*.tar")) for w in (tmp_path / "set", place / "set")
+    ]
+    assert sizes[0] < sizes[1]
+    shutil.copytree(place / "clip", tmp_path / "moved")
+    every = [
+        "--config",
+        "own_pixels",
+        *TINY,
+        "validation.every=2",
+        "validation.samples=2",
+        "log.every=2",
+    ]
+    for name, where in (("stored", place / "set"), ("read", tmp_path / "set")):
+        for steps, clip in ((3, place / "clip"), (4, tmp_path / "moved")):
+            online = [f"conditions.text.encoder={clip}"] if name == "read" else []
+            folder = [f"run_dir={tmp_path / name}", f"data.path={where}", f"train.steps={steps}"]
+            good("train", *every, *folder, *online)
+    for file in ("model", "ema"):
+        found, expected = (
+            load_file(next((tmp_path / name / "checkpoints").glob(f"step-*4/{file}.safetensors")))
+            for name in ("read", "stored")
+        )
+        assert all(torch.equal(found[key], each) for key, each in expected.items())
+    lines = [
+        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("read", "stored")
+    ]
+    measured = [{k: v for k, v in each[-1].items() if k.startswith("validation")} for each in lines]
+    assert measured[0] == measured[1] and measured[0]
+    words = ["--text-encoder", place / "clip", "--prompt", "a b", "--num", "1", "--steps", "2"]
+    good("sample", "--run", tmp_path / "read", *words, "--out", tmp_path / "samples")
+
+
+def test_mistakes_of_an_encoder_while_training(
+    place: Path, command: Any, good: Any, tmp_path: Path
+) -> None:
+    words = ["--captions", place / "captions.json", "--text-encoder", place / "clip"]
+    good("encode", *ENCODE, place / "pictures", "--out", tmp_path / "set", *words, "--texts-only")
+    where = tmp_path / "set"
+    for data, encoder, why in (
+        (where, "clap", "the CLIP 'clap' cannot be loaded"),
+        (where, clip(tmp_path / "other", seed=1), "another one than encoded the data"),
+        (where, clip(tmp_path / "wide", WIDTH + 2), "the data, conditions.text.encoder=clip"),
+        (place / "set", place / "clip", "is for data of encode --texts-only"),
+    ):
+        words = [*TINY, f"data.path={data}", f"run_dir={tmp_path / 'run'}"]
+        words.append(f"conditions.text.encoder={encoder}")
+        answer = command("train", "--config", "own_pixels", *words)
+        assert answer.code == 2 and why in answer.err and "Traceback" not in answer.err, answer.err
+        assert not (tmp_path / "run").exists()
 
 
 def test_prompts_are_taken_in_turn(run: Path, place: Path, good: Any, read_json: Any) -> None:

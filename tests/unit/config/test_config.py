@@ -44,6 +44,17 @@ def test_another_kind_drops_the_old_kinds_keys():
     ("override", "words"),
     [
         ("timesteps.kk=3", ["timesteps.kk", "did you mean 'k'"]),
+        ("conditions.image={noise: 1}", ["conditions.image.noise: ", "less than 1"]),
+        ("conditions.image={noize: 0}", ["conditions.image.noize", "did you mean 'noise'"]),
+        ("conditions.mine={kind: label, dropuot: 0}", ["conditions.mine.dropuot", "'dropout'"]),
+        (
+            "timesteps={kind: combine, parts: [p2, {kind: speed, lem: 1}]}",
+            ["timesteps.parts.1.lem", "did you mean 'lam'"],
+        ),
+        (
+            "timesteps={kind: curriculum, first: {kind: speed, lem: 1}, at: 1, then: uniform}",
+            ["timesteps.first.lem", "did you mean 'lam'"],
+        ),
         ("timestep.k=3", ["timestep", "did you mean 'timesteps'"]),
         ("timesteps.kind=spede", ["timesteps.kind", "did you mean 'speed'", "uniform"]),
         ("timesteps.k=0.2", ["timesteps.k", "greater than or equal to 1", "0.2"]),
