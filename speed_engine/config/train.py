@@ -107,5 +107,6 @@ class Train(Section):
     first_step_seconds: float = Field(
         default=1800.0,
         ge=0,
-        description="the same until the first step is done, which compiles, and while a checkpoint is written",
+        description="as stall_seconds, until the first step is done, which compiles, and while any process writes a "
+        "checkpoint, validates or draws",
     )

@@ -10,8 +10,9 @@ import contextlib
 import datetime
 import functools
 import os
+import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -27,15 +28,32 @@ TIMEOUT = datetime.timedelta(minutes=30)  # the first step compiles kernels and 
 MEETING = 300.0
 
 
+@dataclass
+class Waiting:
+    """Since when (`time.monotonic`) a process waits for the others in an agreement; None: it does not."""
+
+    since: float | None = None
+
+
 @dataclass(frozen=True)
 class Processes:
-    """This process's place among all of them."""
+    """This process's place among all of them. waiting: may be read by another thread."""
 
     rank: int
     world: int
     local_rank: int
     device: torch.device
     host_group: Any = field(default=None, repr=False)
+    waiting: Waiting = field(default_factory=Waiting, repr=False, compare=False)
+
+    @contextlib.contextmanager
+    def waits(self) -> Iterator[None]:
+        """What is inside depends on the others, and on nothing that may be slow beside them."""
+        self.waiting.since = time.monotonic()
+        try:
+            yield
+        finally:
+            self.waiting.since = None
 
     @property
     def first(self) -> bool:
@@ -45,14 +63,16 @@ class Processes:
     def barrier(self) -> None:
         """Wait until every process is here."""
         if self.world > 1:
-            dist.barrier(group=self.host_group)
+            with self.waits():
+                dist.barrier(group=self.host_group)
 
     def any(self, flag: bool) -> bool:
         """True on all processes if it is true on one. Host only; does not touch the device."""
         if self.world == 1:
             return flag
         tensor = torch.tensor([int(flag)])
-        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.host_group)
+        with self.waits():
+            dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.host_group)
         return bool(tensor.item())
 
     def end_together(self, failure: BaseException | None) -> None:
@@ -62,7 +82,8 @@ class Processes:
         """
         if self.world > 1:
             lowest = torch.tensor([self.rank if failure is not None else self.world])
-            dist.all_reduce(lowest, op=dist.ReduceOp.MIN, group=self.host_group)
+            with self.waits():
+                dist.all_reduce(lowest, op=dist.ReduceOp.MIN, group=self.host_group)
             if int(lowest) not in (self.rank, self.world):
                 raise SaidElsewhere(f"process {int(lowest)} failed") from failure
         if failure is not None:
@@ -83,14 +104,16 @@ class Processes:
         if self.world == 1:
             return value
         values = [value]
-        dist.broadcast_object_list(values, src=0, group=self.host_group)
+        with self.waits():
+            dist.broadcast_object_list(values, src=0, group=self.host_group)
         return values[0]
 
     def on_another_channel(self) -> Processes:
         """The same processes with a group of its own, for another thread. Collective."""
         if self.world == 1:
             return self
-        return replace(self, host_group=dist.new_group(backend="gloo", timeout=TIMEOUT))
+        group = dist.new_group(backend="gloo", timeout=TIMEOUT)
+        return replace(self, host_group=group, waiting=Waiting())
 
     def largest_later(self, value: int) -> Callable[[], int]:
         """Begin to find the largest `value` of all processes; the function returned waits for it.
@@ -104,7 +127,8 @@ class Processes:
 
         def wait() -> int:
             assert work is not None
-            work.wait()
+            with self.waits():
+                work.wait()
             return int(tensor)
 
         return wait
@@ -114,13 +138,15 @@ class Processes:
         if self.world == 1:
             return value
         tensor = torch.tensor(value, dtype=torch.float64)
-        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.host_group)
+        with self.waits():
+            dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.host_group)
         return float(tensor)
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum of a small host tensor over all processes."""
         if self.world > 1:
-            dist.all_reduce(tensor, group=self.host_group)
+            with self.waits():
+                dist.all_reduce(tensor, group=self.host_group)
         return tensor
 
     def assert_equal(self, tensors: dict[str, torch.Tensor], what: str) -> None:

@@ -18,6 +18,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from speed_engine.distributed import Waiting
+
 T = TypeVar("T")
 FOLDER = "heartbeats"
 SLOW = {"save": "a checkpoint", "validate": "the validation", "draw": "pictures"}  # phases
@@ -27,7 +29,8 @@ SLOW = {"save": "a checkpoint", "validate": "the validation", "draw": "pictures"
 class Pulse:
     """What the training thread does. phase: start, data, step, one of SLOW, or ended.
 
-    done: steps finished since the start of this process. saved: step of the newest checkpoint, if any.
+    done: steps finished since the start of this process. saved: step of the newest checkpoint, if any. waiting: for
+    the other processes.
     """
 
     step: int = 0
@@ -36,6 +39,12 @@ class Pulse:
     saved: int | None = None
     words: str = ""
     at: float = field(default_factory=time.monotonic)
+    waiting: Waiting = field(default_factory=Waiting)
+
+    def waits(self) -> float:
+        """Seconds that it has waited for the others in an agreement; 0 where it does not."""
+        since = self.waiting.since
+        return 0.0 if since is None else time.monotonic() - since
 
     def beat(self, phase: str, step: int | None = None) -> None:
         """The training thread begins `phase`, after `step` finished steps."""
@@ -57,7 +66,7 @@ class Pulse:
 
 @dataclass(frozen=True)
 class Heartbeat:
-    """One process's file. time: of the writing, seconds since 1970 by its host's clock."""
+    """One process's file. time: of the writing, seconds since 1970 by its host's clock. waits: see `Pulse.waits`."""
 
     rank: int
     host: str
@@ -66,6 +75,7 @@ class Heartbeat:
     phase: str
     words: str
     time: float
+    waits: float = 0.0
 
 
 def noted(batches: Iterator[T], pulse: Pulse) -> Iterator[T]:
@@ -88,7 +98,14 @@ def interval(world: int) -> float:
 def write(run: Path, rank: int, pulse: Pulse) -> None:
     """Write this process's file; a disk that refuses it is none of the training's business."""
     beat = Heartbeat(
-        rank, socket.gethostname(), os.getpid(), pulse.step, pulse.phase, pulse.words, time.time()
+        rank,
+        socket.gethostname(),
+        os.getpid(),
+        pulse.step,
+        pulse.phase,
+        pulse.words,
+        time.time(),
+        round(pulse.waits(), 1),
     )
     path = run / FOLDER / f"{rank:05d}.json"
     with contextlib.suppress(OSError):
@@ -111,6 +128,26 @@ def read(run: Path, rank: int) -> Heartbeat | None:
         return Heartbeat(**told)
     except (OSError, ValueError, TypeError):
         return None
+
+
+def none_works(run: Path, rank: int, world: int, seconds: float) -> bool:
+    """Whether every other process has waited in an agreement for so long, or has ended, is gone or silent for so long.
+
+    Process `rank`, which waits itself, would then wait for ever: a link is cut, or a process dead. False where one has
+    never written, as on machines that share no run folder.
+    """
+    beats = [read(run, other) for other in range(world) if other != rank]
+    silence = max(seconds, 3 * interval(world) + 2)
+    return all(
+        beat is not None
+        and (
+            beat.waits > seconds
+            or beat.phase == "ended"
+            or time.time() - beat.time > silence
+            or (beat.host == socket.gethostname() and not _is_alive(beat.pid))
+        )
+        for beat in beats
+    )
 
 
 def missing(run: Path, rank: int, world: int) -> str:

@@ -80,6 +80,7 @@ def train(config: RunConfig, judge: preview.Judge | None = None) -> int:
     ):
         try:
             processes = start(config.engine.device, config.train.meeting_seconds)
+            pulse.waiting = processes.waiting
             code = _train(config, processes, judge, watch, log)
         except BaseException as error:
             if lost_connection(error):

@@ -156,8 +156,9 @@ class Saver:
         processes.assert_equal(method, "the table of time steps")
         interval = self.meter.state(processes)
         partial = checkpoint.partial_folder(self.run, step)
-        state = engine.state(partial / "state")
-        weights = {name: engine.weights(ema=name == "ema") for name in ("model", "ema")}
+        with processes.waits():
+            state = engine.state(partial / "state")
+            weights = {name: engine.weights(ema=name == "ema") for name in ("model", "ema")}
         notes = {"step": step, "run": self.manifest["config"], "data": self.manifest["data"]}
         size = stored_bytes([state, weights, method if processes.first else None])
         if self.settings.asynchronous:

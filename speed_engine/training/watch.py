@@ -7,7 +7,7 @@ which this thread reads. What it decides:
 - a signal while nothing is trained yet ends the process at once: nothing is lost;
 - a request that the loop does not come to within `PATIENCE` seconds, and a second SIGINT, end it;
 - the loop stands still for `stall_seconds` (`first_step_seconds` until the first step is done, and while it saves,
-  validates or draws): it says whom it waits for, and ends;
+  validates or draws, unless all processes do nothing but wait for each other): it says whom it waits for, and ends;
 - the launcher is gone: a request to stop, as if by signal, which at the start ends at once, too.
 
 Ending is `os._exit` after one sentence: the main thread cannot be asked, and files are whole or absent anyway.
@@ -136,10 +136,20 @@ class Watch:
         if unanswered > PATIENCE and pulse.phase not in (*heartbeat.SLOW, "ended"):
             self._end(LOST, f"asked to stop, but {self._waits(still)}; {self._kept()}")
         first = not pulse.done or pulse.phase in heartbeat.SLOW
+        if first and self._in_vain():
+            first, still = False, pulse.waits()
         limit = self.first_stall if first else self.stall
         if self.folder is not None and limit and still > limit and pulse.phase != "ended":
             key = "train.first_step_seconds" if first else "train.stall_seconds"
             self._end(LOST, f"{self._waits(still)} ({key}={limit:g}); {self._kept()}")
+
+    def _in_vain(self) -> bool:
+        """Whether this process and all others have waited for each other for `stall` seconds: no storage is slow."""
+        if self.folder is None or not self.stall or not self.pulse.done:
+            return False
+        return self.pulse.waits() > self.stall and heartbeat.none_works(
+            self.folder, self.rank, self.world, self.stall
+        )
 
     def _waits(self, still: float) -> str:
         what = {"data": "the next batch", "step": "a step's end", **heartbeat.SLOW}

@@ -61,7 +61,7 @@ def saved_steps(launcher) -> list[int]:
 
 
 def test_a_stop_of_two_processes_and_what_happens_beside(launcher, training):
-    """Slow steps; a second run in the folder; SIGUSR1 to one process; a frozen one; a killed one."""
+    """Slow steps; a second run in the folder; SIGUSR1 to one process; a frozen one; a killed one; one in a save."""
     pair = training(2, *SLOW)
     second = launcher.start(2, launcher.arguments("run", *SLOW))
     codes, outputs = ended(second)
@@ -90,6 +90,15 @@ def test_a_stop_of_two_processes_and_what_happens_beside(launcher, training):
     assert f"process 1 (pid {pair[1].pid} on" in words and "is gone" in words, words
     assert "Traceback" not in words
     assert saved_steps(launcher) == [step]
+
+    # Nearly all of its time it saves; a save may take half an hour, but not while nobody writes.
+    pair = training(2, *FOR_EVER, "checkpoint.every=1", "train.stall_seconds=3")
+    pair[1].send_signal(signal.SIGSTOP)
+    assert pair[0].wait(30) == LOST
+    words = pair[0].communicate()[0]
+    assert "train.stall_seconds=3" in words and f"process 1 (pid {pair[1].pid}" in words, words
+    assert f"continues from step {saved_steps(launcher)[-1]}" in words
+    pair[1].kill()
 
 
 def test_one_process_saves_while_its_storage_hangs_and_then_loses_its_folder(launcher, training):

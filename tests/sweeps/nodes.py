@@ -33,7 +33,7 @@ COMMON = (
     f"train.stall_seconds={STALL}",
 )
 LAUNCHERS = ("deepspeed", "torchrun")
-FAULTS = ("node killed", "link cut", f"link cut for {BRIEF:g} s")
+FAULTS = ("node killed", "link cut", f"link cut for {BRIEF:g} s", "link cut in a save")
 CASES = {
     f"{launcher}, ZeRO {zero}, {fault}": (launcher, zero, fault)
     for launcher in LAUNCHERS
@@ -143,6 +143,9 @@ def case(launcher: Launcher, name: str, expected: dict[str, Any]) -> dict[str, A
     with nodes() as pair:
         running = start(pair, program, words, folder)
         _wait(lambda: bool(committed(run)) or any(e.poll() is not None for e in running), PATIENCE)
+        if fault == FAULTS[3]:  # a folder that is not committed yet
+            saving = (run / "checkpoints").glob
+            _wait(lambda: bool([*saving("*.partial")]), PATIENCE, every=0.001)
         began = time.monotonic()
         brief = fault == FAULTS[2]
         if fault == FAULTS[0]:
@@ -205,10 +208,10 @@ def _trainings(pair: Nodes) -> list[int]:
     return found
 
 
-def _wait(there: Any, seconds: float) -> bool:
+def _wait(there: Any, seconds: float, every: float = 0.02) -> bool:
     until = time.monotonic() + seconds
     while not there():
         if time.monotonic() > until:
             return False
-        time.sleep(0.02)
+        time.sleep(every)
     return True
