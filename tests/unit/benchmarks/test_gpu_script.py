@@ -70,3 +70,32 @@ def test_a_red_op_is_left_out_and_the_others_are_measured(run: Any, tmp_path: Pa
     assert mine and all("BENCH_RIVAL_SECONDS" in row["not_measured"]["compile"] for row in mine)
     (page,) = (tmp_path / "out").glob("*.md")
     assert "gate_residual_norm_modulate: its correctness gate is red" in page.read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "op", "settings"),
+    [
+        ("s2", "train_step", ""),
+        ("xl2-b256", "train_step", "model.recompute=selective"),
+        ("adamw", "adamw_ema", ""),
+        ("diffusion", "diffusion_step", ""),
+        ("group-norm", "group_norm_silu", ""),
+    ],
+)
+def test_every_other_slice_comes_to_its_page(
+    run: Any, tmp_path: Path, name: str, op: str, settings: str
+) -> None:
+    """With our rows measured. No rival is compiled, which would take minutes."""
+    given = {"BENCH_COMPILE_SECONDS": "0", "BENCH_OURS_TORCH": settings}
+    if op != "train_step":
+        given["BENCH_RIVAL_SECONDS"] = "0.001"
+    answer = run(name, str(tmp_path / "out"), "me", **given)
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    found = rows(tmp_path / "out")
+    assert {row["op"] for row in found} == {op}
+    ours = [row for row in found if row["provider"].startswith("ours")]
+    assert ours and all(row["median_s"] > 0 for row in ours)
+    assert not settings or any(row.get("overrides") == settings for row in ours)
+    (page,) = (tmp_path / "out").glob("*.md")
+    assert page.name.startswith(f"quick-{name}_")
