@@ -56,7 +56,7 @@ class Label:
     def drop(
         self, arrays: Mapping[str, Tensor], seed: int, step: int, first_slot: int
     ) -> dict[str, Tensor]:
-        label_B = arrays[self.name]
+        label_B = arrays[self.name].long()
         if self.dropout == 0:
             return {self.name: label_B}
         slot_B = np.arange(first_slot, first_slot + len(label_B))

@@ -132,7 +132,9 @@ class Text:
         which_B = self._words(seed, step, slot_B, WHICH).astype(np.int64) * count_B >> 32
         dropped_B = self._words(seed, step, slot_B, DROP) < self.dropout * 2**32
         if "shapes" in self.facts.details:
-            chosen = self._encoded(arrays[f"{self.name}_utf8"].numpy(), which_B, dropped_B)
+            chosen = self._encoded(
+                arrays[f"{self.name}_utf8"].to(torch.uint8).numpy(), which_B, dropped_B
+            )
         else:
             at = torch.arange(len(count_B)), torch.from_numpy(which_B)
             chosen = {key: arrays[key][at] for key in self.empty}

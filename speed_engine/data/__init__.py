@@ -135,8 +135,8 @@ class Source(Protocol):
         """(stored x [B, C or 2C, *space], the conditions' arrays by name: [B, ...]), on the host.
 
         indices: B integers in [0, len). flips: B booleans, true = mirrored; only where
-        `facts.flips`. The names are those of the conditions' `arrays`; integers come as int64.
-        Raises DataError, naming the place and the sample.
+        `facts.flips`. Names and types are those of the conditions' `arrays`; integers may come
+        as int64, too. Raises DataError, naming the place and the sample.
         """
         ...
 

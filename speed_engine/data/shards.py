@@ -256,7 +256,7 @@ class Shards:
         for name, array in self.index.arrays.items():
             values = torch.empty(len(chosen), *array.shape, dtype=TORCH_DTYPES[array.dtype])
             self._fill(values, chosen, self._entries[PREFIX + name][chosen], array.bytes)
-            told[name] = values if values.is_floating_point() else values.long()
+            told[name] = values
         return told
 
     def decode(

@@ -78,7 +78,8 @@ class CLIPTokenizer:
 
     def __call__(self, texts: list[str], verbose: bool = True) -> Any:
         rows = [
-            [0, *(2 + sum(map(ord, word)) % (WORDS - 2) for word in t.split()), 1] for t in texts
+            [0, *(2 + sum(1 + ord(c) for c in word) % (WORDS - 2) for word in t.split()), 1]
+            for t in texts
         ]
         return types.SimpleNamespace(input_ids=rows)
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from speed_engine.conditions import clip, text
+from speed_engine.conditions import clip, text, undropped
 from speed_engine.data import Facts
 from speed_engine.data.space import Space
 
@@ -20,7 +20,7 @@ class Reader:
 
     def __init__(self, place: str, device: str = "cpu") -> None:
         self.identity, self.shift = place, float(place == "another")
-        self.width = 8 if place == "wide" else WIDTH
+        self.width, self.device = 8 if place == "wide" else WIDTH, device
 
     def encode(self, texts: list[str]) -> clip.Encoded:
         pooled = [[len(each) + self.shift + i for i in range(self.width)] for each in texts]
@@ -34,10 +34,10 @@ def reader(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(text, "TextEncoder", Reader)
 
 
-def condition(dropout: float = 0.1, tokens: bool = True) -> text.Text:
+def condition(dropout: float = 0.1, tokens: bool = True, stored: bool = True) -> text.Text:
     empty = Reader("clip").encode([""])
     packed = {"text": empty.pooled[0], "text_tokens": empty.tokens[0]}
-    facts = text.described("clip", CAPTIONS, packed, 9)
+    facts = text.described("clip", CAPTIONS, packed, 9, stored=stored)
     return text.build(text.Config(dropout=dropout, tokens=tokens), "text", facts)
 
 
@@ -64,6 +64,35 @@ def test_one_caption_of_those_there_are_is_drawn_at_each_visit_by_address(count:
     assert torch.equal(later, told["text"][1000:])
     other = one.drop(stored(3000, count), 1, 3, 0)["text"]
     assert torch.equal(other, told["text"]) == (count == 1)
+
+
+@pytest.mark.parametrize("kind", [torch.uint8, torch.int64])
+def test_stored_texts_alone_are_encoded_when_they_are_read(reader: None, kind: torch.dtype) -> None:
+    """The same draws and drops as of stored vectors, one after the other and in one batch."""
+    texts = ["a", "bb\nccc", "d\nee\nfff"]
+    rows = np.zeros((3, 9), np.uint8)
+    for row, each in zip(rows, texts, strict=True):
+        row[: len(each)] = np.frombuffer(each.encode(), np.uint8)
+    count = torch.tensor([1, 2, 3])
+    online = condition(0.3, stored=False)
+    online.load("cpu")
+    vectors = {
+        key: torch.zeros(3, CAPTIONS, *each.shape).half() for key, each in online.empty.items()
+    }
+    for i, each in enumerate(texts):
+        found = Reader("clip").encode(each.split("\n"))
+        for k in range(int(count[i])):
+            vectors["text"][i, k] = torch.from_numpy(found.pooled[k])
+            vectors["text_tokens"][i, k] = torch.from_numpy(found.tokens[k])
+    for step in range(20):
+        expected = condition(0.3).drop({**vectors, "text_count": count}, 1, step, 5)
+        read = {"text_utf8": torch.from_numpy(rows).to(kind), "text_count": count}
+        for device in ("cpu", "cuda"):  # where all are encoded at once
+            online.network.device = device  # type: ignore[union-attr]
+            told = online.drop(read, 1, step, 5)
+            assert told.keys() == expected.keys()
+            assert all(torch.equal(told[key], expected[key]) for key in told)
+    assert undropped("text", online).network is online.network  # type: ignore[attr-defined]
 
 
 def test_what_is_dropped_is_told_the_empty_caption() -> None:
