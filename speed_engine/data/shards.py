@@ -34,6 +34,7 @@ from .storage.cache import CachedSet
 from .storage.fetch import Fetcher, is_url
 from .storage.npy import PREFIX, misfit
 from .storage.rows import read_rows, slower
+from .storage.sound import sound
 
 TORCH_DTYPES = {
     "uint8": torch.uint8,
@@ -189,6 +190,10 @@ class Shards:
             raise DataError(f"{len(chosen)} samples need as many flips, not {flipped.shape}")
         if self.cached is not None:
             self.cached.bring(np.unique(self._shard[chosen]).tolist())
+        new = chosen[~self._checked[chosen]]
+        if len(new) and self.cached is None and slower() is None:
+            found = sound(self._columns, self._entries[new], self._descriptor[self._shard[new]])
+            self._checked[new[found]] = True
         for sample in np.sort(chosen[~self._checked[chosen]]).tolist():  # shard by shard
             self._examine(sample)
         if self.instead:
@@ -316,7 +321,7 @@ class Shards:
             elif zlib.crc32(region) != entry["crc32"]:
                 reason = "damaged, its CRC32 does not fit"
             else:
-                if fault := misfit(self._columns, entry, region):
+                if fault := misfit(self._columns, self.index.ends(entry), region):
                     cure = f"rebuild the index with `{index_file.REINDEX}`"
                     raise DataError(f"{self._place(sample)}: {fault}; {cure}")
                 self._checked[sample] = True

@@ -19,6 +19,7 @@ from speed_engine.data.storage import scan as scan_file
 from speed_engine.data.storage import writer as writer_file
 from speed_engine.data.storage.index import load_entries, reindex, verify
 from speed_engine.data.storage.scan import scan
+from speed_engine.data.storage.sound import sound
 from speed_engine.data.storage.writer import SetWriter
 
 NUM, SIZE = 5, 4
@@ -142,10 +143,36 @@ def test_passing_read_errors_are_tried_again(folder: Path, monkeypatch: pytest.M
     monkeypatch.setattr(shards.time, "sleep", lambda seconds: None)
     monkeypatch.setattr(shards.os, "pread", failing)
     monkeypatch.setattr(shards.os, "preadv", broken)
+    monkeypatch.setattr(
+        shards, "sound", lambda columns, entries, files: np.zeros(len(entries), bool)
+    )
     assert np.array_equal(Shards(folder).read([3, 1])[0].numpy(), stored()[[3, 1]])
     failures = 100
     with pytest.raises(DataError, match=rf"{NAME}, sample 0: cannot be read \(Input/output error"):
         Shards(folder).read([0])
+
+
+def test_many_checked_at_once_are_judged_as_each_alone(folder: Path) -> None:
+    """One bit flipped in every sixth byte of a shard in turn: what one read of many finds, each careful read does."""
+    whole = (folder / NAME).read_bytes()
+    generator = np.random.default_rng(0)
+    seen = set()
+    for place in range(0, len(whole), 6 * 37):
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << int(generator.integers(8))
+        (folder / NAME).write_bytes(damaged)
+        source = Shards(folder, retries=0)
+        files = source._descriptor[source._shard]
+        found = sound(source._columns, source._entries, files)
+        for sample in range(NUM):
+            try:
+                source._region(sample)
+                alone = True
+            except DataError:
+                alone = False
+            assert found[sample] == alone, (place, sample)
+        seen.add(int(found.sum()))
+    assert seen == {NUM, NUM - 1}
 
 
 # --- index and shards that do not belong together -----------------------------------------------

@@ -91,6 +91,10 @@ class Index(BaseModel):
     def array_bytes(self) -> int:
         return math.prod(self.stored_shape) * np.dtype(self.dtype).itemsize
 
+    def ends(self, entry: np.void) -> list[int]:
+        """Where the header of each of a sample's arrays ends among its bytes, in the order of `columns`."""
+        return [int(entry[column] - entry["start"]) for column, *_ in self.columns]
+
     @property
     def columns(self) -> list[tuple[str, str, tuple[int, ...]]]:
         """(column, dtype, shape) of every array of a sample that the entries point at."""
@@ -330,7 +334,7 @@ def verify(folder: Path) -> list[str]:
                         f"{shard.name}, sample {sample}: damaged (its CRC32 does not fit); "
                         "restore the shard"
                     )
-                elif fault := misfit(index.columns, entry, region):
+                elif fault := misfit(index.columns, index.ends(entry), region):
                     faults.append(
                         f"{shard.name}, sample {sample}: {fault}; rebuild the index with `{REINDEX}`"
                     )

@@ -6,6 +6,7 @@ told, in the form in which `conditions` read it.
 
 from __future__ import annotations
 
+import functools
 import keyword
 import math
 import re
@@ -83,20 +84,25 @@ def layout(head: bytes, dtypes: Mapping[str, str]) -> tuple[str, tuple[int, ...]
     return dtypes[descr.decode()], shape, length
 
 
+@functools.lru_cache(maxsize=64)
+def _layout(head: bytes) -> tuple[str, tuple[int, ...], int]:
+    """Of a whole header: all samples of a set have the same few."""
+    return layout(head, NAMED_DTYPES)
+
+
 def misfit(
-    columns: Iterable[tuple[str, str, tuple[int, ...]]], entry: np.void, region: bytes
+    columns: Iterable[tuple[str, str, tuple[int, ...]]], ends: Iterable[int], region: bytes
 ) -> str:
     """Where the arrays of a sample are others than the index says, in words; empty where all are as it says.
 
-    columns: (column of the entries, dtype, shape) as the index has them. entry: the sample's. region:
-    all bytes of the sample.
+    columns: (column of the entries, dtype, shape) as the index has them. ends: where the header of each ends in the
+    region, all bytes of the sample.
     """
-    for column, dtype, shape in columns:
-        end = int(entry[column] - entry["start"])
+    for (column, dtype, shape), end in zip(columns, ends, strict=True):
         begin = max(region.rfind(MAGIC, 0, end), 0)
         name = column.removeprefix(PREFIX) if column.startswith(PREFIX) else "x"
         try:
-            found, sides, length = layout(region[begin:end], NAMED_DTYPES)
+            found, sides, length = _layout(region[begin:end])
         except MemberError as error:
             return f"where the index has the array {name!r}, {error}"
         if length != end - begin:
