@@ -156,9 +156,11 @@ class Ours(Feed):
         begin = time.perf_counter()
         source = Shards(tars, check_scale=False)  # the numbers in the latents have no unit scale
         opened = time.perf_counter() - begin
-        # Half of what the tars leave free on the host: all others read them from its page cache.
-        free, on_disk = resident.free_bytes(settings.device), sum(map(_bytes, tars.glob("*.tar")))
-        held = max(free // 16, (free - on_disk) // 2)
+        free = resident.free_bytes(settings.device)
+        held = free // 3
+        if settings.device.type == "cpu":  # half of what the page cache does not need for the tars
+            on_disk = sum(tar.stat().st_size for tar in tars.glob("*.tar"))
+            held = max(free // 16, (free - on_disk) // 2)
         if wanted and resident.predicted_bytes(source, False) > held:
             count = held // (resident.predicted_bytes(source, False) // len(source))
             source = Shards(tars, count=count, check_scale=False)
@@ -196,10 +198,6 @@ class Ours(Feed):
     def from_step(self, step: int) -> Generator[tuple[Tensor, Tensor]]:
         for batch in self.loader.batches(step, 10**6):
             yield batch.x0, batch.conditions["label"]
-
-
-def _bytes(path: Path) -> int:
-    return path.stat().st_size
 
 
 def index_bytes(source: Shards) -> int:

@@ -41,11 +41,11 @@ def _headers_fit(
     Most samples of a set have the same bytes before their arrays: those of the first one are read, the others compared.
     """
     ends = ends_NC[0].tolist()
-    if misfit(columns, ends, regions[0].tobytes()):
+    first = regions[0].tobytes()
+    if misfit(columns, ends, first):
         fit = np.zeros(len(regions), bool)
     else:
         fit = (ends_NC == ends_NC[0]).all(1)
-        first = regions[0].tobytes()
         for end in ends:
             begin = max(first.rfind(MAGIC, 0, end), 0)
             fit &= (regions[:, begin:end] == regions[0, begin:end]).all(1)
